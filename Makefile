@@ -1,0 +1,36 @@
+PYTHON ?= python3
+CONFIG ?= configs/local.yaml
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: serve stop test lint demo demo-check
+
+serve: $(INSTALLED)
+	@exec $(BIN)/dure serve --config $(CONFIG)
+
+stop: $(INSTALLED)
+	@$(BIN)/dure stop
+
+test: $(INSTALLED)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(INSTALLED)
+	$(BIN)/python -m demo.next_word.make
+	$(BIN)/python -m demo.adverts.make
+	$(BIN)/python -m demo.rerank.make
+
+demo-check: $(INSTALLED)
+	$(BIN)/python -m demo.check
+
+# torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
+$(INSTALLED): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Dure needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,94 @@
+"""The one place where a replica's items wait for its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray import serve
+
+from deployments.engines import Engine
+from deployments.metrics import BATCH_ITEMS, BATCH_SECONDS, BATCH_TOKENS, OUT_OF_MEMORY, QUEUE
+from deployments.spec import ItemError, ModelSpec, Refusal
+
+logger = logging.getLogger("ray.serve")
+
+FAILURES_BEFORE_DEAD = 3
+MAX_STALL_S = 600.0
+"""An engine that has not come back from one batch for this long is dead."""
+
+
+class EngineDead(Exception):
+    """The engine fails whatever it is given, so the replica has to be replaced."""
+
+
+class Batcher:
+    """Collects items into batches and runs them on the engine's own thread.
+
+    An item that makes a batch fail fails alone: the batch is run again one item at a time.
+    """
+
+    def __init__(self, engine: Engine[Any, Any, Any], spec: ModelSpec, thread: ThreadPoolExecutor) -> None:
+        self.engine = engine
+        self.thread = thread
+        self.waiting = 0
+        self.failures = 0
+        self.last_error = ""
+        self.busy_since: float | None = None
+        self._batched = serve.batch(max_batch_size=spec.max_batch_items, batch_wait_timeout_s=spec.batch_wait_s)(
+            self._run
+        )
+
+    async def submit(self, item: Any) -> Any:
+        """The item's result, or a Refusal."""
+        self.waiting += 1
+        QUEUE.set(self.waiting)
+        try:
+            return await self._batched(item)
+        finally:
+            self.waiting -= 1
+            QUEUE.set(self.waiting)
+
+    def check(self) -> None:
+        """Raises EngineDead where the engine hangs, or has failed several batches in a row, item by item."""
+        if self.busy_since is not None and time.monotonic() - self.busy_since > MAX_STALL_S:
+            raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
+        if self.failures >= FAILURES_BEFORE_DEAD:
+            raise EngineDead(f"the engine failed {self.failures} batches in a row: {self.last_error}")
+
+    async def _run(self, items: list[Any]) -> list[Any]:
+        loop = asyncio.get_running_loop()
+        BATCH_ITEMS.observe(len(items))
+        BATCH_TOKENS.observe(sum(map(self.engine.cost, items)))
+        self.busy_since = started = time.monotonic()
+        try:
+            return await loop.run_in_executor(self.thread, self._run_here, items)
+        finally:
+            self.busy_since = None
+            BATCH_SECONDS.observe(time.monotonic() - started)
+
+    def _run_here(self, items: list[Any]) -> list[Any]:
+        try:
+            results = self.engine.run(items)
+            self.failures = 0
+            return results
+        except Exception as error:  # an engine may trip over anything; its neighbours must not
+            logger.warning("a batch of %d failed: %r", len(items), error)
+            if _out_of_memory(error):
+                OUT_OF_MEMORY.inc()
+            if len(items) > 1:
+                return [result for item in items for result in self._run_here([item])]
+            if isinstance(error, ItemError):
+                return [Refusal(str(error))]
+            self.failures += 1
+            self.last_error = repr(error)
+            if _out_of_memory(error):
+                return [Refusal("this item alone needs more memory than there is; make it smaller", "too_large")]
+            return [Refusal("the model failed on this item; the reason is in the replica's log", "failed")]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,58 @@
+"""Plain Python and torch: load a model, run a batch, say what an item costs. Nothing here knows Ray or HTTP.
+
+An engine is one class in one file; to serve a new kind of model, write one and name it in a config as
+`task: MODULE:CLASS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from deployments.progress import LoadProgress
+from deployments.spec import CheckpointError, Facts, ModelSpec
+
+Request = TypeVar("Request", contravariant=True)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ENGINES = {
+    "next_word": "deployments.engines.predictor:Predictor",
+    "vision": "deployments.engines.vision:Vision",
+    "embedding": "deployments.engines.embedder:Embedder",
+    "rerank": "deployments.engines.reranker:Reranker",
+}
+
+
+class Engine(Protocol[Request, Item, Result]):
+    """What every engine can do. One thread at a time calls `warm_up` and `run`; `prepare` runs beside them."""
+
+    facts: Facts
+
+    @classmethod
+    def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Engine[Request, Item, Result]:
+        """Read the checkpoint in `folder`. Raises CheckpointError naming the file that is missing or damaged."""
+
+    def warm_up(self) -> None:
+        """Run once what the first request would otherwise wait for."""
+
+    def prepare(self, request: Request) -> Item:
+        """Turn a request into an item of a batch (tokenise, decode). Raises ItemError saying what to change."""
+
+    def cost(self, item: Item) -> int:
+        """Tokens that the item takes up in a batch, before padding."""
+
+    def run(self, items: list[Item]) -> list[Result]:
+        """One result per item, in order."""
+
+
+def engine_class(task: str) -> type[Engine[Any, Any, Any]]:
+    """The engine of a task, or of `MODULE:CLASS`. Raises CheckpointError where there is none."""
+    path = ENGINES.get(task, task)
+    module, _, name = path.partition(":")
+    try:
+        engine: type[Engine[Any, Any, Any]] = getattr(importlib.import_module(module), name)
+        return engine
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"task {task!r}: no engine {path!r} ({error})") from error

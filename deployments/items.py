@@ -1,0 +1,75 @@
+"""What each kind of model is asked and what it answers: the types that cross from `serve` to an engine and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Which words may follow `text`?"""
+
+    text: str
+    top_k: int = 5
+    temperature: float = 0.8
+    complete_word: bool = True
+
+
+@dataclass(frozen=True)
+class Word:
+    text: str
+    """Without spaces."""
+    append: str
+    """What to append to the input, with the space before a new word."""
+    confidence: float
+    """Product of the probabilities of the word's tokens, the first at the temperature."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or the ids of one in the model's own tokenizer; cut at the model's length unless `truncate` is off."""
+
+    text: str | list[int]
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Embedding:
+    vector: np.ndarray
+    """float32, shape (dimensions,)."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How well does `document` answer `query`?"""
+
+    query: str
+    document: str
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    score: float
+    """0 to 1: the sigmoid of the model's one logit."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What does `prompt` make of the image?"""
+
+    image: bytes
+    """Encoded, in any format that Pillow reads."""
+    prompt: str
+    schema: str
+    """JSON schema that the answer obeys."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    json: str
+    tokens: int

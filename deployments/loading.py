@@ -1,0 +1,210 @@
+"""from_pretrained with progress, precision, fallback and errors that name the file at fault."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from deployments.progress import LoadProgress
+from deployments.spec import CheckpointError, Facts, Precision
+
+logger = logging.getLogger("ray.serve")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def device() -> torch.device:
+    """The GPU that the scheduler gave this process, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def plain_precision() -> Precision:
+    """What `auto` means: half precision where the hardware multiplies it fast, else fp32."""
+    if torch.cuda.is_available():
+        return "fp16"
+    cpu = torch.cpu.get_capabilities()
+    return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
+
+
+def load_model(
+    load: Callable[..., Model], folder: Path, precision: Precision, progress: LoadProgress, quantise: bool = False
+) -> tuple[Model, Facts]:
+    """Load a model at the asked precision.
+
+    `load(dtype=..., **kwargs)` is a bound `from_pretrained`. With `quantise`, int8 and int4 go through bitsandbytes
+    while loading; where that fails the model is loaded in plain precision and the reason is in the facts. Without it
+    int8 means torch's dynamic quantisation of the linear layers (CPU only).
+
+    Raises CheckpointError for files that are missing or damaged.
+    """
+    wanted = plain_precision() if precision == "auto" else precision
+    reason = None
+    if wanted in ("int8", "int4"):
+        try:
+            if quantise:
+                with _watched(folder, progress):
+                    model = load(dtype=DTYPES[plain_precision()], quantization_config=_bitsandbytes(wanted))
+                return model.eval(), _facts(model, wanted)
+            if wanted == "int4" or device().type != "cpu":
+                raise ValueError(f"{wanted} is not available for this kind of model on {device().type}")
+            with _watched(folder, progress):
+                model = _quantise_dynamically(load(dtype=torch.float32).eval())
+            return model, _facts(model, wanted)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever the quantiser trips over, the model is still wanted
+            reason = f"{wanted} failed ({type(error).__name__}: {error}), so {plain_precision()} is served"
+            logger.warning(reason)
+            wanted = plain_precision()
+    with _watched(folder, progress):
+        model = load(dtype=DTYPES[wanted])
+    model = model.to(device()).eval()
+    return model, _facts(model, wanted, reason)
+
+
+def _bitsandbytes(precision: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[plain_precision()])
+
+
+def _quantise_dynamically(model: nn.Module) -> Any:
+    import warnings
+
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own deprecation, on every call
+        return quantize_dynamic(  # type: ignore[no-untyped-call]
+            model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
+        )
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes that the weights take up, quantised linear layers included (torch keeps those outside `parameters`)."""
+    total = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    for module in model.modules():
+        packed = getattr(module, "_packed_params", None)
+        if packed is not None and hasattr(module, "weight") and callable(module.weight):
+            weight = module.weight()
+            total += weight.numel() * weight.element_size()
+    return total
+
+
+def _facts(model: nn.Module, precision: str, reason: str | None = None) -> Facts:
+    return Facts(device().type, precision, precision in ("int8", "int4"), weights_bytes(model), reason)
+
+
+@contextmanager
+def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
+    """Report what transformers' loader reads from `folder`, and say which file is at fault when it fails."""
+    layout = Layout.read(folder)
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") == "Loading weights":
+            return layout.follow(args[0], progress)
+        return factory(*args, **kwargs)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        progress.checkpoint(0, 0, len(layout.shards))
+        yield
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError) as error:
+        raise CheckpointError(f"the checkpoint in {folder} can't be read: {type(error).__name__}: {error}") from error
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+class Layout:
+    """Which shard holds which tensor, and how many bytes each takes up, from the files' headers alone."""
+
+    def __init__(self, shards: list[str], tensors: dict[str, tuple[str, int]]) -> None:
+        self.shards = shards
+        self.tensors = tensors
+
+    @classmethod
+    def read(cls, folder: Path) -> Layout:
+        """Raises CheckpointError where there are no weights, or an index names a shard that is missing or damaged."""
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"there is no config.json in {folder}")
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            index = folder / f"{name}.index.json"
+            if index.is_file():
+                try:
+                    where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                except (ValueError, KeyError) as error:
+                    raise CheckpointError(f"{index} is damaged: {error}") from error
+            elif (folder / name).is_file():
+                where = {}
+            else:
+                continue
+            shards = sorted(set(where.values())) or [name]
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in {index.name}")
+            if name.endswith(".bin"):
+                return cls(shards, {tensor: (shard, 1) for tensor, shard in where.items()})
+            sizes = {shard: _tensor_bytes(folder / shard) for shard in shards}
+            return cls(shards, {t: (shard, size) for shard in shards for t, size in sizes[shard].items()})
+        raise CheckpointError(f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
+
+    def follow(self, parameters: Iterable[tuple[str, Any]], progress: LoadProgress) -> Iterator[tuple[str, Any]]:
+        """Hand on the loader's parameters one by one, reporting the bytes of those it has done with.
+
+        A parameter is done when the next is asked for. Its checkpoint tensors are those collected in its mapping.
+        """
+        pairs = list(parameters)
+        left = {shard: sum(1 for where, _ in self.tensors.values() if where == shard) for shard in self.shards}
+        total = sum(size for _, size in self.tensors.values())
+        done = 0
+        reported = (-1, -1)
+        for number, (name, mapping) in enumerate(pairs, 1):
+            sources = self._sources(name, mapping)
+            yield name, mapping
+            for source in sources:
+                shard, size = self.tensors[source]
+                done += size
+                left[shard] -= 1
+            percent = 100 * (done / total if total else number / len(pairs))
+            if number == len(pairs):  # tensors that the model has no use for are never asked for
+                percent, left = 100, dict.fromkeys(left, 0)
+            complete = sum(1 for count in left.values() if count <= 0)
+            if (int(percent), complete) != reported:
+                reported = (int(percent), complete)
+                progress.checkpoint(percent, complete, len(self.shards))
+
+    def _sources(self, name: str, mapping: Any) -> list[str]:
+        """The names in the checkpoint of the tensors that make up a parameter."""
+        names = {name, *(key for keys in getattr(mapping, "layer_targets", {}).values() for key in keys)}
+        return [key for key in names if key in self.tensors]
+
+
+def _tensor_bytes(path: Path) -> dict[str, int]:
+    """Bytes of each tensor in a safetensors file (its header: 8 bytes of length, then JSON)."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        sizes = {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
+        if path.stat().st_size < 8 + length + sum(sizes.values()):
+            raise ValueError("it is cut short")
+        return sizes
+    except (ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

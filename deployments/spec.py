@@ -1,0 +1,56 @@
+"""What a replica is told about the model it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model of the config file, resolved as far as it can be without reading weights."""
+
+    name: str
+    task: str
+    """`next_word`, `vision`, `embedding`, `rerank`, or `MODULE:CLASS` of an engine outside Dure."""
+    source: str
+    """A folder below the project's root, an absolute folder, `package:IMPORT_NAME/FOLDER` or a hub id."""
+    revision: str | None = None
+    precision: Precision = "auto"
+    threads: int | None = None
+    """CPU threads for one batch; all cores where left out."""
+    max_batch_items: int = 32
+    batch_wait_s: float = 0.002
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can't be loaded: the message names the file or setting at fault. Never helped by a retry."""
+
+
+class ItemError(Exception):
+    """An item that the model can't take. The message says what to change."""
+
+
+class TooLarge(ItemError):
+    """An item over a size limit."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Stands in the place of the result of an item that was refused or that failed, so that its neighbours live."""
+
+    reason: str
+    kind: Literal["invalid", "too_large", "failed"] = "invalid"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What became of a model once it was loaded."""
+
+    device: str
+    precision: str
+    quantized: bool
+    weights_bytes: int
+    fallback_reason: str | None = None

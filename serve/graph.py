@@ -1,0 +1,71 @@
+"""What the routes call: the models of the config by name and task, and the composed services."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.loopback import keep_to_loopback
+from serve import errors
+from serve.board import Reporter
+from serve.calls import Deployment, Model
+from serve.metrics import REGISTRY
+from serve.settings import Settings
+from serve.watch import Watch
+
+
+@dataclass(frozen=True)
+class Graph:
+    me: tuple[str, str]
+    """The deployment and replica that this graph is held by."""
+    settings: Settings
+    watch: Watch
+    models: dict[str, Model]
+    services: dict[str, Deployment]
+
+    @classmethod
+    def of(
+        cls, settings: Settings, models: dict[str, DeploymentHandle], services: dict[str, DeploymentHandle]
+    ) -> Graph:
+        """The graph as the running replica sees it."""
+        context = serve.get_replica_context()
+        watch = Watch(list(models))
+        return cls(
+            (context.deployment, context.replica_id.unique_id),
+            settings,
+            watch,
+            {
+                name: Model(
+                    name,
+                    settings.models[name].task,
+                    handle,
+                    settings.models[name].max_queue,
+                    watch,
+                    settings.load_wait_s,
+                )
+                for name, handle in models.items()
+            },
+            {name: Deployment(name, handle, settings.search.max_queue) for name, handle in services.items()},
+        )
+
+    def start(self) -> None:
+        """Begin to listen to the board and to report to it; needs a running event loop."""
+        keep_to_loopback()
+        self.watch.start()
+        Reporter().open(*self.me, REGISTRY)
+
+    def model(self, task: str, name: str | None = None) -> Model:
+        """The named model, else the first with the task. Raises a 404, or a 400 where the task is another."""
+        if name is None:
+            found = next((model for model in self.models.values() if model.task == task), None)
+            if found is None:
+                raise errors.not_found(f"this server has no model with task {task}; see GET /v1/models", "model")
+            return found
+        model = self.models.get(name)
+        if model is None:
+            raise errors.not_found(f"no model {name!r}; there are {', '.join(self.models)}", "model")
+        if model.task != task:
+            raise errors.invalid(f"model {name!r} has task {model.task}, this endpoint needs {task}", "model")
+        return model

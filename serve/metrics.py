@@ -1,0 +1,71 @@
+"""What the ingress measures, and one exposition of what every process of the cluster has measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+
+from deployments.metrics import SECONDS
+
+REGISTRY = CollectorRegistry()
+
+PREDICTIONS = Counter("predictions", "Model and service calls answered", ["model", "status"], registry=REGISTRY)
+DURATION = Histogram(
+    "prediction_duration_seconds",
+    "Time from a request's arrival in a route to its answer",
+    ["model"],
+    registry=REGISTRY,
+    buckets=SECONDS,
+)
+QUEUE_ITEMS = Gauge("dure_queue_items", "Items waiting or running, per deployment", ["name"], registry=REGISTRY)
+REJECTED = Counter("dure_rejected", "Requests refused because a queue was full", ["name"], registry=REGISTRY)
+REQUESTS = Counter("dure_http_requests", "HTTP responses", ["method", "route", "status"], registry=REGISTRY)
+
+
+@contextmanager
+def measured(model: str) -> Iterator[None]:
+    """Counts and times one prediction: status `ok`, `refused` (4xx, 429 among them) or `error`."""
+    from serve.errors import DureError
+
+    started = time.perf_counter()
+    status = "error"
+    try:
+        yield
+        status = "ok"
+    except DureError as error:
+        status = "refused" if error.status < 500 else "error"
+        raise
+    finally:
+        DURATION.labels(model).observe(time.perf_counter() - started)
+        PREDICTIONS.labels(model, status).inc()
+
+
+class Cluster:
+    """A collector over the families of many processes: same name, one family; each process's samples once."""
+
+    def __init__(self, processes: dict[tuple[str, str], Iterable[Metric]]) -> None:
+        self.processes = processes
+
+    def collect(self) -> Iterator[Metric]:
+        merged: dict[str, Metric] = {}
+        for (deployment, replica), families in self.processes.items():
+            for family in families:
+                into = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    if sample.name.endswith("_created"):
+                        continue
+                    labels = {**sample.labels, "deployment": deployment, "replica": replica}
+                    into.samples.append(sample._replace(labels=labels))
+        yield from merged.values()
+
+
+def exposition(processes: dict[tuple[str, str], Any]) -> bytes:
+    """Prometheus text format 0.0.4 of all processes' metrics, each sample labelled with where it was taken."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Cluster(processes))
+    return generate_latest(registry)

@@ -1,0 +1,123 @@
+"""Which processes on this machine belong to a Dure, and how they are ended: none is left, and none but ours is touched.
+
+Everything that `dure serve` starts inherits a mark in its environment: the process that started it and the folder
+where it keeps its state. A mark whose owner is dead is what a kill -9 left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from deployments.sources import ROOT
+
+MARK = "DURE_OWNER"
+STATE = Path(os.environ.get("DURE_STATE") or ROOT / ".dure").resolve()
+"""Logs and sockets of what is started from here; two copies of Dure with the same folder are one to `dure stop`."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The `dure serve` process that started others; the time tells it from a later process of the same pid."""
+
+    pid: int
+    created: float
+    state: str
+
+    @classmethod
+    def me(cls) -> Owner:
+        return cls(os.getpid(), psutil.Process().create_time(), str(STATE))
+
+    @classmethod
+    def parse(cls, mark: str) -> Owner | None:
+        pid, created, state = [*mark.split(":", 2), "", ""][:3]
+        try:
+            return cls(int(pid), float(created), state)
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return f"{self.pid}:{self.created}:{self.state}"
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def marked() -> Iterator[tuple[psutil.Process, Owner]]:
+    """Living processes that a `dure serve` with this state folder started, with their owners."""
+    for process in psutil.process_iter():
+        try:
+            owner = Owner.parse(process.environ().get(MARK, ""))
+            ours = owner and owner.state == str(STATE) and process.pid not in (os.getpid(), owner.pid)
+            if owner and ours and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, owner
+        except (psutil.Error, OSError):
+            continue
+
+
+def end(owners: set[Owner], patience_s: float = 2.0) -> int:
+    """End all that these owners started: SIGTERM, and SIGKILL after `patience_s`. Returns how many there were."""
+    ended: set[int] = set()
+    for kill in (False, True, True):
+        ours = [process for process, owner in marked() if owner in owners]
+        if not ours:
+            break
+        ended |= {process.pid for process in ours}
+        for process in ours:
+            try:
+                process.kill() if kill else process.terminate()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(ours, patience_s)
+    return len(ended)
+
+
+def end_orphans() -> int:
+    """End what a killed `dure serve` with this state folder left. Returns how many processes there were."""
+    return end({owner for _, owner in marked() if not owner.alive})
+
+
+def socket_folder() -> Path:
+    """A new folder for HAProxy's sockets, whose paths may have 107 characters only; those of the dead are removed."""
+    for old in Path(tempfile.gettempdir()).glob("dure-*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"dure-{os.getpid()}-"))
+
+
+def stop_all(timeout_s: float = 15.0) -> int:
+    """Stop every `dure serve` here in good order, then end what is left. Returns how many there were."""
+    owners = {owner for _, owner in marked()}
+    living = {owner for owner in owners if owner.alive}
+    for owner in living:
+        psutil.Process(owner.pid).terminate()
+    deadline = time.monotonic() + timeout_s
+    while any(owner.alive for owner in living) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for owner in living:
+        if owner.alive:
+            psutil.Process(owner.pid).kill()
+    end(owners)
+    return len(owners)
+
+
+def listener(port: int) -> str:
+    """Who listens on a TCP port, for a message: "pid 123 (haproxy)" where that can be seen."""
+    for connection in psutil.net_connections("tcp"):
+        listening = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
+        if listening and connection.pid:
+            return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return "another process"

@@ -1,0 +1,83 @@
+"""OpenAI's embeddings API."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from deployments.items import Embedding, Text
+from serve import errors
+from serve.metrics import measured
+from serve.routes.common import Body, GraphDep, answer, check_texts
+from serve.settings import Limits
+
+router = APIRouter(tags=["embeddings"])
+
+
+class EmbeddingsRequest(Body):
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+    truncate: bool = True
+    """Dure's own: false makes a text over the model's length a 400."""
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingsRequest, graph: GraphDep) -> Response:
+    """Vectors of one text or many, as texts or as token ids of the model's own tokenizer."""
+    model = graph.model("embedding", body.model)
+    texts = _texts(body.input, graph.settings.limits)
+    with measured(model.name):
+        results: list[Embedding] = await model.results(
+            [Text(text, body.truncate) for text in texts], graph.settings.request_timeout_s, "input"
+        )
+    vectors = _shortened(np.stack([result.vector for result in results]), body.dimensions)
+    tokens = sum(result.tokens for result in results)
+    return answer(
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+                for index, vector in enumerate(vectors)
+            ],
+            "model": model.name,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        }
+    )
+
+
+def _texts(given: str | list[str] | list[int] | list[list[int]], limits: Limits) -> list[str] | list[list[int]]:
+    """One entry per vector. Raises a 400 for what is empty, as OpenAI does."""
+    texts: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    if texts and isinstance(texts[0], list):
+        check_texts([""] * len(texts), "input", limits)
+        too_long = next((number for number, ids in enumerate(texts) if len(ids) > limits.max_text_chars), None)
+        if too_long is not None:
+            raise errors.too_large(f"input.{too_long} has too many tokens", f"input.{too_long}")
+    else:
+        check_texts(texts, "input", limits)
+    empty = next((number for number, text in enumerate(texts) if not text), None)
+    if empty is not None:
+        raise errors.invalid(f"input.{empty} is empty", f"input.{empty}" if len(texts) > 1 else "input")
+    return texts  # type: ignore[no-any-return]
+
+
+def _shortened(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """The first `dimensions` of each vector, of length 1 again."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    if dimensions > vectors.shape[1]:
+        raise errors.invalid(f"dimensions is {dimensions}, the model has {vectors.shape[1]}", "dimensions")
+    cut = vectors[:, :dimensions]
+    return np.ascontiguousarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12))
+
+
+def _encoded(vector: np.ndarray, encoding: str) -> np.ndarray | str:
+    """The vector itself, or base64 of its little-endian float32 bytes."""
+    return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode() if encoding == "base64" else vector

@@ -1,0 +1,45 @@
+"""Is Dure up, and are its models?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from serve.routes.common import GraphDep
+from serve.watch import Watch
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """200 as soon as the ingress runs."""
+    return {"status": "alive"}
+
+
+@router.get("/health")
+async def health(graph: GraphDep) -> JSONResponse:
+    """200 when all models are up, else 503 with what is missing."""
+    models = {name: _model(graph.watch, name) for name in graph.models}
+    missing = [name for name, model in models.items() if model["state"] != "ready"]
+    if not missing:
+        return JSONResponse({"status": "healthy", "model_loaded": True, "models": models})
+    failed = any(models[name]["state"] == "failed" for name in missing)
+    return JSONResponse(
+        {"status": "failed" if failed else "loading", "model_loaded": False, "missing": missing, "models": models},
+        503,
+        {"Retry-After": "5"},
+    )
+
+
+def _model(watch: Watch, name: str) -> dict[str, Any]:
+    state = watch.state(name)
+    replicas = watch.of(name)
+    found: dict[str, Any] = {
+        "state": state,
+        "replicas": sum(replica.event.status == "ready" for replica in replicas),
+        "progress": max((replica.event.progress for replica in replicas), default=0),
+    }
+    return found | ({"reason": watch.reason(name)} if state == "failed" else {})

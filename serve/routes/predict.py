@@ -1,0 +1,33 @@
+"""Next-word prediction."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from deployments.items import Prompt
+from serve.metrics import measured
+from serve.routes.common import Body, GraphDep, answer, check_text
+
+router = APIRouter(tags=["next word"])
+
+
+class PredictRequest(Body):
+    text: str
+    top_k: Annotated[int, Field(ge=1, le=50)] = 5
+    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 0.8
+    complete_word: bool = True
+    model: str | None = None
+
+
+@router.post("/predict")
+async def predict(body: PredictRequest, graph: GraphDep) -> Response:
+    """The likeliest next words, best first; with `complete_word: false`, single tokens."""
+    check_text(body.text, "text", graph.settings.limits)
+    model = graph.model("next_word", body.model)
+    prompt = Prompt(body.text, body.top_k, body.temperature, body.complete_word)
+    with measured(model.name):
+        [words] = await model.results([prompt], graph.settings.request_timeout_s, "text")
+    return answer({"predictions": words, "model": model.name})

@@ -1,0 +1,69 @@
+"""Loading as it happens: server-sent events of every replica's progress."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import orjson
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+
+from serve import errors
+from serve.board import Replica
+from serve.routes.common import GraphDep
+from serve.watch import Watch
+
+router = APIRouter(tags=["models"])
+
+HEARTBEAT_S = 10.0
+
+
+@router.get("/model/upload-stream", response_class=StreamingResponse)
+async def upload_stream(graph: GraphDep, model: str | None = None, follow: bool = False) -> StreamingResponse:
+    """First each replica's present state, then what changes; ends once all shown are ready or failed, or follows on."""
+    if model is not None and model not in graph.models:
+        raise errors.not_found(f"no model {model!r}; there are {', '.join(graph.models)}", "model")
+    names = [model] if model else list(graph.models)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_stream(graph.watch, names, follow), 200, headers, "text/event-stream")
+
+
+async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator[bytes]:
+    shown: dict[str, Replica] = {}
+    with watch.subscribe() as changes:
+        for name in names:
+            for replica in watch.of(name):
+                shown[replica.replica] = replica
+                yield _event(replica)
+        while follow or not _over(names, shown):
+            try:
+                replica = await asyncio.wait_for(changes.get(), HEARTBEAT_S)
+            except TimeoutError:
+                yield b": heartbeat\n\n"
+                continue
+            before = shown.get(replica.replica)
+            if replica.model in names and (before is None or before.event != replica.event):
+                shown[replica.replica] = replica
+                yield _event(replica)
+
+
+def _over(names: list[str], shown: dict[str, Replica]) -> bool:
+    """Every model has shown a replica, and every replica shown has come to an end."""
+    ended = all(replica.event.status in ("ready", "failed") for replica in shown.values())
+    return ended and {replica.model for replica in shown.values()} == set(names)
+
+
+def _event(replica: Replica) -> bytes:
+    event = replica.event
+    data = {
+        "model": replica.model,
+        "replica": replica.replica,
+        "status": event.status,
+        "progress": event.progress,
+        "message": event.message,
+        "message_ko": event.message_ko,
+        "shard": event.shard,
+        "shards": event.shards,
+    }
+    return b"data: " + orjson.dumps(data) + b"\n\n"

@@ -1,0 +1,47 @@
+"""Reranking in the shape that Cohere's and Jina's clients know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from deployments.items import Pair, Score
+from serve.metrics import measured
+from serve.routes.common import Body, GraphDep, answer, check_text, check_texts
+
+router = APIRouter(tags=["rerank"])
+
+
+class Document(Body):
+    text: str
+
+
+class RerankRequest(Body):
+    query: Annotated[str, Field(min_length=1)]
+    documents: list[str | Document]
+    model: str | None = None
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = False
+    truncate: bool = True
+    """Dure's own: false makes a pair over the model's length a 400."""
+
+
+@router.post("/v1/rerank")
+async def rerank(body: RerankRequest, graph: GraphDep) -> Response:
+    """Documents by how well they answer the query, best first, each scored between 0 and 1."""
+    model = graph.model("rerank", body.model)
+    texts = [document if isinstance(document, str) else document.text for document in body.documents]
+    check_text(body.query, "query", graph.settings.limits)
+    check_texts(texts, "documents", graph.settings.limits)
+    with measured(model.name):
+        scores: list[Score] = await model.results(
+            [Pair(body.query, text, body.truncate) for text in texts], graph.settings.request_timeout_s, "documents"
+        )
+    order = sorted(range(len(texts)), key=lambda index: -scores[index].score)[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index].score} for index in order]
+    if body.return_documents:
+        results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
+    tokens = sum(score.tokens for score in scores)
+    return answer({"model": model.name, "results": results, "usage": {"total_tokens": tokens}})

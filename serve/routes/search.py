@@ -1,0 +1,38 @@
+"""Search among the documents of the request."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from serve import errors
+from serve.metrics import measured
+from serve.routes.common import Body, GraphDep, answer, check_text, check_texts
+from serve.services.search import Found
+
+router = APIRouter(tags=["search"])
+
+
+class SearchRequest(Body):
+    query: Annotated[str, Field(min_length=1)]
+    documents: list[str]
+    top_k: Annotated[int, Field(ge=1)] = 5
+
+
+@router.post("/v1/search")
+async def search(body: SearchRequest, graph: GraphDep) -> Response:
+    """Embed, take the nearest, re-rank: the best documents first, scored between 0 and 1."""
+    service = graph.services.get("search")
+    if service is None:
+        raise errors.not_found("search needs a model with task embedding and one with task rerank")
+    check_text(body.query, "query", graph.settings.limits)
+    check_texts(body.documents, "documents", graph.settings.limits)
+    timeout_s = graph.settings.request_timeout_s
+    with measured(service.name):
+        found: Found = await service.call(
+            body.query, body.documents, body.top_k, timeout_s, items=1, timeout_s=timeout_s
+        )
+    results = [{"index": hit.index, "score": hit.score, "document": body.documents[hit.index]} for hit in found.hits]
+    return answer({"results": results, "usage": {"total_tokens": found.tokens}})

@@ -1,0 +1,53 @@
+"""Adverts without a database: one image in, one verdict out. The verdict's shape is enforced while it is decoded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, File, Form, Response, UploadFile
+from pydantic import BaseModel
+
+from deployments.items import Answer, Question
+from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
+from serve.graph import Graph
+from serve.images import read_image
+from serve.metrics import measured
+from serve.routes.common import GraphDep, answer, check_text
+
+router = APIRouter(tags=["vision"])
+
+Verdict = TypeVar("Verdict", bound=BaseModel)
+
+
+@router.post("/v1/vision/validate")
+async def validate(
+    graph: GraphDep,
+    image: Annotated[UploadFile, File()],
+    ad_copy_text: Annotated[str, Form(min_length=1)],
+    prompt: Annotated[str | None, Form()] = None,
+    model: Annotated[str | None, Form()] = None,
+) -> Response:
+    """Does the image fit the ad copy?"""
+    check_text(ad_copy_text, "ad_copy_text", graph.settings.limits)
+    check_text(prompt or "", "prompt", graph.settings.limits)
+    return await _ask(graph, image, validation_prompt(ad_copy_text, prompt), Validation, model)
+
+
+@router.post("/v1/vision/judge")
+async def judge(
+    graph: GraphDep, image: Annotated[UploadFile, File()], model: Annotated[str | None, Form()] = None
+) -> Response:
+    """Is the finished advert good?"""
+    return await _ask(graph, image, JUDGE, Judgement, model)
+
+
+async def _ask(
+    graph: Graph, image: UploadFile, prompt: str, verdict: type[Verdict], model_name: str | None
+) -> Response:
+    model = graph.model("vision", model_name)
+    content = await read_image(image, graph.settings.limits)
+    question = Question(content, prompt, json.dumps(verdict.model_json_schema()))
+    with measured(model.name):
+        answers: list[Answer] = await model.results([question], graph.settings.request_timeout_s, "image")
+    return answer(verdict.model_validate_json(answers[0].json).model_dump())

@@ -1,0 +1,52 @@
+"""Search among documents that the caller brings: embed, take the nearest, re-rank them with the cross-encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from deployments.items import Embedding, Pair, Score, Text
+from serve.graph import Graph
+from serve.settings import Settings
+
+MIN_CANDIDATES = 20
+CANDIDATES_PER_RESULT = 4
+"""How many of the nearest documents the cross-encoder reads: enough to mend the embedder's order."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    index: int
+    score: float
+    """0 to 1, the cross-encoder's."""
+
+
+@dataclass(frozen=True)
+class Found:
+    hits: list[Hit]
+    """Best first."""
+    tokens: int
+
+
+class Search:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, models: dict[str, DeploymentHandle]
+    ) -> None:
+        self.graph = Graph.of(settings, models, {})
+        self.graph.start()
+
+    async def run(self, query: str, documents: list[str], top_k: int, timeout_s: float) -> Found:
+        """The best `top_k` documents. Raises DureError naming the field at fault."""
+        texts = [Text(text) for text in (query, *documents)]
+        embedded: list[Embedding] = await self.graph.model("embedding").results(texts, timeout_s, "documents")
+        vectors = np.stack([each.vector for each in embedded])
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        count = min(len(documents), max(MIN_CANDIDATES, CANDIDATES_PER_RESULT * top_k))
+        nearest = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:count].tolist()
+        pairs = [Pair(query, documents[index]) for index in nearest]
+        scored: list[Score] = await self.graph.model("rerank").results(pairs, timeout_s, "documents")
+        hits = [Hit(index, score.score) for index, score in zip(nearest, scored, strict=True)]
+        tokens = sum(each.tokens for each in embedded) + sum(each.tokens for each in scored)
+        return Found(sorted(hits, key=lambda hit: -hit.score)[:top_k], tokens)

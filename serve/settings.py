@@ -1,0 +1,206 @@
+"""What a config file may say. A file is a Ray Serve config; `args` of its application is what stands here."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deployments.spec import ModelSpec, Precision
+
+TASKS = ("next_word", "vision", "embedding", "rerank")
+
+
+class SettingsError(Exception):
+    """A config file that can't be served: one line for each thing to change."""
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys, naming the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            unknown = [key for key in data if key not in cls.model_fields]
+            if unknown:
+                raise ValueError("; ".join(unknown_name(str(key), "key", list(cls.model_fields)) for key in unknown))
+        return data
+
+
+def unknown_name(name: str, kind: str, known: list[str]) -> str:
+    """Says that `name` is not known, and which name was meant or which there are."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+def _known_task(task: str) -> str:
+    if task not in TASKS and not (
+        ":" in task and all(part.isidentifier() for part in task.replace(":", ".").split("."))
+    ):
+        raise ValueError(unknown_name(task, "task", [*TASKS, "MODULE:CLASS"]))
+    return task
+
+
+class Autoscaling(Strict):
+    """How many replicas a model has, by the requests waiting and running in each."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(16, gt=0)
+    upscale_delay_s: float = Field(10, ge=0)
+    downscale_delay_s: float = Field(300, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Autoscaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+
+class ModelSettings(Strict):
+    task: Annotated[str, AfterValidator(_known_task)] = Field(
+        description="next_word, vision, embedding, rerank, or MODULE:CLASS of your own engine"
+    )
+    source: str = Field(min_length=1, description="folder, package:IMPORT_NAME/FOLDER, or hub id with revision")
+    revision: str | None = Field(None, description="commit or tag on the hub")
+    precision: Precision = "auto"
+    num_gpus: float = Field(0, ge=0, description="share of a GPU per replica")
+    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray books per replica, for placement only")
+    threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
+    autoscaling: Autoscaling = Autoscaling()
+    max_batch_items: int = Field(32, ge=1)
+    batch_wait_ms: float = Field(2, ge=0, le=1000)
+    max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
+
+    def spec(self, name: str) -> ModelSpec:
+        """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces fp32."""
+        return ModelSpec(
+            name=name,
+            task=self.task,
+            source=self.source,
+            revision=self.revision,
+            precision=self.precision if optimised() else "fp32",
+            threads=self.threads,
+            max_batch_items=self.max_batch_items,
+            batch_wait_s=self.batch_wait_ms / 1000,
+        )
+
+
+class Limits(Strict):
+    """What one request may hold; over it 413 or 400."""
+
+    max_body_mb: float = Field(25, gt=0)
+    max_text_chars: int = Field(200_000, ge=1)
+    max_list_items: int = Field(2048, ge=1)
+    max_image_mb: float = Field(20, gt=0)
+    max_image_megapixels: float = Field(50, gt=0)
+
+
+class ServiceSettings(Strict):
+    """A composed service: its deployment's size and its bound."""
+
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.1, ge=0)
+    max_queue: int = Field(24, ge=1, description="requests waiting or running, per ingress replica; over it 429")
+
+
+class IngressSettings(Strict):
+    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.1, ge=0)
+    cors_origins: list[str] = []
+
+
+class Settings(Strict):
+    """`applications[0].args` of a config file."""
+
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], ModelSettings] = Field(
+        min_length=1
+    )
+    ingress: IngressSettings = IngressSettings()
+    search: ServiceSettings = ServiceSettings()
+    limits: Limits = Limits()
+    request_timeout_s: float = Field(120, gt=0, description="a request's deadline; over it 504")
+    load_wait_s: float = Field(
+        60, ge=0, description="how long a request waits for a model that is loading; over it 503"
+    )
+    drain_s: float = Field(30, ge=0, description="how long a replica that stops may finish its requests")
+
+    @model_validator(mode="after")
+    def _reserved_names(self) -> "Settings":
+        taken = sorted({"ingress", "search"} & set(self.models))
+        if taken:
+            raise ValueError(f"models can't be named {', '.join(taken)}: deployments of Dure itself have that name")
+        return self
+
+
+def optimised() -> bool:
+    """USE_OPTIMIZED_MODELS, true where it is not set."""
+    value = os.environ.get("USE_OPTIMIZED_MODELS", "true").strip().lower()
+    if value not in ("true", "false", "1", "0"):
+        raise SettingsError(f"USE_OPTIMIZED_MODELS={value!r} is neither true nor false")
+    return value in ("true", "1")
+
+
+class ConfigFile(BaseModel):
+    """A config file: what `dure serve` itself needs of it, and the whole of it for Ray Serve."""
+
+    path: Path
+    host: str
+    port: int
+    settings: Settings
+    document: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        return f"http://{host}:{self.port}"
+
+
+def read_config(path: Path) -> ConfigFile:
+    """Read and check a config file. Raises SettingsError with a line for each thing to change."""
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict) or not document.get("applications"):
+        raise SettingsError(f"{path}: a config file has `applications`, a list of one; see configs/local.yaml")
+    try:
+        ServeDeploySchema.model_validate(document)
+        settings = Settings.model_validate(document["applications"][0].get("args") or {})
+    except ValidationError as error:
+        at = "applications.0.args" if error.title == "Settings" else ""
+        raise SettingsError("\n".join(f"{path}: {line}" for line in explain(error, at))) from error
+    http = document.get("http_options") or {}
+    return ConfigFile(
+        path=path,
+        host=http.get("host") or "127.0.0.1",
+        port=http.get("port") or 8000,
+        settings=settings,
+        document=document,
+    )
+
+
+def explain(error: ValidationError, at: str = "") -> list[str]:
+    """A line per problem: the path, what is wrong, the value, and the nearest value that would do."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in ([at] if at else []) + list(problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        value = problem.get("input")
+        if problem["type"] == "literal_error":
+            known = [word.strip(" '") for word in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
+            message = unknown_name(str(value), "value", known)
+        elif isinstance(value, str | int | float | bool | None) and problem["type"] != "missing":
+            message += f" (it is {value!r})"
+        lines.append(f"{path}: {message}")
+    return lines

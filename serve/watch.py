@@ -1,0 +1,100 @@
+"""A process's own copy of the board, kept current, which routes read and streams subscribe to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from serve.board import HISTORY, LISTEN_S, Changes, Key, Replica, board
+
+logger = logging.getLogger("ray.serve")
+
+CONSTRUCTOR_TRIES = 2
+"""How often Serve tries to start a replica before the deployment has failed for good."""
+
+State = Literal["loading", "ready", "failed"]
+
+
+class Watch:
+    def __init__(self, models: list[str]) -> None:
+        self.models = models
+        self.replicas: dict[Key, Replica] = {}
+        self._subscribers: set[asyncio.Queue[Replica]] = set()
+        self._changed = asyncio.Event()
+        self._epoch, self._sequence = "", 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to listen; needs a running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._listen())
+
+    def of(self, model: str) -> list[Replica]:
+        return [replica for key, replica in self.replicas.items() if key[0] == model]
+
+    def state(self, model: str) -> State:
+        """`failed` once as many replicas have failed as Serve will try."""
+        statuses = [replica.event.status for replica in self.of(model)]
+        if "ready" in statuses:
+            return "ready"
+        if len(statuses) >= CONSTRUCTOR_TRIES and all(status == "failed" for status in statuses):
+            return "failed"
+        return "loading"
+
+    def reason(self, model: str) -> str:
+        """Why a model failed."""
+        failures = [r.event.message for r in self.of(model) if r.event.status == "failed"]
+        return failures[-1].removeprefix("Failed: ") if failures else ""
+
+    async def settled(self, model: str, timeout_s: float) -> State:
+        """The model's state once it is no longer loading, or at the end of the wait."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while (state := self.state(model)) == "loading":
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                break
+        return state
+
+    @contextmanager
+    def subscribe(self) -> Iterator[asyncio.Queue[Replica]]:
+        """A queue of every change from now on; one who never reads loses the oldest."""
+        queue: asyncio.Queue[Replica] = asyncio.Queue(HISTORY)
+        self._subscribers.add(queue)
+        try:
+            yield queue
+        finally:
+            self._subscribers.discard(queue)
+
+    async def _listen(self) -> None:
+        actor: Any = None
+        while True:
+            try:
+                actor = actor or await asyncio.to_thread(board)
+                heard = actor.listen.remote(self._epoch, self._sequence)
+                self._take(await asyncio.wait_for(heard, LISTEN_S + 5))
+            except Exception as error:  # the board restarts by itself; until then the last copy holds
+                logger.warning("the board can't be heard: %r", error)
+                actor = None
+                await asyncio.sleep(0.5)
+
+    def _take(self, changes: Changes) -> None:
+        self._epoch, self._sequence = changes.epoch, changes.sequence
+        if changes.whole:
+            self.replicas = {}
+        for key, replica in changes.states:
+            if replica is None:
+                self.replicas.pop(key, None)
+                continue
+            self.replicas[key] = replica
+            for queue in self._subscribers:
+                if queue.full():
+                    queue.get_nowait()
+                queue.put_nowait(replica)
+        self._changed.set()
+        self._changed = asyncio.Event()

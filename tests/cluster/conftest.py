@@ -1,0 +1,53 @@
+"""One cluster for all tests here: the models of configs/local.yaml and an engine of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.dure import ROOT, Dure, config_file, free_port
+
+ORIGIN = "https://app.example.org"
+
+
+@pytest.fixture(scope="session")
+def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
+    folder = tmp_path_factory.mktemp("dure")
+    (folder / "seconds_per_shard").write_text("0.01")
+    models = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"]
+    models["shout"] = {
+        "task": "tests.engines:Shout",
+        "source": str(folder),
+        "max_queue": 8,
+        "max_batch_items": 4,
+        "batch_wait_ms": 20,
+    }
+    port = free_port()
+    config = config_file(
+        folder,
+        models,
+        port,
+        ingress={"cors_origins": [ORIGIN]},
+        limits={"max_body_mb": 4, "max_image_mb": 2, "max_text_chars": 120_000, "max_image_megapixels": 20},
+        request_timeout_s=15,
+    )
+    running = Dure(config, folder / "state", port)
+    try:
+        yield running.wait_ready()
+    finally:
+        running.kill()
+
+
+@pytest.fixture(scope="session")
+def client(dure: Dure) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=dure.url, timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def logs(dure: Dure) -> Path:
+    return dure.state.parent / "logs"

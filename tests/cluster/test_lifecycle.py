@@ -1,0 +1,234 @@
+"""Starting and stopping `dure serve`: nothing is left, nothing of others is touched, every failure is clear."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.dure import Dure, config_file, free_port
+
+Start = Callable[..., Dure]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a `dure serve` with one light model of a user's own engine."""
+    started: list[Dure] = []
+    (tmp_path / "seconds_per_shard").write_text("0.01")
+
+    def launch(models: dict[str, Any] | None = None, port: int | None = None, **args: Any) -> Dure:
+        port = port or free_port()
+        models = models or {"shout": {"task": "tests.engines:Shout", "source": str(tmp_path)}}
+        started.append(Dure(config_file(tmp_path, models, port, **args), tmp_path / "state", port))
+        return started[-1]
+
+    yield launch
+    for each in started:
+        each.kill()
+
+
+def is_over(dure: Dure, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while dure.process.poll() is None or dure.processes():
+        assert time.monotonic() < deadline, (dure.process.poll(), [p.cmdline() for p in dure.processes()])
+        time.sleep(0.1)
+
+
+def test_a_signal_to_the_whole_group_leaves_nothing(start: Start) -> None:
+    dure = start().wait_ready()
+    names = {process.name() for process in dure.processes()}
+    assert "haproxy" in names
+    os.killpg(dure.process.pid, signal.SIGTERM)
+    is_over(dure, 15)
+    assert dure.ended(1) == 0
+
+
+def test_interrupting_while_models_load_leaves_nothing(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "seconds_per_shard").write_text("30")
+    dure = start()
+    dure.wait_for("shout: 15%")
+    dure.process.send_signal(signal.SIGINT)
+    is_over(dure, 15)
+
+
+def test_what_a_kill_9_left_is_cleared_and_nothing_else(start: Start) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], env={**os.environ})
+    dure = start().wait_ready()
+    port = int(dure.url.rpartition(":")[2])
+    dure.process.kill()
+    for process in dure.processes():
+        process.kill() if process.name() != "haproxy" else None
+    assert dure.command("stop").returncode == 0
+    is_over(dure, 5)
+    again = start(port=port).wait_ready()
+    again.process.kill()
+    third = start(port=port).wait_ready()  # the start itself clears what is left
+    assert httpx.get(f"{third.url}/health").status_code == 200
+    stopped = third.command("stop")
+    assert stopped.stdout.strip() == "Stopped 1", stopped.stderr
+    is_over(third, 15)
+    assert bystander.poll() is None
+    bystander.kill()
+
+
+def test_a_port_that_is_taken_is_one_clear_line(start: Start) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        dure = start(port=port)
+        assert dure.ended(30) == 2
+    assert len(dure.output) == 1
+    assert str(port) in dure.said
+    assert str(os.getpid()) in dure.said
+
+
+def test_a_model_that_fails_for_good_ends_it_with_the_reason(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    dure = start()
+    assert dure.ended(120) == 1
+    assert "is in the way" in dure.output[-1]
+    is_over(dure, 5)
+
+
+def test_wrong_settings_are_refused_before_anything_starts(start: Start, tmp_path: Path) -> None:
+    dure = start(models={"a": {"task": "embeding", "source": "x", "precison": "fp32"}})
+    assert dure.ended(30) == 2
+    assert "applications.0.args.models.a" in dure.said
+    assert "'precision'" in dure.said
+
+
+def test_a_request_waits_for_a_loading_model(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "seconds_per_shard").write_text("1.5")
+    dure = start(load_wait_s=60)
+    url = f"{dure.url}/v1/models/shout/run"
+    dure.wait_for("shout: 40%")
+    assert httpx.get(f"{dure.url}/health/live").status_code == 200
+    loading = httpx.get(f"{dure.url}/health")
+    assert loading.status_code == 503
+    assert loading.json()["status"] == "loading"
+    assert loading.json()["missing"] == ["shout"]
+    answer = httpx.post(url, json={"items": [{"say": "patience"}]}, timeout=90)
+    assert answer.status_code == 200
+    with httpx.stream("GET", f"{dure.url}/model/upload-stream", timeout=30) as stream:
+        assert '"status":"ready"' in stream.read().decode()
+
+
+def test_progress_of_a_load_is_seen_live_and_never_goes_back(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "seconds_per_shard").write_text("2")
+    dure = start(load_wait_s=0.2)
+    dure.wait_for("Building the graph")
+    seen = []
+    deadline = time.monotonic() + 60
+    while not seen:
+        assert time.monotonic() < deadline
+        try:
+            with httpx.stream("GET", f"{dure.url}/model/upload-stream", timeout=30) as stream:
+                if stream.status_code != 200:
+                    time.sleep(0.1)
+                    continue
+                refused = httpx.post(f"{dure.url}/v1/models/shout/run", json={"items": [{"say": "now"}]})
+                seen = [line for line in stream.iter_lines() if line.startswith("data: ")]
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "loading"
+    percents = [float(line.partition('"progress":')[2].partition(",")[0]) for line in seen]
+    assert percents == sorted(percents)
+    assert len(percents) >= 4
+    assert {40.0, 55.0, 70.0, 85.0, 100.0} & set(percents) >= {70.0, 85.0, 100.0}
+    assert any("체크포인트 로드 중 3/4... 75%" in line for line in seen)
+    assert '"status":"ready"' in seen[-1]
+
+
+def test_status_and_predict_commands(start: Start) -> None:
+    dure = start().wait_ready()
+    table = dure.command("status")
+    assert table.returncode == 0
+    assert "shout" in table.stdout
+    assert "ready" in table.stdout
+    refused = dure.command("predict", "오늘 날씨가")
+    assert refused.returncode == 1
+    assert "no model with task next_word" in refused.stderr
+
+
+def test_commands_say_when_nothing_runs(start: Start, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "serve.cli", "status", "--url", f"http://127.0.0.1:{free_port()}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "is `dure serve` running?" in process.stderr
+
+
+def test_deploys_into_a_running_cluster(start: Start, tmp_path: Path) -> None:
+    """RAY_ADDRESS: the application goes into a cluster that someone else started and goes on without Dure's command."""
+    port = free_port()
+    models = {"shout": {"task": "tests.engines:Shout", "source": str(tmp_path)}}
+    config = config_file(tmp_path, models, port)
+    gcs = free_port()
+    environment = cluster_environment()
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    head = subprocess.Popen(
+        [*ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--include-dashboard=false"],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        time.sleep(5)
+        dure = Dure(config, tmp_path / "state", port, RAY_ADDRESS=f"127.0.0.1:{gcs}", **environment)
+        assert dure.ended(120) == 0, dure.said
+        assert "Ready: " in dure.said
+        assert (
+            httpx.post(f"{dure.url}/v1/models/shout/run", json={"items": [{"say": "there"}]}, timeout=30).json()[
+                "results"
+            ][0]["said"]
+            == "THERE"
+        )
+        assert dure.command("stop").stdout.strip() == "Stopped"
+        assert head.poll() is None
+    finally:
+        group = [p for p in psutil.process_iter() if _session(p) == head.pid]
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(20)
+        for process in [*group, *(p for p in psutil.process_iter() if str(tmp_path) in " ".join(_words(p)))]:
+            if process.is_running():
+                process.kill()
+
+
+def cluster_environment() -> dict[str, str]:
+    from serve.environment import local_environment
+
+    return local_environment(Path(tempfile.mkdtemp(prefix="dure-test-")))
+
+
+def _session(process: psutil.Process) -> int:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return 0
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

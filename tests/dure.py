@@ -1,0 +1,125 @@
+"""Runs the real `dure` for tests: its own port, state folder and config."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 150.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:
+    """A config like configs/local.yaml with other models and settings."""
+    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    document["http_options"]["port"] = port
+    document["logging_config"]["logs_dir"] = str(folder / "logs")
+    document["applications"][0]["args"] |= {"models": models, **args}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document, allow_unicode=True))
+    return path
+
+
+class Dure:
+    """A `dure serve` in a process group of its own, and everything it printed."""
+
+    def __init__(self, config: Path, state: Path, port: int, **environment: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.state = state
+        self.environment = {**os.environ, "DURE_STATE": str(state), "HF_HUB_OFFLINE": "1", **environment}
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=self.environment,
+            start_new_session=True,
+        )
+        self.output: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.output.append(line.rstrip())
+
+    @property
+    def said(self) -> str:
+        return "\n".join(self.output)
+
+    def wait_ready(self, seconds: float = READY_S) -> Dure:
+        self.wait_for("Ready: ", seconds)
+        return self
+
+    def wait_for(self, text: str, seconds: float = READY_S) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.said:
+            assert self.process.poll() is None, f"dure serve ended: {self.said}"
+            assert time.monotonic() < deadline, f"no {text!r} after {seconds} s: {self.said}"
+            time.sleep(0.1)
+
+    def ended(self, seconds: float) -> int:
+        """The exit code, once it has ended by itself."""
+        code = self.process.wait(seconds)
+        self.reader.join(5)
+        return code
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes that this Dure started, itself not among them."""
+        return [process for process in psutil.process_iter() if str(self.state) in _mark(process)]
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "serve.cli", *words],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**self.environment, "DURE_URL": self.url},
+            timeout=60,
+            check=False,
+        )
+
+    def kill(self) -> None:
+        """End what a failed test may have left."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for process in self.processes():
+            process.kill()
+
+
+def _mark(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("DURE_OWNER", "") if process.status() != psutil.STATUS_ZOMBIE else ""
+    except (psutil.Error, OSError):
+        return ""
+
+
+def curls(markdown: str) -> list[str]:
+    """The shell commands of a document's ```bash blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", markdown, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]

@@ -1,0 +1,42 @@
+"""An engine of a user's own, as the README shows it, with handles for tests to make it slow, fail or die."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from deployments.progress import LoadProgress
+from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
+
+
+class Shout:
+    """Answers `{"say": text}` in capitals; `wait` seconds long; `fail` trips over the item."""
+
+    facts = Facts("cpu", "fp32", False, 0)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Shout:
+        if (folder / "broken").exists():
+            raise CheckpointError(f"{folder / 'broken'} is in the way")
+        for shard in range(1, 5):
+            time.sleep(float((folder / "seconds_per_shard").read_text()))
+            progress.checkpoint(25 * shard, shard, 4)
+        return cls()
+
+    def warm_up(self) -> None:
+        pass
+
+    def prepare(self, request: Any) -> dict[str, Any]:
+        if not isinstance(request, dict) or "say" not in request:
+            raise ItemError("an item is an object with `say`")
+        return request
+
+    def cost(self, item: dict[str, Any]) -> int:
+        return len(item["say"])
+
+    def run(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if any(item.get("fail") for item in items):
+            raise RuntimeError("the engine tripped, as it was asked to")
+        time.sleep(max(item.get("wait", 0) for item in items))
+        return [{"said": item["say"].upper(), "batch": len(items)} for item in items]
