@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,12 +22,18 @@ MAX_STALL_S = 600.0
 """An engine that has not come back from one batch for this long is dead."""
 
 
+_FAILED = "the model failed on this item; the reason is in the replica's log"
+
+
 class EngineDead(Exception):
     """The engine fails whatever it is given, so the replica has to be replaced."""
 
 
 class Batcher:
-    """Collects items into batches and runs them on the engine's own thread.
+    """Holds items until the engine is free, then hands `@serve.batch` all that wait, up to the batch limit, as one.
+
+    Left to itself `@serve.batch` closes the next batch while the last one runs: at its timeout, nearly empty. So it is
+    given a batch that is ready, with its size set to match and no timeout.
 
     An item that makes a batch fail fails alone: the batch is run again one item at a time.
     """
@@ -38,26 +45,52 @@ class Batcher:
         self.failures = 0
         self.last_error = ""
         self.busy_since: float | None = None
-        self._batched = serve.batch(max_batch_size=spec.max_batch_items, batch_wait_timeout_s=spec.batch_wait_s)(
-            self._run
-        )
+        self.max_items = spec.max_batch_items
+        self._items: deque[tuple[Any, asyncio.Future[Any]]] = deque()
+        self._arrived = asyncio.Event()
+        self._batched = serve.batch(max_batch_size=spec.max_batch_items, batch_wait_timeout_s=0)(self._run)
+        self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
     async def submit(self, item: Any) -> Any:
-        """The item's result, or a Refusal."""
+        """The item's result, or a Refusal. An item whose caller is cancelled while it waits is never run."""
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._items.append((item, result))
+        self._arrived.set()
         self.waiting += 1
         QUEUE.set(self.waiting)
         try:
-            return await self._batched(item)
+            return await result
         finally:
             self.waiting -= 1
             QUEUE.set(self.waiting)
 
     def check(self) -> None:
         """Raises EngineDead where the engine hangs, or has failed several batches in a row, item by item."""
+        if self._pumping.done():
+            raise EngineDead(f"no batches are made any more: {self._pumping!r}")
         if self.busy_since is not None and time.monotonic() - self.busy_since > MAX_STALL_S:
             raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
         if self.failures >= FAILURES_BEFORE_DEAD:
             raise EngineDead(f"the engine failed {self.failures} batches in a row: {self.last_error}")
+
+    async def _pump(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while batch := self._next_batch():
+                self._batched.set_max_batch_size(len(batch))
+                results = await asyncio.gather(*(self._batched(item) for item, _ in batch), return_exceptions=True)
+                for (_, future), result in zip(batch, results, strict=True):
+                    if not future.done():
+                        future.set_result(Refusal(_FAILED, "failed") if isinstance(result, BaseException) else result)
+
+    def _next_batch(self) -> list[tuple[Any, asyncio.Future[Any]]]:
+        batch: list[tuple[Any, asyncio.Future[Any]]] = []
+        while self._items and len(batch) < self.max_items:
+            item, future = self._items.popleft()
+            if not future.done():
+                batch.append((item, future))
+        return batch
 
     async def _run(self, items: list[Any]) -> list[Any]:
         loop = asyncio.get_running_loop()
@@ -87,7 +120,7 @@ class Batcher:
             self.last_error = repr(error)
             if _out_of_memory(error):
                 return [Refusal("this item alone needs more memory than there is; make it smaller", "too_large")]
-            return [Refusal("the model failed on this item; the reason is in the replica's log", "failed")]
+            return [Refusal(_FAILED, "failed")]
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -11,9 +11,9 @@ from ray.serve._private import replica as serve_replica
 def keep_to_loopback() -> None:
     """Bind the port through which replicas call each other to 127.0.0.1 on a node whose address that is.
 
-    Serve binds it to all addresses and takes pickled calls there without Ray's token, so on a laptop in a foreign
-    network anyone could run code. There is no setting; the port is opened after a replica's constructor, so calling
-    this in a constructor is in time. On a cluster nodes must reach each other: keep those ports inside its network.
+    Serve binds it to all addresses and has no setting for it. Ray's token guards it, but a port that nobody outside
+    needs is better closed. It is opened after a replica's constructor, so calling this in a constructor is in time.
+    On a cluster of several machines it stays as it is: they must reach each other.
     """
     if not ray.util.get_node_ip_address().startswith("127."):
         return

@@ -12,11 +12,10 @@ from typing import Any, Protocol
 from ray import serve
 
 from deployments.batching import Batcher
-from deployments.engines import Engine, engine_class
+from deployments.engines import Engine, load_engine
 from deployments.loopback import keep_to_loopback
 from deployments.metrics import GPU_MEMORY, LOAD_SECONDS, REGISTRY, WEIGHTS
 from deployments.progress import LoadEvent, LoadProgress
-from deployments.sources import resolve
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal, TooLarge
 
 PREPARING_THREADS = 2
@@ -67,12 +66,10 @@ class ModelReplica:
         progress.ready()
 
     def _load(self, progress: LoadProgress) -> Engine[Any, Any, Any]:
-        engine = engine_class(self.spec.task)
         import torch
 
         torch.set_num_threads(self.spec.threads or len(os.sched_getaffinity(0)))
-        folder = resolve(self.spec.source, self.spec.revision)
-        loaded = engine.load(self.spec, folder, progress)
+        loaded = load_engine(self.spec, progress)
         progress.loaded()
         loaded.warm_up()
         if torch.cuda.is_available():

@@ -22,7 +22,6 @@ class ModelSpec:
     threads: int | None = None
     """CPU threads for one batch; all cores where left out."""
     max_batch_items: int = 32
-    batch_wait_s: float = 0.002
 
 
 class CheckpointError(Exception):

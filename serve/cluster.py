@@ -24,7 +24,7 @@ from serve.watch import CONSTRUCTOR_TRIES
 OBJECT_STORE_BYTES = 256 * 2**20
 """Requests travel between replicas by gRPC; Ray's object store holds next to nothing."""
 POLL_S = 0.5
-STATUS_S = 2.0
+STATUS_S = 0.5
 LONGEST_REASON = 1000
 
 

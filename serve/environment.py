@@ -19,6 +19,7 @@ EVERYWHERE = {
     "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),
     "RAY_ROTATION_BACKUP_COUNT": str(LOG_FILES),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 lets anything else on the machine go first
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -75,7 +75,6 @@ class ModelSettings(Strict):
     threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
     autoscaling: Autoscaling = Autoscaling()
     max_batch_items: int = Field(32, ge=1)
-    batch_wait_ms: float = Field(2, ge=0, le=1000)
     max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
 
     def spec(self, name: str) -> ModelSpec:
@@ -88,7 +87,6 @@ class ModelSettings(Strict):
             precision=self.precision if optimised() else "fp32",
             threads=self.threads,
             max_batch_items=self.max_batch_items,
-            batch_wait_s=self.batch_wait_ms / 1000,
         )
 
 

@@ -7,10 +7,12 @@ An engine is one class in one file; to serve a new kind of model, write one and 
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from deployments.progress import LoadProgress
+from deployments.sources import resolve
 from deployments.spec import CheckpointError, Facts, ModelSpec
 
 Request = TypeVar("Request", contravariant=True)
@@ -45,6 +47,18 @@ class Engine(Protocol[Request, Item, Result]):
 
     def run(self, items: list[Item]) -> list[Result]:
         """One result per item, in order."""
+
+
+def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
+    """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
+    engine = engine_class(spec.task)
+    folder = resolve(spec.source, spec.revision)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return engine.load(spec, folder, progress)
 
 
 def engine_class(task: str) -> type[Engine[Any, Any, Any]]:

@@ -13,7 +13,7 @@ from serve.graph import Graph
 from serve.settings import Limits
 
 
-def _graph(request: Request) -> Graph:
+async def _graph(request: Request) -> Graph:
     graph: Graph = request.app.state.graph
     return graph
 

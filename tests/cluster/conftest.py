@@ -24,7 +24,6 @@ def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
         "source": str(folder),
         "max_queue": 8,
         "max_batch_items": 4,
-        "batch_wait_ms": 20,
     }
     port = free_port()
     config = config_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from tests.dure import Dure, config_file, free_port
+from serve.environment import local_environment
+from tests.dure import ROOT, Dure, config_file, free_port
 
 Start = Callable[..., Dure]
 
@@ -179,56 +180,41 @@ def test_commands_say_when_nothing_runs(start: Start, tmp_path: Path) -> None:
 
 def test_deploys_into_a_running_cluster(start: Start, tmp_path: Path) -> None:
     """RAY_ADDRESS: the application goes into a cluster that someone else started and goes on without Dure's command."""
-    port = free_port()
-    models = {"shout": {"task": "tests.engines:Shout", "source": str(tmp_path)}}
-    config = config_file(tmp_path, models, port)
-    gcs = free_port()
-    environment = cluster_environment()
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    port, gcs = free_port(), free_port()
+    config = config_file(tmp_path, {"shout": {"task": "tests.engines:Shout", "source": str(tmp_path)}}, port)
+    sockets = Path(tempfile.mkdtemp(prefix="dure-test-"))
+    environment = local_environment(sockets) | {"DURE_OWNER": f"0:0:{tmp_path / 'state'}"}
+    options = ["--head", "--block", "--include-dashboard=false", "--num-cpus=2", f"--port={gcs}"]
     head = subprocess.Popen(
-        [*ray, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--include-dashboard=false"],
+        [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
         env={**os.environ, **environment},
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
+    dure = None
     try:
-        time.sleep(5)
+        wait_for_port(gcs)
         dure = Dure(config, tmp_path / "state", port, RAY_ADDRESS=f"127.0.0.1:{gcs}", **environment)
         assert dure.ended(120) == 0, dure.said
         assert "Ready: " in dure.said
-        assert (
-            httpx.post(f"{dure.url}/v1/models/shout/run", json={"items": [{"say": "there"}]}, timeout=30).json()[
-                "results"
-            ][0]["said"]
-            == "THERE"
-        )
+        items = {"items": [{"say": "there"}]}
+        answer = httpx.post(f"{dure.url}/v1/models/shout/run", json=items, timeout=30).json()
+        assert answer["results"][0]["said"] == "THERE"
         assert dure.command("stop").stdout.strip() == "Stopped"
-        assert head.poll() is None
+        assert head.poll() is None, "the cluster is another's and stays"
     finally:
-        group = [p for p in psutil.process_iter() if _session(p) == head.pid]
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(20)
-        for process in [*group, *(p for p in psutil.process_iter() if str(tmp_path) in " ".join(_words(p)))]:
-            if process.is_running():
-                process.kill()
+        head.kill()
+        for process in dure.processes() if dure else []:
+            process.kill()
+        shutil.rmtree(sockets)
 
 
-def cluster_environment() -> dict[str, str]:
-    from serve.environment import local_environment
-
-    return local_environment(Path(tempfile.mkdtemp(prefix="dure-test-")))
-
-
-def _session(process: psutil.Process) -> int:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return 0
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
