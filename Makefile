@@ -3,6 +3,8 @@ CONFIG ?= configs/local.yaml
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: serve stop test lint demo demo-check
 
 serve: $(INSTALLED)

@@ -22,7 +22,7 @@ class Word:
     text: str
     """Without spaces."""
     append: str
-    """What to append to the input, with the space before a new word."""
+    """What to append to the input: with the space before a new word, unless the input ends in one."""
     confidence: float
     """Product of the probabilities of the word's tokens, the first at the temperature."""
 

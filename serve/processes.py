@@ -6,6 +6,7 @@ where it keeps its state. A mark whose owner is dead is what a kill -9 left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -116,8 +117,9 @@ def stop_all(timeout_s: float = 15.0) -> int:
 
 def listener(port: int) -> str:
     """Who listens on a TCP port, for a message: "pid 123 (haproxy)" where that can be seen."""
-    for connection in psutil.net_connections("tcp"):
-        listening = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
-        if listening and connection.pid:
-            return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            listening = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
+            if listening and connection.pid:
+                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()})"
     return "another process"

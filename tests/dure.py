@@ -33,7 +33,7 @@ def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) ->
     document["logging_config"]["logs_dir"] = str(folder / "logs")
     document["applications"][0]["args"] |= {"models": models, **args}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document, allow_unicode=True))
+    path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False))
     return path
 
 

@@ -105,7 +105,7 @@ class Predictor:
         words = [[token] for token, _ in candidates]
         if prompt.complete_word:
             self._complete(words, confidences, read.past_key_values)
-        return self._best(words, confidences, prompt.top_k)
+        return self._best(words, confidences, item)
 
     def _complete(self, words: list[list[int]], confidences: list[float], cache: object) -> None:
         """Append to each word its likeliest next tokens until it ends, and multiply their probabilities."""
@@ -124,11 +124,13 @@ class Predictor:
                 confidences[row] *= float(probability[row])
             latest = token[:, None]
 
-    def _best(self, words: list[list[int]], confidences: list[float], top_k: int) -> list[Word]:
+    def _best(self, words: list[list[int]], confidences: list[float], item: Prefix) -> list[Word]:
         best: dict[str, Word] = {}
         for ids, confidence in zip(words, confidences, strict=True):
             append = "".join(self.tokens[id] for id in ids).replace(WORD_START, " ")
+            if item.begins_word:
+                append = append.lstrip()
             text = "".join(append.split())
             if text and (text not in best or best[text].confidence < confidence):
                 best[text] = Word(text, append, confidence)
-        return sorted(best.values(), key=lambda word: -word.confidence)[:top_k]
+        return sorted(best.values(), key=lambda word: -word.confidence)[: item.prompt.top_k]

@@ -1,0 +1,96 @@
+"""`make demo-check`: how good the demo checkpoints are on held-out data, run by the engines that serve them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from itertools import islice
+from typing import Any
+
+import yaml
+from PIL import Image
+from pydantic import BaseModel
+
+from demo.adverts import check as adverts
+from demo.next_word import check as next_word
+from demo.rerank import check as rerank
+from deployments.engines import load_engine
+from deployments.items import Pair, Prompt, Question
+from deployments.progress import LoadProgress
+from deployments.sources import ROOT
+from deployments.spec import ModelSpec
+
+BATCH = 8
+
+
+def engine(name: str) -> Any:
+    """The engine of a model as configs/local.yaml serves it."""
+    settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"][name]
+    return load_engine(ModelSpec(name, settings["task"], settings["source"]), LoadProgress(lambda _: None))
+
+
+def check_next_word() -> bool:
+    predictor = engine("predictor")
+
+    def predict(text: str, top_k: int) -> list[str]:
+        [words] = predictor.run([predictor.prepare(Prompt(text, top_k))])
+        return [word.text for word in words]
+
+    figures = next_word.evaluate(predict)
+    print(f"true next eojeol among the top five: {figures.share:.1%} of {figures.prefixes} prefixes, wanted 50%")
+    for text, words in figures.shown.items():
+        print(f"  {text} -> {', '.join(words)}")
+    return figures.good_enough
+
+
+def check_adverts() -> bool:
+    vision = engine("vision")
+    cases = adverts.heldout()
+    given: list[BaseModel] = []
+    remaining = iter(cases)
+    while batch := list(islice(remaining, BATCH)):
+        questions = [Question(_png(case.image()), case.prompt, _schema(type(case.answer))) for case in batch]
+        answers = vision.run([vision.prepare(question) for question in questions])
+        given += [type(case.answer).model_validate_json(a.json) for case, a in zip(batch, answers, strict=True)]
+    figures = adverts.evaluate(cases, given)
+    print(figures)
+    return figures.ok
+
+
+def check_rerank() -> bool:
+    reranker = engine("reranker")
+
+    def score(query: str, documents: list[str]) -> list[float]:
+        return [each.score for each in reranker.run([reranker.prepare(Pair(query, text)) for text in documents])]
+
+    figures = rerank.evaluate(score)
+    print(f"the relevant of ten documents first: {figures.first:.1%} of {figures.cases} queries, wanted 80%")
+    print("  " + ", ".join(f"{name} {share:.1%}" for name, share in (figures.by_language | figures.by_split).items()))
+    return figures.holds
+
+
+def main() -> None:
+    """Print all figures; exits with 1 where one misses its bound."""
+    held = []
+    for name, check in (("next word", check_next_word), ("adverts", check_adverts), ("rerank", check_rerank)):
+        started = time.monotonic()
+        print(f"== {name}")
+        held.append(check())
+        print(f"{'ok' if held[-1] else 'MISSED'} in {time.monotonic() - started:.0f} s", flush=True)
+    sys.exit(not all(held))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _schema(answer: type[BaseModel]) -> str:
+    return json.dumps(answer.model_json_schema())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The demo cross-encoder: its texts, its training and its check."""

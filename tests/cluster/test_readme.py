@@ -1,0 +1,96 @@
+"""The README's commands do what it says: curls and commands run, the rest is parsed or run dry."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.engines import load_engine
+from deployments.progress import LoadProgress
+from deployments.spec import ModelSpec
+from serve.settings import Settings, read_config
+from tests.dure import ROOT, Dure, curls
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = curls(README)
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("curl")])
+def test_curl(dure: Dure, command: str) -> None:
+    words = [word.replace("http://127.0.0.1:8000", dure.url) for word in shlex.split(command)]
+    run = subprocess.run(
+        [*words, "--fail-with-body", "--silent", "--max-time", "60"], capture_output=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stdout.decode() + run.stderr.decode()
+    assert run.stdout
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("make")])
+def test_make_target_exists(command: str) -> None:
+    words = shlex.split(command)
+    subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    for word in words:
+        if word.startswith("CONFIG="):
+            assert read_config(ROOT / word.removeprefix("CONFIG=")).settings.models
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if "dure " in each])
+def test_dure_command(dure: Dure, command: str) -> None:
+    words = [word for word in shlex.split(command) if not word.startswith("RAY_ADDRESS=")]
+    if words[1] in ("status", "predict"):
+        run = dure.command(*words[1:])
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip()
+    else:
+        assert dure.command(words[1], "--help").returncode == 0
+        if "--config" in words:
+            assert read_config(ROOT / words[words.index("--config") + 1]).settings.models
+
+
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    others = [each for each in COMMANDS if not each.startswith(("curl", "make")) and "dure " not in each]
+    assert others == ["python -m loadtests.baseline", "pre-commit run --all-files"]
+    subprocess.run([sys.executable, "-c", "import loadtests.baseline"], cwd=ROOT, check=True)
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+
+
+def test_the_example_config_is_valid() -> None:
+    models = yaml.safe_load(block("yaml"))
+    assert set(Settings.model_validate(models).models) == {"predictor", "lawyer"}
+
+
+def test_the_example_engine_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("sentiment")
+    exec(compile(block("python"), "sentiment.py", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "sentiment", module)
+    spec = ModelSpec("mood", "sentiment:Sentiment", "demo/rerank/checkpoint")
+    engine = load_engine(spec, LoadProgress(lambda _: None))
+    engine.warm_up()
+    [result] = engine.run([engine.prepare("What a day!")])
+    assert 0 <= result["positive"] <= 1
+
+
+def test_endpoints_of_the_readme_exist(dure: Dure) -> None:
+    run = subprocess.run(["curl", "-s", f"{dure.url}/openapi.json"], capture_output=True, check=True)
+    paths = json.loads(run.stdout)["paths"]
+    for path in re.findall(r"`(?:GET|POST) (/[^`?]*)`", README):
+        assert path in paths or path.replace("NAME", "{name}").replace("mood", "{name}") in paths or path == "/docs"
+
+
+def test_files_of_the_readme_exist() -> None:
+    for path in re.findall(r"`((?:serve|deployments|demo|configs|loadtests)/[^`* ]*)`", README):
+        assert (ROOT / path).exists() or Path(path).suffix == "", path

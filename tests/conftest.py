@@ -1,0 +1,9 @@
+"""What must be set before torch is imported."""
+
+import os
+
+from serve.environment import EVERYWHERE
+
+for name in ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM"):
+    os.environ.setdefault(name, EVERYWHERE[name])
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
