@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, NoReturn
 
 import httpx
@@ -17,7 +18,12 @@ from serve.settings import ConfigFile, SettingsError, read_config
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Loading, print_ready
 
-main = typer.Typer(no_args_is_help=True, add_completion=False, help="Many models from few GPUs behind one endpoint.")
+main = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Many models from few GPUs behind one endpoint.",
+)
 out = Console()
 problems = Console(stderr=True)
 
@@ -26,6 +32,13 @@ UrlOption = Annotated[str, typer.Option(envvar="DURE_URL", help="Where Dure answ
 
 DEFAULT_CONFIG = Path("configs/local.yaml")
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@main.callback()
+def prepare() -> None:
+    # Ray reads its environment when it is imported, which reading a config does.
+    if os.environ.get("RAY_ADDRESS"):
+        environment.apply(environment.joining_environment())
 
 
 @main.command("serve")
@@ -60,13 +73,18 @@ def _serve_here(config: ConfigFile) -> None:
 
 
 def _serve_there(config: ConfigFile) -> None:
-    environment.apply(environment.cluster_environment())
-    from serve import cluster
-
-    cluster.connect()
+    cluster = _joined()
     cluster.deploy(config)
     _show((asdict(event) for event in cluster.follow(config)), config)
     print_ready(out, config)
+
+
+def _joined() -> ModuleType:
+    """Ray, connected to the cluster at RAY_ADDRESS."""
+    from serve import cluster
+
+    cluster.connect()
+    return cluster
 
 
 def _show(events: Any, config: ConfigFile) -> bool:
@@ -92,9 +110,10 @@ def _show(events: Any, config: ConfigFile) -> bool:
 def stop() -> None:
     """Stop every Dure that was started from this folder; with RAY_ADDRESS set, take Dure off that cluster."""
     if os.environ.get("RAY_ADDRESS"):
-        from serve import cluster
-
-        cluster.connect()
+        try:
+            cluster = _joined()
+        except SettingsError as error:
+            _fail(str(error), 2)
         out.print("Stopped" if cluster.delete() else "Dure does not run on this cluster")
         return
     count = processes.stop_all()

@@ -18,7 +18,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from serve.board import NAME, NAMESPACE, Replica, board
-from serve.settings import ConfigFile
+from serve.settings import ConfigFile, SettingsError
 from serve.watch import CONSTRUCTOR_TRIES
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -53,9 +53,12 @@ def start() -> None:
 
 
 def connect() -> None:
-    """Join the cluster at RAY_ADDRESS."""
+    """Join the cluster at RAY_ADDRESS. Raises SettingsError where there is none."""
     _quiet()
-    ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SettingsError(f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
 
 
 def deploy(config: ConfigFile, log_folder: Path | None = None) -> None:

@@ -40,6 +40,13 @@ def cluster_environment() -> dict[str, str]:
     return EVERYWHERE | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy() else {})
 
 
+def joining_environment() -> dict[str, str]:
+    """What a process needs that joins a running cluster: for an explicit address Ray does not use its token unasked."""
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    has_token = named or (Path.home() / ".ray" / "auth_token").exists()
+    return cluster_environment() | ({"RAY_AUTH_MODE": "token"} if has_token else {})
+
+
 def local_environment(folder: Path) -> dict[str, str]:
     """The same for a cluster of one machine, which keeps to loopback and keeps HAProxy's files in `folder`."""
     files = {
