@@ -115,7 +115,7 @@ class Batcher:
             if len(items) > 1:
                 return [result for item in items for result in self._run_here([item])]
             if isinstance(error, ItemError):
-                return [Refusal(str(error))]
+                return [Refusal(str(error), "invalid", error.field)]
             self.failures += 1
             self.last_error = repr(error)
             if _out_of_memory(error):

@@ -93,9 +93,9 @@ class ModelReplica:
         try:
             return self.engine.prepare(request)
         except TooLarge as error:
-            return Refusal(str(error), "too_large")
+            return Refusal(str(error), "too_large", error.field)
         except ItemError as error:
-            return Refusal(str(error))
+            return Refusal(str(error), "invalid", error.field)
 
     async def _submit(self, item: Any) -> Any:
         return item if isinstance(item, Refusal) else await self.batcher.submit(item)

@@ -29,7 +29,11 @@ class CheckpointError(Exception):
 
 
 class ItemError(Exception):
-    """An item that the model can't take. The message says what to change."""
+    """An item that the model can't take. The message says what to change, `field` in which part of the request."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class TooLarge(ItemError):
@@ -42,6 +46,7 @@ class Refusal:
 
     reason: str
     kind: Literal["invalid", "too_large", "failed"] = "invalid"
+    field: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -32,13 +33,22 @@ class Gate:
         self.max_items = max_items
         self.items = 0
         self.seconds_per_item = 0.05
+        self._freed = asyncio.Event()
 
-    @contextmanager
-    def admitted(self, items: int) -> Iterator[None]:
-        """Raises a 429 where the queue is full. A list that is longer than the queue still gets in when it is empty."""
-        if self.items and self.items + items > self.max_items:
-            REJECTED.labels(self.name).inc()
-            raise errors.queue_full(self.name, self.items, self.retry_after_s())
+    @asynccontextmanager
+    async def admitted(self, items: int, patience_s: float = 0) -> AsyncIterator[None]:
+        """Raises a 429 where the queue is full and stays so for `patience_s`.
+
+        A list gets in whole while there is room for one item, so that long lists don't starve behind short ones.
+        """
+        deadline = time.monotonic() + patience_s
+        while self.items >= self.max_items:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                REJECTED.labels(self.name).inc()
+                raise errors.queue_full(self.name, self.items, self.retry_after_s())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._freed.wait(), left)
         self.items += items
         QUEUE_ITEMS.labels(self.name).set(self.items)
         ahead, started = self.items, time.monotonic()
@@ -49,6 +59,8 @@ class Gate:
         finally:
             self.items -= items
             QUEUE_ITEMS.labels(self.name).set(self.items)
+            self._freed.set()
+            self._freed = asyncio.Event()
 
     def retry_after_s(self) -> float:
         """When what waits now will have been answered, at the pace measured lately."""
@@ -56,17 +68,19 @@ class Gate:
 
 
 class Deployment:
-    """A deployment that this process calls."""
+    """A deployment that this process calls; where `patient`, a full queue is waited for instead of refused."""
 
-    def __init__(self, name: str, handle: DeploymentHandle, max_queue: int) -> None:
+    def __init__(self, name: str, handle: DeploymentHandle, max_queue: int, patient: bool = False) -> None:
         self.name = name
         self.handle = handle
         self.gate = Gate(name, max_queue)
+        self.patient = patient
 
     async def call(self, *arguments: Any, items: int, timeout_s: float) -> Any:
         """Call `run` within the deadline. Raises DureError for everything that can go wrong."""
-        with self.gate.admitted(items):
-            return await self._call(arguments, time.monotonic() + timeout_s, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        async with self.gate.admitted(items, timeout_s if self.patient else 0):
+            return await self._call(arguments, deadline, timeout_s)
 
     async def _call(self, arguments: tuple[Any, ...], deadline: float, timeout_s: float) -> Any:
         for attempt in range(1, TRIES + 1):
@@ -92,9 +106,16 @@ class Model(Deployment):
     """A model's deployment, which may still be loading."""
 
     def __init__(
-        self, name: str, task: str, handle: DeploymentHandle, max_queue: int, watch: Watch, load_wait_s: float
+        self,
+        name: str,
+        task: str,
+        handle: DeploymentHandle,
+        max_queue: int,
+        patient: bool,
+        watch: Watch,
+        load_wait_s: float,
     ) -> None:
-        super().__init__(name, handle, max_queue)
+        super().__init__(name, handle, max_queue, patient)
         self.task = task
         self.watch = watch
         self.load_wait_s = load_wait_s
@@ -122,6 +143,7 @@ class Model(Deployment):
 
 
 def refused(refusal: Refusal, param: str) -> DureError:
+    param = refusal.field or param
     if refusal.kind == "too_large":
         return errors.too_large(refusal.reason, param)
     if refusal.kind == "failed":

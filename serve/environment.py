@@ -18,6 +18,7 @@ EVERYWHERE = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a log line is in its file when its request has been answered
     "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),
     "RAY_ROTATION_BACKUP_COUNT": str(LOG_FILES),
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # `limits` bounds requests; Serve's 4 MB would too
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets anything else on the machine go first
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of several models on the same cores cost up to 30 times

@@ -27,9 +27,13 @@ class Graph:
 
     @classmethod
     def of(
-        cls, settings: Settings, models: dict[str, DeploymentHandle], services: dict[str, DeploymentHandle]
+        cls,
+        settings: Settings,
+        models: dict[str, DeploymentHandle],
+        services: dict[str, DeploymentHandle],
+        patient: bool = False,
     ) -> Graph:
-        """The graph as the running replica sees it."""
+        """The graph as the running replica sees it. A service, whose own queue is bounded, is `patient` with models."""
         context = serve.get_replica_context()
         watch = Watch(list(models))
         return cls(
@@ -42,6 +46,7 @@ class Graph:
                     settings.models[name].task,
                     handle,
                     settings.models[name].max_queue,
+                    patient,
                     watch,
                     settings.load_wait_s,
                 )

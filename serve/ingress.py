@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from serve import errors
 from serve.errors import DureError
 from serve.graph import Graph
-from serve.middleware import BodyLimit, RequestLog
+from serve.middleware import BodyLimit, RequestCount
 from serve.routes import embeddings, health, metrics, models, predict, progress, rerank, search, vision
 from serve.settings import Settings
 
@@ -41,7 +41,7 @@ def make_app(graph: Graph) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestCount)
     return app
 
 
@@ -73,8 +73,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's own findings in Dure's shape; OpenAI's API says 400 where FastAPI says 422."""
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(place) or None
+    param = ".".join(str(part) for part in problem["loc"][1:]) or None
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         param, message = None, f"the body is not JSON: {problem['ctx']['error']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ REQUESTS = Counter("dure_http_requests", "HTTP responses", ["method", "route", "
 
 @contextmanager
 def measured(model: str) -> Iterator[None]:
-    """Counts and times one prediction: status `ok`, `refused` (4xx, 429 among them) or `error`."""
+    """Counts and times one prediction: status `ok`, `refused` (4xx, 429 among them), `cancelled` or `error`."""
     from serve.errors import DureError
 
     started = time.perf_counter()
@@ -37,6 +38,9 @@ def measured(model: str) -> Iterator[None]:
     try:
         yield
         status = "ok"
+    except asyncio.CancelledError:
+        status = "cancelled"
+        raise
     except DureError as error:
         status = "refused" if error.status < 500 else "error"
         raise

@@ -1,9 +1,10 @@
-"""What every request passes through: its log line, its count, and the bound on its body."""
+"""What every request passes through: its count, and the bounds on its body."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import time
+from urllib.parse import quote
 
 import orjson
 from starlette.datastructures import Headers
@@ -15,11 +16,16 @@ from serve.metrics import REQUESTS
 
 logger = logging.getLogger("ray.serve")
 
+CLIENT_LEFT = 499
+BODY_PAUSE_S = 30.0
+"""A client that sends nothing of its body for this long is sent away."""
 
-class RequestLog:
-    """Logs and counts each response under its request's id, and turns a crash into a plain 500.
 
-    The id is Serve's: the client's own `X-Request-ID` or a new one, in the response and in every log line.
+class RequestCount:
+    """Counts each response, and turns a crash into a plain 500.
+
+    Serve itself writes a line for each response, and its request's id (the client's own `X-Request-ID` or a new one)
+    into the response and every log line.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -29,7 +35,6 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = time.perf_counter()
         status = 0
 
         async def send_noted(message: Message) -> None:
@@ -41,19 +46,17 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_noted)
         except Exception:  # the client gets no traceback; the log does
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %s failed", scope["method"], quote(scope["path"]))
             if status:
                 raise
             await _respond(errors.internal(), send_noted)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            REQUESTS.labels(scope["method"], route, str(status)).inc()
-            seconds = time.perf_counter() - started
-            logger.info("%s %s %d %.1f ms", scope["method"], scope["path"], status, 1000 * seconds)
+            REQUESTS.labels(scope["method"], route, str(status or CLIENT_LEFT)).inc()
 
 
 class BodyLimit:
-    """Refuses a body over the limit with 413, by its announced length or as soon as it has grown too long."""
+    """Refuses a body over the limit with 413, announced or grown too long, and one that stops coming with 408."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -68,24 +71,30 @@ class BodyLimit:
         if announced.isdigit() and int(announced) > self.max_bytes:
             await _respond(refusal, send)
             return
-        received = 0
+        received, complete, over = 0, False, False
 
         async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete, over, refusal
+            try:
+                message = await asyncio.wait_for(receive(), None if complete else BODY_PAUSE_S)
+            except TimeoutError:
+                over, refusal = True, DureError(408, "body_timeout", f"nothing came for {BODY_PAUSE_S:g} s; send again")
+                return {"type": "http.disconnect"}
             received += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if received > self.max_bytes else message
+            complete = not message.get("more_body", False)
+            over = over or received > self.max_bytes
+            return {"type": "http.disconnect"} if over else message
 
         async def send_unless_over(message: Message) -> None:
-            if received <= self.max_bytes:
+            if not over:
                 await send(message)
 
         try:
             await self.app(scope, receive_counted, send_unless_over)
         except Exception:
-            if received <= self.max_bytes:
+            if not over:
                 raise
-        if received > self.max_bytes:
+        if over:
             await _respond(refusal, send)
 
 

@@ -90,19 +90,19 @@ class Predictor:
     def _predict(self, item: Prefix) -> list[Word]:
         prompt = item.prompt
         read = self.model(torch.tensor([item.ids], device=self.model.device), use_cache=True)
-        probabilities = torch.softmax(read.logits[0, -1].float() / prompt.temperature, dim=-1)
+        logits = read.logits[0, -1].float()
+        probabilities = torch.softmax((logits - logits.max()) / prompt.temperature, dim=-1)
         if item.begins_word:
-            probabilities = probabilities * self.begins_word
-        first = torch.topk(probabilities, min(3 * prompt.top_k, MAX_FIRST_TOKENS, len(probabilities)))
-        candidates = [
-            (token, confidence)
-            for token, confidence in zip(first.indices.tolist(), first.values.tolist(), strict=True)
-            if confidence > 0 and not self.special[token]
+            logits = logits.masked_fill(~self.begins_word, -torch.inf)
+        first = torch.topk(logits, min(3 * prompt.top_k, MAX_FIRST_TOKENS, len(logits)))
+        words = [
+            [token]
+            for token, logit in zip(first.indices.tolist(), first.values.tolist(), strict=True)
+            if logit > -torch.inf and not self.special[token]
         ]
-        if not candidates:
+        if not words:
             return []
-        confidences = [confidence for _, confidence in candidates]
-        words = [[token] for token, _ in candidates]
+        confidences = [float(probabilities[token]) for [token] in words]
         if prompt.complete_word:
             self._complete(words, confidences, read.past_key_values)
         return self._best(words, confidences, item)

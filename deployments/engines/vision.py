@@ -67,8 +67,8 @@ class Vision:
 
     def prepare(self, request: Question) -> Seen:
         try:
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(request.image))).convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            image = _eight_bit(ImageOps.exif_transpose(Image.open(io.BytesIO(request.image)))).convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
             raise ItemError(f"the image can't be read ({error}); send PNG, JPEG or WebP") from error
         prompt = request.prompt
         for special in self.specials:
@@ -77,7 +77,9 @@ class Vision:
         room = self.model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
         ids: list[int] = seen["input_ids"][0].tolist()
         if len(ids) > room:
-            raise ItemError(f"the prompt has {len(ids)} tokens with the image, more than {room}; shorten the text")
+            raise ItemError(
+                f"the prompt has {len(ids)} tokens with the image, more than {room}; shorten the text", "prompt"
+            )
         return Seen(ids, seen["pixel_values"][0], _grammar(request.schema))
 
     def cost(self, item: Seen) -> int:
@@ -134,6 +136,15 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
             width = min(bits.size, scores.shape[1])
             allowed[row, :width] = bits[:width]
         return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Images of more than 8 bits a channel scaled to 8, where Pillow's own conversion would cut them off at white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    full = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255 if values.max() > 1 else 1
+    return Image.fromarray((values / full * 255).clip(0, 255).astype(np.uint8))
 
 
 @functools.lru_cache(maxsize=64)

@@ -45,5 +45,10 @@ def check_texts(texts: list[str], param: str, limits: Limits) -> None:
 
 
 def check_text(text: str, param: str, limits: Limits) -> None:
+    """Raises a DureError for a text that is too long or no Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise errors.invalid(f"{param} has half of a surrogate pair at character {error.start}", param) from error
     if len(text) > limits.max_text_chars:
         raise errors.too_large(f"{param} has {len(text)} characters, more than {limits.max_text_chars}", param)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Response
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from deployments.items import Embedding, Text
 from serve import errors
@@ -18,11 +18,29 @@ from serve.settings import Limits
 router = APIRouter(tags=["embeddings"])
 
 
+Input = str | list[str] | list[int] | list[list[int]]
+
+
+def _input(given: Any) -> Input:
+    """Checks by hand: pydantic would collect an error for every entry of a long list and every type it may have."""
+    if isinstance(given, list):
+        kinds = {type(entry) for entry in given}
+        if kinds == {list}:
+            kinds = {type(token) for ids in given for token in ids}
+            if kinds <= {int}:
+                return given
+        elif kinds <= {str} or kinds <= {int}:
+            return given
+    elif isinstance(given, str):
+        return given
+    raise ValueError("takes a text, a list of texts, a list of token ids, or a list of such lists")
+
+
 class EmbeddingsRequest(Body):
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Annotated[Input, PlainValidator(_input, json_schema_input_type=Input)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, strict=True)] | None = None
     user: str | None = None
     truncate: bool = True
     """Dure's own: false makes a text over the model's length a 400."""
@@ -52,7 +70,7 @@ async def embeddings(body: EmbeddingsRequest, graph: GraphDep) -> Response:
     )
 
 
-def _texts(given: str | list[str] | list[int] | list[list[int]], limits: Limits) -> list[str] | list[list[int]]:
+def _texts(given: Input, limits: Limits) -> list[str] | list[list[int]]:
     """One entry per vector. Raises a 400 for what is empty, as OpenAI does."""
     texts: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if texts and isinstance(texts[0], list):

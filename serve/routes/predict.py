@@ -16,7 +16,7 @@ router = APIRouter(tags=["next word"])
 
 class PredictRequest(Body):
     text: str
-    top_k: Annotated[int, Field(ge=1, le=50)] = 5
+    top_k: Annotated[int, Field(ge=1, le=50, strict=True)] = 5
     temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 0.8
     complete_word: bool = True
     model: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from deployments.items import Pair, Score
 from serve.metrics import measured
@@ -18,11 +18,22 @@ class Document(Body):
     text: str
 
 
+def _documents(given: Any) -> list[str]:
+    """The documents' texts, checked by hand: pydantic would collect errors for every entry of a long list."""
+    if not isinstance(given, list):
+        raise ValueError("takes a list of texts or of objects with `text`")
+    texts: list[Any] = [entry.get("text") if isinstance(entry, dict) else entry for entry in given]
+    wrong = next((number for number, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"entry {wrong} is neither a text nor an object with `text`")
+    return texts
+
+
 class RerankRequest(Body):
     query: Annotated[str, Field(min_length=1)]
-    documents: list[str | Document]
+    documents: Annotated[list[str], PlainValidator(_documents, json_schema_input_type=list[str | Document])]
     model: str | None = None
-    top_n: Annotated[int, Field(ge=1)] | None = None
+    top_n: Annotated[int, Field(ge=1, strict=True)] | None = None
     return_documents: bool = False
     truncate: bool = True
     """Dure's own: false makes a pair over the model's length a 400."""
@@ -32,7 +43,7 @@ class RerankRequest(Body):
 async def rerank(body: RerankRequest, graph: GraphDep) -> Response:
     """Documents by how well they answer the query, best first, each scored between 0 and 1."""
     model = graph.model("rerank", body.model)
-    texts = [document if isinstance(document, str) else document.text for document in body.documents]
+    texts = body.documents
     check_text(body.query, "query", graph.settings.limits)
     check_texts(texts, "documents", graph.settings.limits)
     with measured(model.name):

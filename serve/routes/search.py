@@ -17,8 +17,8 @@ router = APIRouter(tags=["search"])
 
 class SearchRequest(Body):
     query: Annotated[str, Field(min_length=1)]
-    documents: list[str]
-    top_k: Annotated[int, Field(ge=1)] = 5
+    documents: Annotated[list[str], Field(fail_fast=True)]
+    top_k: Annotated[int, Field(ge=1, strict=True)] = 5
 
 
 @router.post("/v1/search")

@@ -6,7 +6,7 @@ import json
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, File, Form, Response, UploadFile
-from pydantic import BaseModel
+from pydantic import BaseModel, StringConstraints
 
 from deployments.items import Answer, Question
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
@@ -24,7 +24,7 @@ Verdict = TypeVar("Verdict", bound=BaseModel)
 async def validate(
     graph: GraphDep,
     image: Annotated[UploadFile, File()],
-    ad_copy_text: Annotated[str, Form(min_length=1)],
+    ad_copy_text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), Form()],
     prompt: Annotated[str | None, Form()] = None,
     model: Annotated[str | None, Form()] = None,
 ) -> Response:

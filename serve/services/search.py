@@ -34,17 +34,17 @@ class Search:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, models: dict[str, DeploymentHandle]
     ) -> None:
-        self.graph = Graph.of(settings, models, {})
+        self.graph = Graph.of(settings, models, {}, patient=True)
         self.graph.start()
 
     async def run(self, query: str, documents: list[str], top_k: int, timeout_s: float) -> Found:
         """The best `top_k` documents. Raises DureError naming the field at fault."""
-        texts = [Text(text) for text in (query, *documents)]
+        texts = [Text(text) for text in (*documents, query)]
         embedded: list[Embedding] = await self.graph.model("embedding").results(texts, timeout_s, "documents")
         vectors = np.stack([each.vector for each in embedded])
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         count = min(len(documents), max(MIN_CANDIDATES, CANDIDATES_PER_RESULT * top_k))
-        nearest = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:count].tolist()
+        nearest = np.argsort(-(vectors[:-1] @ vectors[-1]), kind="stable")[:count].tolist()
         pairs = [Pair(query, documents[index]) for index in nearest]
         scored: list[Score] = await self.graph.model("rerank").results(pairs, timeout_s, "documents")
         hits = [Hit(index, score.score) for index, score in zip(nearest, scored, strict=True)]

@@ -31,7 +31,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
         models,
         port,
         ingress={"cors_origins": [ORIGIN]},
-        limits={"max_body_mb": 4, "max_image_mb": 2, "max_text_chars": 120_000, "max_image_megapixels": 20},
+        limits={"max_body_mb": 6, "max_image_mb": 2, "max_text_chars": 120_000, "max_image_megapixels": 20},
         request_timeout_s=15,
     )
     running = Dure(config, folder / "state", port)

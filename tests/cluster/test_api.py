@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -156,10 +158,16 @@ def test_base64_and_dimensions(client: httpx.Client) -> None:
         ({"input": ["x"] * 2049}, "input"),
         ({"input": "x", "encoding_format": "int3"}, "encoding_format"),
         ({"input": "x", "model": "reranker"}, "model"),
+        ({"input": [1, "a"]}, "input"),
+        ({"input": [True, False]}, "input"),
+        ({"input": [[1], ["a"]]}, "input"),
+        ({"input": [[]]}, "input"),
+        ({"input": None}, "input"),
+        ({"input": ["fine", "\ud800"]}, "input.1"),
     ],
 )
 def test_embeddings_name_what_is_wrong(client: httpx.Client, body: dict[str, Any], param: str) -> None:
-    response = client.post("/v1/embeddings", json=body)
+    response = client.post("/v1/embeddings", content=json.dumps(body), headers={"content-type": "application/json"})
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] == param
@@ -240,6 +248,54 @@ def test_an_engine_of_ones_own_is_served(client: httpx.Client) -> None:
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "items.1"
     assert client.post("/v1/models/embedder/run", json={"items": [1]}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/predict", {"text": "\ud800"}, "text"),
+        ("/predict", {"text": "a", "top_k": True}, "top_k"),
+        ("/v1/rerank", {"query": "", "documents": ["a"]}, "query"),
+        ("/v1/rerank", {"query": "a", "documents": ["a", 1]}, "documents"),
+        ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
+        ("/v1/rerank", {"query": "a", "documents": ["\ud800"]}, "documents.0"),
+        ("/v1/search", {"query": "a", "documents": ["a", 1]}, "documents.1"),
+        ("/v1/search", {"documents": ["a"]}, "query"),
+    ],
+)
+def test_bad_fields_are_named(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422), response.text
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/v1/search"])
+def test_a_long_list_of_nonsense_is_refused_at_once(client: httpx.Client, path: str) -> None:
+    field = "input" if path == "/v1/embeddings" else "documents"
+    body = json.dumps({"query": "a", field: [None] * 500_000})
+    started = time.monotonic()
+    response = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert time.monotonic() - started < 5
+
+
+def test_large_requests_and_answers_cross_between_replicas(client: httpx.Client) -> None:
+    text = "두" * 1_600_000
+    assert post(client, "/v1/models/shout/run", {"items": [{"say": text}]})["results"][0]["said"] == text
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-5, 10])
+def test_any_temperature_gives_top_k_words(client: httpx.Client, temperature: float) -> None:
+    assert len(post(client, "/predict", {"text": "오늘 날씨가", "temperature": temperature})["predictions"]) == 5
+
+
+def test_a_long_list_does_not_starve_behind_short_ones(client: httpx.Client) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        short = [pool.submit(post, client, "/v1/embeddings", {"input": f"short {n}"}) for n in range(60)]
+        body = {"query": "rain", "documents": [f"paragraph {number}" for number in range(70)]}
+        long = [pool.submit(post, client, "/v1/search", body) for _ in range(8)]
+        assert all(len(each.result()["results"]) == 5 for each in long)
+        assert all(each.result() for each in short)
 
 
 def test_docs_and_schema_are_there(client: httpx.Client) -> None:

@@ -107,10 +107,13 @@ def test_every_response_has_a_request_id_and_the_log_has_it_too(client: httpx.Cl
     assert client.post("/predict", json={"text": 1}, headers={"X-Request-ID": "bad-one"}).headers["x-request-id"] == (
         "bad-one"
     )
+    client.get("/x%0aINFO%20forged")
     deadline = time.monotonic() + 10
     while not any(sent in path.read_text() for path in logs.rglob("replica_dure_ingress*")):
         assert time.monotonic() < deadline, "the id is in no log line"
         time.sleep(0.2)
+    lines = [line for path in logs.rglob("replica_dure_ingress*") for line in path.read_text().splitlines()]
+    assert not any(line.startswith("INFO forged") for line in lines)
 
 
 def test_cors_is_for_configured_origins(client: httpx.Client) -> None:
@@ -140,11 +143,11 @@ def test_a_body_that_is_no_json_is_told_so(client: httpx.Client) -> None:
 
 
 def test_a_body_over_the_limit_is_413(client: httpx.Client) -> None:
-    announced = client.post("/predict", json={"text": "x" * 5_000_000})
+    announced = client.post("/predict", json={"text": "x" * 7_000_000})
     assert announced.status_code == 413
 
     def unannounced() -> Any:
-        for _ in range(80):
+        for _ in range(110):
             yield b"x" * 65_536
 
     assert client.post("/predict", content=unannounced()).status_code == 413
@@ -187,11 +190,14 @@ def bomb() -> bytes:
         (picture()[:60], 400),
         (bomb(), 413),
         (picture((6000, 4000)), 413),
+        (picture((20_000, 10)), 400),
         (b"\x89PNG\r\n\x1a\n" + b"\x00" * (3 * 2**20), 413),
         (picture((1, 1)), 200),
         (picture(mode="CMYK", kind="JPEG"), 200),
         (picture(mode="P"), 200),
         (picture(mode="LA"), 200),
+        (picture(mode="I;16"), 200),
+        (picture(mode="F", kind="TIFF"), 200),
         (picture(kind="GIF"), 200),
         (picture(kind="WEBP"), 200),
     ],

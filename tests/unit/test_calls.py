@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import pickle
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -9,32 +12,70 @@ from serve.calls import Gate
 from serve.errors import DureError
 
 
+def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 4) -> None:
+    async def main() -> None:
+        gate = Gate("m", max_items)
+        await scenario(gate)
+        assert gate.items == 0
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_refuses_with_the_time_to_come_back() -> None:
-    gate = Gate("m", 4)
-    gate.seconds_per_item = 2.0
-    with gate.admitted(3), gate.admitted(1), pytest.raises(DureError) as caught, gate.admitted(1):
-        pass
-    assert caught.value.status == 429
-    assert caught.value.headers == {"Retry-After": "8"}
-    with gate.admitted(4):
-        pass
-    assert gate.items == 0
-
-
-def test_a_list_longer_than_the_queue_gets_in_when_it_is_empty() -> None:
-    gate = Gate("m", 4)
-    with gate.admitted(100):
-        assert gate.items == 100
-        with pytest.raises(DureError), gate.admitted(1):
+    async def scenario(gate: Gate) -> None:
+        gate.seconds_per_item = 2.0
+        async with gate.admitted(3), gate.admitted(1):
+            with pytest.raises(DureError) as caught:
+                async with gate.admitted(1):
+                    pass
+            assert caught.value.status == 429
+            assert caught.value.headers == {"Retry-After": "8"}
+        async with gate.admitted(4):
             pass
+
+    run(scenario)
+
+
+def test_a_list_gets_in_whole_while_there_is_room_for_one() -> None:
+    async def scenario(gate: Gate) -> None:
+        async with gate.admitted(3), gate.admitted(100):
+            assert gate.items == 103
+            with pytest.raises(DureError):
+                async with gate.admitted(1):
+                    pass
+
+    run(scenario)
+
+
+def test_the_patient_wait_for_room_and_give_up_in_time() -> None:
+    async def scenario(gate: Gate) -> None:
+        entered = asyncio.Event()
+
+        async def patient() -> None:
+            async with gate.admitted(2, patience_s=5):
+                entered.set()
+
+        async with gate.admitted(4):
+            waiting = asyncio.create_task(patient())
+            await asyncio.sleep(0.02)
+            assert not entered.is_set()
+            with pytest.raises(DureError):
+                async with gate.admitted(1, patience_s=0.05):
+                    pass
+        await waiting
+        assert entered.is_set()
+
+    run(scenario)
 
 
 def test_a_failed_call_gives_its_place_back() -> None:
-    gate = Gate("m", 1)
-    for _ in range(3):
-        with pytest.raises(RuntimeError), gate.admitted(1):
-            raise RuntimeError
-    assert gate.items == 0
+    async def scenario(gate: Gate) -> None:
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                async with gate.admitted(1):
+                    raise RuntimeError
+
+    run(scenario, 1)
 
 
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:

@@ -246,3 +246,14 @@ def test_a_source_that_is_not_there_says_what_to_do(source: str, said: str) -> N
 def test_an_unknown_engine_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"no\.module:Engine"):
         engine_class("no.module:Engine")
+
+
+def test_images_of_16_bits_are_not_white(vision: Any) -> None:
+    grey = Image.fromarray(np.full((64, 64), 128 * 257, dtype=np.uint16))
+    schema = json.dumps(Judgement.model_json_schema())
+    as_16, as_8 = (vision.prepare(Question(png(image), JUDGE, schema)).pixels for image in (grey, grey_8()))
+    assert torch.allclose(as_16, as_8, atol=0.02)
+
+
+def grey_8() -> Image.Image:
+    return Image.new("L", (64, 64), 128)
