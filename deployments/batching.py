@@ -17,7 +17,8 @@ from deployments.spec import ItemError, ModelSpec, Refusal
 
 logger = logging.getLogger("ray.serve")
 
-FAILURES_BEFORE_DEAD = 3
+FAILURES_BEFORE_TEST = 3
+"""So many items failing in a row put the engine to the test: it has to run its own warm-up."""
 MAX_STALL_S = 600.0
 """An engine that has not come back from one batch for this long is dead."""
 
@@ -43,7 +44,7 @@ class Batcher:
         self.thread = thread
         self.waiting = 0
         self.failures = 0
-        self.last_error = ""
+        self.dead = ""
         self.busy_since: float | None = None
         self.max_items = spec.max_batch_items
         self._items: deque[tuple[Any, asyncio.Future[Any]]] = deque()
@@ -65,13 +66,13 @@ class Batcher:
             QUEUE.set(self.waiting)
 
     def check(self) -> None:
-        """Raises EngineDead where the engine hangs, or has failed several batches in a row, item by item."""
+        """Raises EngineDead where the engine hangs, or fails even what it warmed up with."""
         if self._pumping.done():
             raise EngineDead(f"no batches are made any more: {self._pumping!r}")
         if self.busy_since is not None and time.monotonic() - self.busy_since > MAX_STALL_S:
             raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
-        if self.failures >= FAILURES_BEFORE_DEAD:
-            raise EngineDead(f"the engine failed {self.failures} batches in a row: {self.last_error}")
+        if self.dead:
+            raise EngineDead(f"the engine fails whatever it is given: {self.dead}")
 
     async def _pump(self) -> None:
         while True:
@@ -117,10 +118,19 @@ class Batcher:
             if isinstance(error, ItemError):
                 return [Refusal(str(error), "invalid", error.field)]
             self.failures += 1
-            self.last_error = repr(error)
+            if self.failures >= FAILURES_BEFORE_TEST:
+                self._test()
             if _out_of_memory(error):
                 return [Refusal("this item alone needs more memory than there is; make it smaller", "too_large")]
             return [Refusal(_FAILED, "failed")]
+
+    def _test(self) -> None:
+        """Tell a dead engine from one that was given bad items."""
+        try:
+            self.engine.warm_up()
+            self.failures = 0
+        except Exception as error:
+            self.dead = repr(error)
 
 
 def _out_of_memory(error: Exception) -> bool:

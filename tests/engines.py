@@ -11,9 +11,10 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
 
 
 class Shout:
-    """Answers `{"say": text}` in capitals; `wait` seconds long; `fail` trips over the item."""
+    """Answers `{"say": text}` in capitals; `wait` seconds long; `fail` trips over the item, `die` for good."""
 
     facts = Facts("cpu", "fp32", False, 0)
+    dead = False
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Shout:
@@ -25,7 +26,7 @@ class Shout:
         return cls()
 
     def warm_up(self) -> None:
-        pass
+        self.run([{"say": ""}])
 
     def prepare(self, request: Any) -> dict[str, Any]:
         if not isinstance(request, dict) or "say" not in request:
@@ -36,7 +37,8 @@ class Shout:
         return len(item["say"])
 
     def run(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if any(item.get("fail") for item in items):
+        self.dead = self.dead or any(item.get("die") for item in items)
+        if self.dead or any(item.get("fail") for item in items):
             raise RuntimeError("the engine tripped, as it was asked to")
         time.sleep(max(item.get("wait", 0) for item in items))
         return [{"said": item["say"].upper(), "batch": len(items)} for item in items]

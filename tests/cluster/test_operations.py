@@ -298,7 +298,7 @@ def test_a_killed_replica_is_replaced_and_requests_go_on(client: httpx.Client, d
 def test_a_replica_whose_engine_is_dead_is_replaced(client: httpx.Client) -> None:
     [before] = [replica["replica"] for replica in client.get("/v1/models/shout").json()["replicas"]]
     for _ in range(3):
-        assert shout(client, {"say": "x", "fail": True}).status_code == 500
+        assert shout(client, {"say": "x", "die": True}).status_code == 500
     deadline = time.monotonic() + 60
     while before in [replica["replica"] for replica in client.get("/v1/models/shout").json()["replicas"]]:
         assert time.monotonic() < deadline

@@ -14,7 +14,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 
 from deployments import batching
-from deployments.batching import FAILURES_BEFORE_DEAD, Batcher, EngineDead
+from deployments.batching import FAILURES_BEFORE_TEST, Batcher, EngineDead
 from deployments.spec import ItemError, ModelSpec, Refusal
 
 
@@ -38,6 +38,10 @@ class Counting:
         self.batches: list[list[Any]] = []
         self.hold = threading.Event()
         self.hold.set()
+        self.broken = False
+
+    def warm_up(self) -> None:
+        self.run([1])
 
     def cost(self, item: Any) -> int:
         return 1
@@ -45,6 +49,8 @@ class Counting:
     def run(self, items: list[Any]) -> list[Any]:
         self.hold.wait(10)
         self.batches.append(items)
+        if self.broken:
+            raise RuntimeError("broken for good")
         if None in items:
             raise ItemError("None is no item")
         if any(item < 0 for item in items):
@@ -105,15 +111,23 @@ def test_a_bad_item_fails_alone() -> None:
     run(scenario)
 
 
-def test_an_engine_that_only_fails_is_dead() -> None:
+def test_an_engine_that_fails_even_its_warm_up_is_dead() -> None:
     async def scenario(batcher: Batcher, engine: Counting) -> None:
-        for _ in range(FAILURES_BEFORE_DEAD):
+        engine.broken = True
+        for _ in range(FAILURES_BEFORE_TEST):
             batcher.check()
+            await batcher.submit(1)
+        with pytest.raises(EngineDead, match="broken for good"):
+            batcher.check()
+
+    run(scenario)
+
+
+def test_bad_items_alone_do_not_make_an_engine_dead() -> None:
+    async def scenario(batcher: Batcher, engine: Counting) -> None:
+        for _ in range(3 * FAILURES_BEFORE_TEST):
             await batcher.submit(-1)
-        with pytest.raises(EngineDead, match="a negative item"):
             batcher.check()
-        await batcher.submit(1)
-        batcher.check()
 
     run(scenario)
 
