@@ -1,0 +1,1 @@
+"""A small LLaVA that judges drawn adverts, and everything that makes and checks it."""
