@@ -31,14 +31,34 @@ def engine(name: str) -> Any:
     return load_engine(ModelSpec(name, settings["task"], settings["source"]), LoadProgress(lambda _: None))
 
 
-def check_next_word() -> bool:
-    predictor = engine("predictor")
-
+def predictor(engine: Any) -> next_word.Predict:
     def predict(text: str, top_k: int) -> list[str]:
-        [words] = predictor.run([predictor.prepare(Prompt(text, top_k))])
+        [words] = engine.run([engine.prepare(Prompt(text, top_k))])
         return [word.text for word in words]
 
-    figures = next_word.evaluate(predict)
+    return predict
+
+
+def answers(engine: Any, cases: list[adverts.Case]) -> list[BaseModel]:
+    """What the engine makes of the cases' images, several at once."""
+    given: list[BaseModel] = []
+    remaining = iter(cases)
+    while batch := list(islice(remaining, BATCH)):
+        questions = [Question(_png(case.image()), case.prompt, _schema(type(case.answer))) for case in batch]
+        written = engine.run([engine.prepare(question) for question in questions])
+        given += [type(case.answer).model_validate_json(a.json) for case, a in zip(batch, written, strict=True)]
+    return given
+
+
+def scorer(engine: Any) -> rerank.Score:
+    def score(query: str, documents: list[str]) -> list[float]:
+        return [each.score for each in engine.run([engine.prepare(Pair(query, text)) for text in documents])]
+
+    return score
+
+
+def check_next_word() -> bool:
+    figures = next_word.evaluate(predictor(engine("predictor")))
     print(f"true next eojeol among the top five: {figures.share:.1%} of {figures.prefixes} prefixes, wanted 50%")
     for text, words in figures.shown.items():
         print(f"  {text} -> {', '.join(words)}")
@@ -46,26 +66,14 @@ def check_next_word() -> bool:
 
 
 def check_adverts() -> bool:
-    vision = engine("vision")
     cases = adverts.heldout()
-    given: list[BaseModel] = []
-    remaining = iter(cases)
-    while batch := list(islice(remaining, BATCH)):
-        questions = [Question(_png(case.image()), case.prompt, _schema(type(case.answer))) for case in batch]
-        answers = vision.run([vision.prepare(question) for question in questions])
-        given += [type(case.answer).model_validate_json(a.json) for case, a in zip(batch, answers, strict=True)]
-    figures = adverts.evaluate(cases, given)
+    figures = adverts.evaluate(cases, answers(engine("vision"), cases))
     print(figures)
     return figures.ok
 
 
 def check_rerank() -> bool:
-    reranker = engine("reranker")
-
-    def score(query: str, documents: list[str]) -> list[float]:
-        return [each.score for each in reranker.run([reranker.prepare(Pair(query, text)) for text in documents])]
-
-    figures = rerank.evaluate(score)
+    figures = rerank.evaluate(scorer(engine("reranker")))
     print(f"the relevant of ten documents first: {figures.first:.1%} of {figures.cases} queries, wanted 80%")
     print("  " + ", ".join(f"{name} {share:.1%}" for name, share in (figures.by_language | figures.by_split).items()))
     return figures.holds
