@@ -12,8 +12,6 @@ from PIL import Image, UnidentifiedImageError
 from serve import errors
 from serve.settings import Limits
 
-MAX_ASPECT = 50
-"""A model's processor first scales the shorter side up to its own size; a thin line would become gigabytes."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -28,10 +26,6 @@ async def read_image(upload: UploadFile, limits: Limits, param: str = "image") -
     if width * height > limits.max_image_megapixels * 1e6:
         raise errors.too_large(
             f"the image is {width}x{height}, more than {limits.max_image_megapixels:g} megapixels", param
-        )
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise errors.invalid(
-            f"the image is {width}x{height}; crop it, one side is over {MAX_ASPECT} times the other", param
         )
     return content
 

@@ -23,6 +23,8 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refus
 CONVERSATION = "USER: <image>\n{prompt} ASSISTANT:"
 """LLaVA 1.5's, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""
 MAX_ANSWER_TOKENS = 512
+MAX_ASPECT = 50
+"""The processor first scales an image's shorter side up to the tower's; a thin line would become gigabytes."""
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 
@@ -66,10 +68,7 @@ class Vision:
         self.run([self.prepare(Question(picture.getvalue(), "Is it white?", schema))])
 
     def prepare(self, request: Question) -> Seen:
-        try:
-            image = _eight_bit(ImageOps.exif_transpose(Image.open(io.BytesIO(request.image)))).convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
-            raise ItemError(f"the image can't be read ({error}); send PNG, JPEG or WebP") from error
+        image = _read(request.image)
         prompt = request.prompt
         for special in self.specials:
             prompt = prompt.replace(special, special[0] + " " + special[1:])
@@ -136,6 +135,19 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
             width = min(bits.size, scores.shape[1])
             allowed[row, :width] = bits[:width]
         return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+
+
+def _read(encoded: bytes) -> Image.Image:
+    """The image the right way up, in 8-bit RGB. Raises ItemError for what can't be read or is too thin to scale."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ItemError(
+                f"the image is {image.width}x{image.height}; crop it, one side is over {MAX_ASPECT} times the other"
+            )
+        return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
+        raise ItemError(f"the image can't be read ({error}); send PNG, JPEG or WebP") from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
