@@ -52,7 +52,8 @@ def answers(engine: Any, cases: list[adverts.Case]) -> list[BaseModel]:
 
 def scorer(engine: Any) -> rerank.Score:
     def score(query: str, documents: list[str]) -> list[float]:
-        return [each.score for each in engine.run([engine.prepare(Pair(query, text)) for text in documents])]
+        scores: list[float] = engine.run([engine.prepare(Pair(query, text)) for text in documents]).scores.tolist()
+        return scores
 
     return score
 

@@ -3,135 +3,212 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
 
+from deployments.answers import Answers, Collector
+from deployments.budget import Budget
+from deployments.cutting import cut
 from deployments.engines import Engine
-from deployments.metrics import BATCH_ITEMS, BATCH_SECONDS, BATCH_TOKENS, OUT_OF_MEMORY, QUEUE
-from deployments.spec import ItemError, ModelSpec, Refusal
+from deployments.memory import Memory, device_memory
+from deployments.metrics import BATCH_ITEMS, BATCH_PADDED, BATCH_SECONDS, BATCH_TOKENS, DROPPED, QUEUE
+from deployments.pace import BatchCost, Linger
+from deployments.running import FAILED, EngineDead, Outcome, Runner
+from deployments.spec import ModelSpec, Refusal
 
-logger = logging.getLogger("ray.serve")
-
-FAILURES_BEFORE_TEST = 3
-"""So many items failing in a row put the engine to the test: it has to run its own warm-up."""
-MAX_STALL_S = 600.0
-"""An engine that has not come back from one batch for this long is dead."""
+LATE = Refusal("its deadline passed before its turn came", "late")
 
 
-_FAILED = "the model failed on this item; the reason is in the replica's log"
+@dataclass(eq=False)
+class Call:
+    """Items that were submitted together, and what has become of them so far."""
+
+    collector: Collector
+    done: asyncio.Future[None]
+    """Cancelled where its caller has gone."""
+
+    def refuse(self, place: int, refusal: Refusal) -> None:
+        self.collector.refuse(place, refusal)
+        self.settle()
+
+    def settle(self) -> None:
+        if self.collector.left == 0 and not self.done.done():
+            self.done.set_result(None)
 
 
-class EngineDead(Exception):
-    """The engine fails whatever it is given, so the replica has to be replaced."""
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """One item of a call."""
+
+    item: Any
+    tokens: int
+    deadline: float
+    """On the clock of time.monotonic."""
+    call: Call
+    place: int
+
+
+@dataclass
+class _Share:
+    """A call's part of a batch: the items' places in the call and their rows in the batch."""
+
+    places: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 class Batcher:
-    """Holds items until the engine is free, then hands `@serve.batch` all that wait, up to the batch limit, as one.
+    """Holds items until the engine is free, then hands `@serve.batch` one batch that is ready.
 
     Left to itself `@serve.batch` closes the next batch while the last one runs: at its timeout, nearly empty. So it is
-    given a batch that is ready, with its size set to match and no timeout.
-
-    An item that makes a batch fail fails alone: the batch is run again one item at a time.
+    given a batch as a whole, with its size set to match and no timeout. What it hands back per item says only that the
+    item has been run; results go to their calls as the arrays that the engine made.
     """
 
-    def __init__(self, engine: Engine[Any, Any, Any], spec: ModelSpec, thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        engine: Engine[Any, Any, Any],
+        spec: ModelSpec,
+        thread: ThreadPoolExecutor,
+        memory: Memory | None = None,
+    ) -> None:
+        memory = memory or device_memory(engine.facts.device)
         self.engine = engine
         self.thread = thread
-        self.waiting = 0
-        self.failures = 0
-        self.dead = ""
-        self.busy_since: float | None = None
+        self.runner = Runner(engine, memory)
+        self.budget = Budget(spec.max_batch_tokens, memory)
+        self.cost = BatchCost()
+        self.linger = Linger(self.cost)
         self.max_items = spec.max_batch_items
-        self._items: deque[tuple[Any, asyncio.Future[Any]]] = deque()
+        self.waiting: list[Waiting] = []
+        self.items = 0
+        """Waiting or running."""
         self._arrived = asyncio.Event()
         self._batched = serve.batch(max_batch_size=spec.max_batch_items, batch_wait_timeout_s=0)(self._run)
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
-    async def submit(self, item: Any) -> Any:
-        """The item's result, or a Refusal. An item whose caller is cancelled while it waits is never run."""
-        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._items.append((item, result))
+    async def submit(self, items: list[Any], timeouts_s: list[float]) -> Answers:
+        """The items' results; those that are Refusals already stay so.
+
+        An item that has not begun to run within its timeout is refused, and one whose caller is cancelled never runs.
+        """
+        call = Call(Collector(len(items)), asyncio.get_running_loop().create_future())
+        now = time.monotonic()
+        count = 0
+        for place, (item, timeout_s) in enumerate(zip(items, timeouts_s, strict=True)):
+            if isinstance(item, Refusal):
+                call.collector.refuse(place, item)
+            else:
+                self.waiting.append(Waiting(item, self.engine.cost(item), now + timeout_s, call, place))
+                count += 1
+        call.settle()
+        self._count(count)
+        self.linger.arrived(count)
         self._arrived.set()
-        self.waiting += 1
-        QUEUE.set(self.waiting)
         try:
-            return await result
+            await call.done
+            return call.collector.answers()
         finally:
-            self.waiting -= 1
-            QUEUE.set(self.waiting)
+            call.done.cancel()
+            self._count(-count)
 
     def check(self) -> None:
-        """Raises EngineDead where the engine hangs, or fails even what it warmed up with."""
+        """Raises EngineDead where no batches are made any more or the engine can't run them."""
         if self._pumping.done():
             raise EngineDead(f"no batches are made any more: {self._pumping!r}")
-        if self.busy_since is not None and time.monotonic() - self.busy_since > MAX_STALL_S:
-            raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
-        if self.dead:
-            raise EngineDead(f"the engine fails whatever it is given: {self.dead}")
+        self.runner.check()
+
+    def close(self) -> None:
+        """Make no more batches."""
+        self._pumping.cancel()
+
+    def _count(self, items: int) -> None:
+        self.items += items
+        QUEUE.set(self.items)
 
     async def _pump(self) -> None:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while batch := self._next_batch():
-                self._batched.set_max_batch_size(len(batch))
-                results = await asyncio.gather(*(self._batched(item) for item, _ in batch), return_exceptions=True)
-                for (_, future), result in zip(batch, results, strict=True):
-                    if not future.done():
-                        future.set_result(Refusal(_FAILED, "failed") if isinstance(result, BaseException) else result)
+            while self.waiting:
+                await self._wait_for_more()
+                batch = self._next_batch()
+                if batch:
+                    await self._serve(batch)
 
-    def _next_batch(self) -> list[tuple[Any, asyncio.Future[Any]]]:
-        batch: list[tuple[Any, asyncio.Future[Any]]] = []
-        while self._items and len(batch) < self.max_items:
-            item, future = self._items.popleft()
-            if not future.done():
-                batch.append((item, future))
+    async def _wait_for_more(self) -> None:
+        while self.waiting:
+            tokens = sum(waiting.tokens for waiting in self.waiting)
+            wait_s = self.linger.wait_s(len(self.waiting), tokens, self.max_items)
+            if wait_s <= 0:
+                return
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), wait_s)
+
+    def _next_batch(self) -> list[Waiting]:
+        self._drop_unwanted()
+        if not self.waiting:
+            return []
+        lengths = [waiting.tokens for waiting in self.waiting]
+        places = cut(lengths, self.cost.overhead_tokens, self.max_items, self.budget.tokens())
+        batch = [self.waiting[place] for place in places]
+        chosen = set(places)
+        self.waiting = [waiting for place, waiting in enumerate(self.waiting) if place not in chosen]
         return batch
 
-    async def _run(self, items: list[Any]) -> list[Any]:
-        loop = asyncio.get_running_loop()
-        BATCH_ITEMS.observe(len(items))
-        BATCH_TOKENS.observe(sum(map(self.engine.cost, items)))
-        self.busy_since = started = time.monotonic()
-        try:
-            return await loop.run_in_executor(self.thread, self._run_here, items)
-        finally:
-            self.busy_since = None
-            BATCH_SECONDS.observe(time.monotonic() - started)
+    def _drop_unwanted(self) -> None:
+        now = time.monotonic()
+        wanted = []
+        for waiting in self.waiting:
+            if waiting.call.done.cancelled():
+                DROPPED.inc()
+            elif waiting.deadline < now:
+                DROPPED.inc()
+                waiting.call.refuse(waiting.place, LATE)
+            else:
+                wanted.append(waiting)
+        self.waiting = wanted
 
-    def _run_here(self, items: list[Any]) -> list[Any]:
-        try:
-            results = self.engine.run(items)
-            self.failures = 0
-            return results
-        except Exception as error:  # an engine may trip over anything; its neighbours must not
-            logger.warning("a batch of %d failed: %r", len(items), error)
-            if _out_of_memory(error):
-                OUT_OF_MEMORY.inc()
-            if len(items) > 1:
-                return [result for item in items for result in self._run_here([item])]
-            if isinstance(error, ItemError):
-                return [Refusal(str(error), "invalid", error.field)]
-            self.failures += 1
-            if self.failures >= FAILURES_BEFORE_TEST:
-                self._test()
-            if _out_of_memory(error):
-                return [Refusal("this item alone needs more memory than there is; make it smaller", "too_large")]
-            return [Refusal(_FAILED, "failed")]
+    async def _serve(self, batch: list[Waiting]) -> None:
+        started = time.monotonic()
+        self._batched.set_max_batch_size(len(batch))
+        outcomes = await asyncio.gather(*(self._batched(waiting) for waiting in batch), return_exceptions=True)
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                waiting.call.refuse(waiting.place, Refusal(FAILED, "failed"))
+        seconds = time.monotonic() - started
+        padded = max(waiting.tokens for waiting in batch) * len(batch)
+        self.cost.observe(padded, seconds)
+        self.budget.observe(padded, seconds, full=bool(self.waiting))
+        self.linger.ended(len(batch), seconds)
 
-    def _test(self) -> None:
-        """Tell a dead engine from one that was given bad items."""
-        try:
-            self.engine.warm_up()
-            self.failures = 0
-        except Exception as error:
-            self.dead = repr(error)
+    async def _run(self, batch: list[Waiting]) -> list[None]:
+        BATCH_ITEMS.observe(len(batch))
+        BATCH_TOKENS.observe(sum(waiting.tokens for waiting in batch))
+        BATCH_PADDED.observe(max(waiting.tokens for waiting in batch) * len(batch))
+        started = time.monotonic()
+        items = [waiting.item for waiting in batch]
+        outcome = await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, items)
+        BATCH_SECONDS.observe(time.monotonic() - started)
+        self._deliver(batch, outcome)
+        return [None] * len(batch)
 
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:
+        for rows in outcome.did_not_fit:
+            self.budget.out_of_memory(max(batch[row].tokens for row in rows) * len(rows))
+        for rows, results in outcome.pieces:
+            shares: dict[Call, _Share] = {}
+            for at, row in enumerate(rows):
+                share = shares.setdefault(batch[row].call, _Share())
+                share.places.append(batch[row].place)
+                share.rows.append(at)
+            for call, share in shares.items():
+                call.collector.put(share.places, results, share.rows)
+                call.settle()
+        for row, refusal in outcome.refusals.items():
+            batch[row].call.refuse(batch[row].place, refusal)

@@ -36,10 +36,13 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Embedding:
-    vector: np.ndarray
-    """float32, shape (dimensions,)."""
-    tokens: int
+class Embeddings:
+    """Of a batch or of a request's texts, a row each."""
+
+    vectors: np.ndarray
+    """float32, shape (texts, dimensions)."""
+    tokens: np.ndarray
+    """int32, shape (texts,): what was used of each text."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,13 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Score:
-    score: float
-    """0 to 1: the sigmoid of the model's one logit."""
-    tokens: int
+class Scores:
+    """Of a batch or of a request's pairs, a row each."""
+
+    scores: np.ndarray
+    """float32, shape (pairs,), 0 to 1: the sigmoid of the model's one logit."""
+    tokens: np.ndarray
+    """int32, shape (pairs,): what was used of each pair."""
 
 
 @dataclass(frozen=True)

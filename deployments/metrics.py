@@ -15,9 +15,19 @@ BATCH_TOKENS = Histogram(
     registry=REGISTRY,
     buckets=(16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
 )
+BATCH_PADDED = Histogram(
+    "dure_batch_padded_tokens",
+    "Tokens in a batch, all items as long as the longest",
+    registry=REGISTRY,
+    buckets=(16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
+)
 BATCH_SECONDS = Histogram("dure_batch_duration_seconds", "Time on the engine", registry=REGISTRY, buckets=SECONDS)
 QUEUE = Gauge("dure_replica_queue_items", "Items waiting or running in the replica", registry=REGISTRY)
+DROPPED = Counter(
+    "dure_dropped_items", "Items never run: their caller had gone or their deadline had passed", registry=REGISTRY
+)
 OUT_OF_MEMORY = Counter("dure_out_of_memory", "Batches that ran out of memory", registry=REGISTRY)
+RELOADS = Counter("dure_reloads", "Reloads of a running model", ["status"], registry=REGISTRY)
 WEIGHTS = Gauge("dure_weights_bytes", "Bytes of the model's weights", registry=REGISTRY)
 LOAD_SECONDS = Gauge("dure_load_seconds", "Time from start of loading to ready", registry=REGISTRY)
 GPU_MEMORY = Gauge("dure_gpu_memory_bytes", "GPU memory that this process has allocated", registry=REGISTRY)

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from ray import serve
 
-from deployments.batching import Batcher
-from deployments.engines import Engine, load_engine
+from deployments.answers import Answers
+from deployments.live import Live, reason
 from deployments.loopback import keep_to_loopback
-from deployments.metrics import GPU_MEMORY, LOAD_SECONDS, REGISTRY, WEIGHTS
+from deployments.metrics import GPU_MEMORY, LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
 from deployments.progress import LoadEvent, LoadProgress
-from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal, TooLarge
+from deployments.scaling import BACKLOG, ITEMS
+from deployments.spec import ModelSpec, Order
 
-PREPARING_THREADS = 2
+logger = logging.getLogger("ray.serve")
+
+BACKLOG_FRESH_S = 5.0
+"""A caller with a backlog calls all the time; older news of one is no news."""
 
 
 class Outlet(Protocol):
-    """Where a replica tells how it is. Implementations don't block: telling costs well under a millisecond."""
+    """Where a replica tells how it is, and hears what to load. Nothing but `open` waits."""
 
-    def open(self, model: str, replica: str, registry: Any) -> None: ...
+    def open(
+        self, model: str, replica: str, registry: Any, deploy: str, on_order: Callable[[Order], object]
+    ) -> Order | None: ...
 
-    def event(self, event: LoadEvent) -> None: ...
+    def event(self, event: LoadEvent, copy: int = 0) -> None: ...
 
-    def facts(self, facts: dict[str, Any]) -> None: ...
+    def facts(self, facts: dict[str, Any], order: Order | None = None) -> None: ...
+
+    def replaced(self, copy: int) -> None: ...
+
+    def refused(self, order: Order, reason: str) -> None: ...
 
 
 class ModelReplica:
-    """Loads one model once, warms it up, and answers lists of requests in batches.
+    """Loads a model, answers lists of requests in batches, and loads it anew in another form when told to.
 
     Serve sends it no request before the constructor has returned, so a new replica is warm before it takes traffic.
+    While it reloads, the model that it has goes on answering; a batch later than the new one is warm it is gone.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -42,69 +54,68 @@ class ModelReplica:
     ) -> None:
         keep_to_loopback()
         self.spec = spec
-        self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
-        outlet = outlet_class()
-        outlet.open(spec.name, _replica_id(), REGISTRY)
-        progress = LoadProgress(outlet.event)
-        progress.preparing()
-        started = time.monotonic()
+        self.backlog, self.backlog_at = 0, 0.0
+        self.reloading: asyncio.Task[None] | None = None
+        self.outlet = outlet_class()
         loop = asyncio.get_running_loop()
+        order = await loop.run_in_executor(
+            None,
+            lambda: self.outlet.open(
+                spec.name,
+                str(serve.get_replica_context().replica_id.unique_id),
+                REGISTRY,
+                spec.deploy,
+                lambda order: loop.call_soon_threadsafe(self._reload, order),
+            ),
+        )
         try:
-            self.engine = await loop.run_in_executor(self.engine_thread, self._load, progress)
-        except Exception as error:
-            reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-            progress.failed(reason)
+            self.live = await Live.load(order.applied_to(spec) if order else spec, LoadProgress(self.outlet.event))
+        except Exception:
             await asyncio.sleep(0.5)  # the process ends with this constructor; let the report leave first
             raise
-        self.batcher = Batcher(self.engine, spec, self.engine_thread)
-        seconds = time.monotonic() - started
-        facts: Facts = self.engine.facts
-        WEIGHTS.set(facts.weights_bytes)
-        LOAD_SECONDS.set(seconds)
-        outlet.facts(asdict(facts) | {"load_seconds": round(seconds, 2), "pid": os.getpid()})
-        progress.ready()
+        self._tell(order)
 
-    def _load(self, progress: LoadProgress) -> Engine[Any, Any, Any]:
-        import torch
-
-        torch.set_num_threads(self.spec.threads or _cores())
-        loaded = load_engine(self.spec, progress)
-        progress.loaded()
-        loaded.warm_up()
-        if torch.cuda.is_available():
-            GPU_MEMORY.set_function(torch.cuda.memory_allocated)
-        return loaded
-
-    async def run(self, requests: list[Any]) -> list[Any]:
-        """One result or Refusal per request, in order."""
-        loop = asyncio.get_running_loop()
-        items = await loop.run_in_executor(self.preparing, self._prepare, requests)
-        return await asyncio.gather(*map(self._submit, items))
+    async def run(self, requests: list[Any], timeouts_s: list[float], backlog: int = 0) -> Answers:
+        """A result or a Refusal per request, in order; `backlog` is how many more the caller holds back for now."""
+        self.backlog, self.backlog_at = backlog, time.monotonic()
+        return await self.live.run(requests, timeouts_s)
 
     async def check_health(self) -> None:
         """Raises where the engine is dead; Serve then replaces this replica."""
-        self.batcher.check()
+        self.live.batcher.check()
 
-    def _prepare(self, requests: list[Any]) -> list[Any]:
-        return [self._prepare_one(request) for request in requests]
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Items, not calls, for `deployments.scaling`."""
+        fresh = time.monotonic() - self.backlog_at < BACKLOG_FRESH_S
+        return {ITEMS: self.live.batcher.items, BACKLOG: self.backlog if fresh else 0}
 
-    def _prepare_one(self, request: Any) -> Any:
+    def _reload(self, order: Order) -> None:
+        if self.reloading is None or self.reloading.done():
+            self.reloading = asyncio.get_running_loop().create_task(self._carry_out(order))
+
+    async def _carry_out(self, order: Order) -> None:
         try:
-            return self.engine.prepare(request)
-        except TooLarge as error:
-            return Refusal(str(error), "too_large", error.field)
-        except ItemError as error:
-            return Refusal(str(error), "invalid", error.field)
+            new = await Live.load(
+                order.applied_to(self.spec), LoadProgress(lambda event: self.outlet.event(event, order.number))
+            )
+        except Exception as error:
+            logger.warning("order %d can't be carried out: %r", order.number, error)
+            RELOADS.labels("failed").inc()
+            self.outlet.refused(order, reason(error))
+            return
+        self.live, old = new, self.live
+        RELOADS.labels("done").inc()
+        self._tell(order)
+        self.outlet.replaced(order.number)
+        await old.retire()
 
-    async def _submit(self, item: Any) -> Any:
-        return item if isinstance(item, Refusal) else await self.batcher.submit(item)
+    def _tell(self, order: Order | None) -> None:
+        facts = self.live.engine.facts
+        WEIGHTS.set(facts.weights_bytes)
+        LOAD_SECONDS.set(self.live.load_seconds)
+        if facts.device == "cuda":
+            import torch
 
-
-def _cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _replica_id() -> str:
-    return str(serve.get_replica_context().replica_id.unique_id)
+            GPU_MEMORY.set_function(torch.cuda.memory_allocated)
+        told = {"source": self.live.spec.source, "load_seconds": round(self.live.load_seconds, 2), "pid": os.getpid()}
+        self.outlet.facts(asdict(facts) | told, order)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 
@@ -22,6 +22,22 @@ class ModelSpec:
     threads: int | None = None
     """CPU threads for one batch; all cores where left out."""
     max_batch_items: int = 32
+    max_batch_tokens: int = 16384
+    """Padded tokens of one batch: its items times the longest."""
+    deploy: str = ""
+    """Tells one deploy from the next."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Load a model anew, with some fields of its spec changed until the next deploy."""
+
+    number: int
+    deploy: str
+    changes: dict[str, Any]
+
+    def applied_to(self, spec: ModelSpec) -> ModelSpec:
+        return replace(spec, **self.changes)
 
 
 class CheckpointError(Exception):
@@ -36,16 +52,12 @@ class ItemError(Exception):
         self.field = field
 
 
-class TooLarge(ItemError):
-    """An item over a size limit."""
-
-
 @dataclass(frozen=True)
 class Refusal:
     """Stands in the place of the result of an item that was refused or that failed, so that its neighbours live."""
 
     reason: str
-    kind: Literal["invalid", "too_large", "failed"] = "invalid"
+    kind: Literal["invalid", "too_large", "failed", "late"] = "invalid"
     field: str | None = None
 
 

@@ -1,6 +1,9 @@
 """Builds the ingress graph that a config file describes: `import_path: serve.app:build`."""
 
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` to validate what it passes.
+import uuid
+from dataclasses import replace
+
 from ray import serve
 from ray.serve import Application
 
@@ -13,13 +16,15 @@ from serve.watch import CONSTRUCTOR_TRIES
 
 HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 10
+POLICY = {"policy_function": "deployments.scaling:by_items"}
 INGRESS_MAX_ONGOING = 4096
 """Every stream and WebSocket holds one; HAProxy's own limit is the same."""
 
 
 def build(settings: Settings) -> Application:
     """One deployment per model, one per composed service, and the ingress over them."""
-    models = {name: _model(name, model, settings) for name, model in settings.models.items()}
+    deploy = uuid.uuid4().hex
+    models = {name: _model(name, model, settings, deploy) for name, model in settings.models.items()}
     services: dict[str, Application] = {}
     if {"embedding", "rerank"} <= {model.task for model in settings.models.values()}:
         search = serve.deployment(Search).options(
@@ -43,18 +48,22 @@ def build(settings: Settings) -> Application:
     )
 
 
-def _model(name: str, model: ModelSettings, settings: Settings) -> Application:
+def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> Application:
     scaling = model.autoscaling
     fixed = scaling.min_replicas == scaling.max_replicas
     deployment = serve.deployment(ModelReplica).options(
         name=name,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
-        max_ongoing_requests=2 * model.max_queue,
+        max_ongoing_requests=max(2 * model.max_queue, model.max_batch_items),
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
-        **({"num_replicas": scaling.min_replicas} if fixed else {"autoscaling_config": scaling.model_dump()}),
+        **(
+            {"num_replicas": scaling.min_replicas}
+            if fixed
+            else {"autoscaling_config": scaling.model_dump() | {"policy": POLICY}}
+        ),
         **_lifecycle(settings),
     )
-    return deployment.bind(model.spec(name), Reporter)
+    return deployment.bind(replace(model.spec(name), deploy=deploy), Reporter)
 
 
 def _lifecycle(settings: Settings) -> dict[str, float]:

@@ -13,10 +13,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.answers import Answers
 from deployments.spec import Refusal
 from serve import errors
+from serve.coalescer import Coalescer
 from serve.errors import DureError
 from serve.metrics import QUEUE_ITEMS, REJECTED
+from serve.settings import ModelSettings
 from serve.watch import Watch
 
 TRIES = 3
@@ -34,6 +37,8 @@ class Gate:
         self.items = 0
         self.seconds_per_item = 0.05
         self._freed = asyncio.Event()
+        self._served = 0.0
+        self._gauge = QUEUE_ITEMS.labels(name)
 
     @asynccontextmanager
     async def admitted(self, items: int, patience_s: float = 0) -> AsyncIterator[None]:
@@ -50,17 +55,21 @@ class Gate:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._freed.wait(), left)
         self.items += items
-        QUEUE_ITEMS.labels(self.name).set(self.items)
-        ahead, started = self.items, time.monotonic()
+        self._gauge.set(self.items)
         try:
             yield
-            measured = (time.monotonic() - started) / ahead
-            self.seconds_per_item += 0.1 * (measured - self.seconds_per_item)
         finally:
             self.items -= items
-            QUEUE_ITEMS.labels(self.name).set(self.items)
+            self._gauge.set(self.items)
             self._freed.set()
             self._freed = asyncio.Event()
+
+    def served(self, items: int, started: float) -> None:
+        """A call that `started` then (time.monotonic) has been answered: what it took beside those before it counts."""
+        now = time.monotonic()
+        measured = (now - max(started, self._served)) / items
+        self._served = now
+        self.seconds_per_item += 0.1 * (measured - self.seconds_per_item)
 
     def retry_after_s(self) -> float:
         """When what waits now will have been answered, at the pace measured lately."""
@@ -76,17 +85,22 @@ class Deployment:
         self.gate = Gate(name, max_queue)
         self.patient = patient
 
-    async def call(self, *arguments: Any, items: int, timeout_s: float) -> Any:
+    async def call(self, *arguments: Any, timeout_s: float) -> Any:
         """Call `run` within the deadline. Raises DureError for everything that can go wrong."""
-        deadline = time.monotonic() + timeout_s
-        async with self.gate.admitted(items, timeout_s if self.patient else 0):
-            return await self._call(arguments, deadline, timeout_s)
+        async with self.gate.admitted(1, timeout_s if self.patient else 0):
+            return await self._call(arguments, 1, timeout_s)
 
-    async def _call(self, arguments: tuple[Any, ...], deadline: float, timeout_s: float) -> Any:
+    async def _call(self, arguments: tuple[Any, ...], items: int, timeout_s: float) -> Any:
+        started = time.monotonic()
         for attempt in range(1, TRIES + 1):
             response = self.handle.run.remote(*arguments)
             try:
-                return await asyncio.wait_for(_result(response), max(0.001, deadline - time.monotonic()))
+                result = await asyncio.wait_for(_result(response), max(0.001, started + timeout_s - time.monotonic()))
+                self.gate.served(items, started)
+                return result
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
             except TimeoutError as error:
                 response.cancel()
                 raise errors.too_late(self.name, timeout_s) from error
@@ -103,49 +117,59 @@ class Deployment:
 
 
 class Model(Deployment):
-    """A model's deployment, which may still be loading."""
+    """A model's deployment, which may still be loading, and what waits for it."""
 
     def __init__(
         self,
         name: str,
-        task: str,
+        settings: ModelSettings,
         handle: DeploymentHandle,
-        max_queue: int,
         patient: bool,
         watch: Watch,
         load_wait_s: float,
     ) -> None:
-        super().__init__(name, handle, max_queue, patient)
-        self.task = task
+        super().__init__(name, handle, settings.max_queue, patient)
+        self.task = settings.task
         self.watch = watch
         self.load_wait_s = load_wait_s
+        self.coalescer = Coalescer(self._send, settings.max_batch_items, lambda: watch.ready(name))
 
-    async def ask(self, requests: list[Any], timeout_s: float) -> list[Any]:
-        """One result per request, or a Refusal in its place."""
-        results: list[Any] = await self.call(requests, items=len(requests), timeout_s=timeout_s)
-        return results
+    async def ask(self, requests: list[Any], timeout_s: float) -> Answers:
+        """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""
+        deadline = time.monotonic() + timeout_s
+        async with self.gate.admitted(len(requests), timeout_s if self.patient else 0):
+            state = await self.watch.settled(self.name, min(self.load_wait_s, deadline - time.monotonic()))
+            if state == "failed":
+                raise errors.failed(self.name, self.watch.reason(self.name))
+            if state == "loading":
+                raise errors.loading(self.name, 5)
+            try:
+                return await self.coalescer.ask(requests, max(0.001, deadline - time.monotonic()))
+            except TimeoutError as error:
+                raise errors.too_late(self.name, timeout_s) from error
 
-    async def results(self, requests: list[Any], timeout_s: float, param: str) -> list[Any]:
-        """One result per request. Raises DureError for the first that was refused; `param` is the list's field."""
-        results = await self.ask(requests, timeout_s)
-        for number, result in enumerate(results):
-            if isinstance(result, Refusal):
-                raise refused(result, f"{param}.{number}" if len(results) > 1 else param)
-        return results
+    async def results(self, requests: list[Any], timeout_s: float, param: str) -> Any:
+        """One result per request, a list or a dataclass of arrays.
 
-    async def _call(self, arguments: tuple[Any, ...], deadline: float, timeout_s: float) -> Any:
-        state = await self.watch.settled(self.name, min(self.load_wait_s, deadline - time.monotonic()))
-        if state == "failed":
-            raise errors.failed(self.name, self.watch.reason(self.name))
-        if state == "loading":
-            raise errors.loading(self.name, 5)
-        return await super()._call(arguments, deadline, timeout_s)
+        Raises DureError for the first that was refused; `param` is the field that holds the requests.
+        """
+        answers = await self.ask(requests, timeout_s)
+        if answers.refusals:
+            number = min(answers.refusals)
+            raise refused(answers.refusals[number], f"{param}.{number}" if len(requests) > 1 else param)
+        return answers.results
+
+    async def _send(self, items: list[Any], timeouts_s: list[float], backlog: int) -> Answers:
+        answers: Answers = await self._call((items, timeouts_s, backlog), len(items), max(timeouts_s))
+        return answers
 
 
 def refused(refusal: Refusal, param: str) -> DureError:
     param = refusal.field or param
     if refusal.kind == "too_large":
         return errors.too_large(refusal.reason, param)
+    if refusal.kind == "late":
+        return DureError(504, "deadline_exceeded", refusal.reason, param)
     if refusal.kind == "failed":
         return DureError(500, "model_failed", refusal.reason, param)
     return errors.invalid(refusal.reason, param)

@@ -35,21 +35,13 @@ class Graph:
     ) -> Graph:
         """The graph as the running replica sees it. A service, whose own queue is bounded, is `patient` with models."""
         context = serve.get_replica_context()
-        watch = Watch(list(models))
+        watch = Watch()
         return cls(
             (context.deployment, context.replica_id.unique_id),
             settings,
             watch,
             {
-                name: Model(
-                    name,
-                    settings.models[name].task,
-                    handle,
-                    settings.models[name].max_queue,
-                    patient,
-                    watch,
-                    settings.load_wait_s,
-                )
+                name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s)
                 for name, handle in models.items()
             },
             {name: Deployment(name, handle, settings.search.max_queue) for name, handle in services.items()},
@@ -59,6 +51,8 @@ class Graph:
         """Begin to listen to the board and to report to it; needs a running event loop."""
         keep_to_loopback()
         self.watch.start()
+        for model in self.models.values():
+            model.coalescer.start()
         Reporter().open(*self.me, REGISTRY)
 
     def model(self, task: str, name: str | None = None) -> Model:

@@ -48,7 +48,7 @@ def _known_task(task: str) -> str:
 
 
 class Autoscaling(Strict):
-    """How many replicas a model has, by the requests waiting and running in each."""
+    """How many replicas a model has, by the items waiting and running for each."""
 
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
@@ -75,6 +75,7 @@ class ModelSettings(Strict):
     threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
     autoscaling: Autoscaling = Autoscaling()
     max_batch_items: int = Field(32, ge=1)
+    max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
     max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
 
     def spec(self, name: str) -> ModelSpec:
@@ -87,6 +88,7 @@ class ModelSettings(Strict):
             precision=self.precision if optimised() else "fp32",
             threads=self.threads,
             max_batch_items=self.max_batch_items,
+            max_batch_tokens=self.max_batch_tokens,
         )
 
 

@@ -19,8 +19,7 @@ State = Literal["loading", "ready", "failed"]
 
 
 class Watch:
-    def __init__(self, models: list[str]) -> None:
-        self.models = models
+    def __init__(self) -> None:
         self.replicas: dict[Key, Replica] = {}
         self._subscribers: set[asyncio.Queue[Replica]] = set()
         self._changed = asyncio.Event()
@@ -42,6 +41,10 @@ class Watch:
         if len(statuses) >= CONSTRUCTOR_TRIES and all(status == "failed" for status in statuses):
             return "failed"
         return "loading"
+
+    def ready(self, model: str) -> int:
+        """How many replicas take requests."""
+        return sum(replica.event.status == "ready" and not replica.process for replica in self.of(model))
 
     def reason(self, model: str) -> str:
         """Why a model failed."""

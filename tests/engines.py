@@ -11,7 +11,10 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
 
 
 class Shout:
-    """Answers `{"say": text}` in capitals; `wait` seconds long; `fail` trips over the item, `die` for good."""
+    """Answers `{"say": text}` in capitals; `wait` seconds long; `fail` trips over the item, `die` for good.
+
+    A batch whose items take up more than 100 of `memory` together does not fit.
+    """
 
     facts = Facts("cpu", "fp32", False, 0)
     dead = False
@@ -40,5 +43,7 @@ class Shout:
         self.dead = self.dead or any(item.get("die") for item in items)
         if self.dead or any(item.get("fail") for item in items):
             raise RuntimeError("the engine tripped, as it was asked to")
+        if sum(item.get("memory", 0) for item in items) > 100:
+            raise MemoryError
         time.sleep(max(item.get("wait", 0) for item in items))
         return [{"said": item["say"].upper(), "batch": len(items)} for item in items]

@@ -17,7 +17,7 @@ from deployments.spec import CheckpointError, Facts, ModelSpec
 
 Request = TypeVar("Request", contravariant=True)
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Result = TypeVar("Result", covariant=True)
 
 ENGINES = {
     "next_word": "deployments.engines.predictor:Predictor",
@@ -45,8 +45,8 @@ class Engine(Protocol[Request, Item, Result]):
     def cost(self, item: Item) -> int:
         """Tokens that the item takes up in a batch, before padding."""
 
-    def run(self, items: list[Item]) -> list[Result]:
-        """One result per item, in order."""
+    def run(self, items: list[Item]) -> Result:
+        """One result per item, in order: a list, or a dataclass of arrays whose first axis is the item."""
 
 
 def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 from deployments.engines.tokens import Encoded, encode_one, pad
-from deployments.items import Embedding, Text
+from deployments.items import Embeddings, Text
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
 from deployments.spec import Facts, ItemError, ModelSpec
@@ -50,10 +51,10 @@ class Embedder:
         return len(item.ids)
 
     @torch.inference_mode()
-    def run(self, items: list[Encoded]) -> list[Embedding]:
+    def run(self, items: list[Encoded]) -> Embeddings:
         features = pad(items, self.tokenizer, self.model.device)
         vectors = self.model(features)["sentence_embedding"].float().cpu().numpy()
-        return [Embedding(vector, len(item.ids)) for vector, item in zip(vectors, items, strict=True)]
+        return Embeddings(vectors, np.array([len(item.ids) for item in items], np.int32))
 
 
 def _sentence_transformer(folder: Path, **model_kwargs: object) -> SentenceTransformer:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 
 from deployments.engines.tokens import Encoded, encode_one, pad
-from deployments.items import Pair, Score
+from deployments.items import Pair, Scores
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ModelSpec
@@ -42,10 +43,10 @@ class Reranker:
         return len(item.ids)
 
     @torch.inference_mode()
-    def run(self, items: list[Encoded]) -> list[Score]:
+    def run(self, items: list[Encoded]) -> Scores:
         features = pad(items, self.tokenizer, self.model.device)
-        scores = torch.sigmoid(self.model(features)["scores"].float().reshape(-1)).tolist()
-        return [Score(score, len(item.ids)) for score, item in zip(scores, items, strict=True)]
+        scores = torch.sigmoid(self.model(features)["scores"].float().reshape(-1)).cpu().numpy()
+        return Scores(scores, np.array([len(item.ids) for item in items], np.int32))
 
 
 def _cross_encoder(folder: Path, **model_kwargs: object) -> CrossEncoder:

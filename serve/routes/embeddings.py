@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Response
 from pydantic import Field, PlainValidator
 
-from deployments.items import Embedding, Text
+from deployments.items import Embeddings, Text
 from serve import errors
 from serve.metrics import measured
 from serve.routes.common import Body, GraphDep, answer, check_texts
@@ -52,11 +52,11 @@ async def embeddings(body: EmbeddingsRequest, graph: GraphDep) -> Response:
     model = graph.model("embedding", body.model)
     texts = _texts(body.input, graph.settings.limits)
     with measured(model.name):
-        results: list[Embedding] = await model.results(
+        found: Embeddings = await model.results(
             [Text(text, body.truncate) for text in texts], graph.settings.request_timeout_s, "input"
         )
-    vectors = _shortened(np.stack([result.vector for result in results]), body.dimensions)
-    tokens = sum(result.tokens for result in results)
+    vectors = _shortened(found.vectors, body.dimensions)
+    tokens = int(found.tokens.sum())
     return answer(
         {
             "object": "list",

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
-from pydantic import Field
+from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Field, model_validator
+from ray.exceptions import RayTaskError
 
+from deployments.spec import Precision
 from serve import errors
+from serve.board import board
+from serve.errors import DureError
 from serve.graph import Graph
 from serve.metrics import measured
 from serve.routes.common import Body, GraphDep, answer
-from serve.settings import TASKS
+from serve.settings import TASKS, ModelSettings
 
 router = APIRouter(tags=["models"])
+
+POLL_S = 0.2
+BOARD_S = 10.0
 
 
 @router.get("/v1/models")
@@ -31,6 +41,7 @@ async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
     facts = next((replica.facts for replica in replicas if replica.facts), None) or {}
     weights = facts.get("weights_bytes")
     return _entry(graph, name) | {
+        "source": facts.get("source"),
         "device": facts.get("device"),
         "precision": facts.get("precision"),
         "quantized": facts.get("quantized"),
@@ -49,6 +60,70 @@ async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
             for replica in replicas
         ],
     }
+
+
+class ReloadRequest(Body):
+    model_config = ConfigDict(extra="forbid")
+
+    optimized: bool | None = None
+    """True: as the config says; false: fp32, without optimisation."""
+    precision: Precision | None = None
+    source: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    wait: bool = True
+    """False answers 202 at once; the progress stream and GET /v1/models/NAME tell how it goes."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ReloadRequest:
+        if self.optimized is not None and self.precision is not None:
+            raise ValueError("give `optimized` or `precision`, not both")
+        if self.optimized is None and self.precision is None and self.source is None:
+            raise ValueError("give `optimized`, `precision` or `source`")
+        if self.revision is not None and self.source is None:
+            raise ValueError("`revision` goes with `source`")
+        return self
+
+    def changes(self, configured: ModelSettings) -> dict[str, Any]:
+        """Fields of the model's spec that are to differ from the config."""
+        changed: dict[str, Any] = {}
+        if self.precision or self.optimized is not None:
+            changed["precision"] = self.precision or (configured.precision if self.optimized else "fp32")
+        if self.source:
+            changed |= {"source": self.source, "revision": self.revision}
+        return changed
+
+
+@router.post("/v1/models/{name}/reload")
+async def reload(name: str, body: ReloadRequest, graph: GraphDep) -> JSONResponse:
+    """Load a model anew in another precision or from another source, replica by replica, while it goes on answering.
+
+    If that fails the old one stays and the answer says why. It holds until the next deploy.
+    """
+    if name not in graph.models:
+        raise errors.not_found(f"no model {name!r}; there are {', '.join(graph.models)}", "name")
+    actor = await asyncio.to_thread(board)
+    try:
+        order = await _asked(actor.order.remote(name, body.changes(graph.settings.models[name])))
+    except ValueError as error:
+        raise DureError(409, "conflict", str(error)) from error
+    deadline = time.monotonic() + graph.settings.request_timeout_s
+    while body.wait and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S)
+        latest = await _asked(actor.reload.remote(name))
+        if latest is None or latest.order.number != order.number or latest.state == "failed":
+            reason = latest.reason if latest else "it was deployed anew meanwhile"
+            raise errors.invalid(f"{name} could not be reloaded and serves on as before: {reason}")
+        if latest.state == "done":
+            return JSONResponse(await get_model(name, graph))
+    return JSONResponse(await get_model(name, graph), 202)
+
+
+async def _asked(answer: Any) -> Any:
+    """The board's answer. Raises ValueError where the board refused."""
+    try:
+        return await asyncio.wait_for(answer, BOARD_S)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from error
 
 
 class RunRequest(Body):

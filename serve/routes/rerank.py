@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import Field, PlainValidator
 
-from deployments.items import Pair, Score
+from deployments.items import Pair, Scores
 from serve.metrics import measured
 from serve.routes.common import Body, GraphDep, answer, check_text, check_texts
 
@@ -47,12 +47,12 @@ async def rerank(body: RerankRequest, graph: GraphDep) -> Response:
     check_text(body.query, "query", graph.settings.limits)
     check_texts(texts, "documents", graph.settings.limits)
     with measured(model.name):
-        scores: list[Score] = await model.results(
+        found: Scores = await model.results(
             [Pair(body.query, text, body.truncate) for text in texts], graph.settings.request_timeout_s, "documents"
         )
-    order = sorted(range(len(texts)), key=lambda index: -scores[index].score)[: body.top_n]
-    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index].score} for index in order]
+    scores = found.scores.tolist()
+    order = sorted(range(len(texts)), key=lambda index: -scores[index])[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
     if body.return_documents:
         results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
-    tokens = sum(score.tokens for score in scores)
-    return answer({"model": model.name, "results": results, "usage": {"total_tokens": tokens}})
+    return answer({"model": model.name, "results": results, "usage": {"total_tokens": int(found.tokens.sum())}})

@@ -31,8 +31,6 @@ async def search(body: SearchRequest, graph: GraphDep) -> Response:
     check_texts(body.documents, "documents", graph.settings.limits)
     timeout_s = graph.settings.request_timeout_s
     with measured(service.name):
-        found: Found = await service.call(
-            body.query, body.documents, body.top_k, timeout_s, items=1, timeout_s=timeout_s
-        )
+        found: Found = await service.call(body.query, body.documents, body.top_k, timeout_s, timeout_s=timeout_s)
     results = [{"index": hit.index, "score": hit.score, "document": body.documents[hit.index]} for hit in found.hits]
     return answer({"results": results, "usage": {"total_tokens": found.tokens}})

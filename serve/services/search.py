@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from deployments.items import Embedding, Pair, Score, Text
+from deployments.items import Embeddings, Pair, Scores, Text
 from serve.graph import Graph
 from serve.settings import Settings
 
@@ -40,13 +40,12 @@ class Search:
     async def run(self, query: str, documents: list[str], top_k: int, timeout_s: float) -> Found:
         """The best `top_k` documents. Raises DureError naming the field at fault."""
         texts = [Text(text) for text in (*documents, query)]
-        embedded: list[Embedding] = await self.graph.model("embedding").results(texts, timeout_s, "documents")
-        vectors = np.stack([each.vector for each in embedded])
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        embedded: Embeddings = await self.graph.model("embedding").results(texts, timeout_s, "documents")
+        vectors = embedded.vectors / np.maximum(np.linalg.norm(embedded.vectors, axis=1, keepdims=True), 1e-12)
         count = min(len(documents), max(MIN_CANDIDATES, CANDIDATES_PER_RESULT * top_k))
         nearest = np.argsort(-(vectors[:-1] @ vectors[-1]), kind="stable")[:count].tolist()
         pairs = [Pair(query, documents[index]) for index in nearest]
-        scored: list[Score] = await self.graph.model("rerank").results(pairs, timeout_s, "documents")
-        hits = [Hit(index, score.score) for index, score in zip(nearest, scored, strict=True)]
-        tokens = sum(each.tokens for each in embedded) + sum(each.tokens for each in scored)
+        scored: Scores = await self.graph.model("rerank").results(pairs, timeout_s, "documents")
+        hits = [Hit(index, score) for index, score in zip(nearest, scored.scores.tolist(), strict=True)]
+        tokens = int(embedded.tokens.sum() + scored.tokens.sum())
         return Found(sorted(hits, key=lambda hit: -hit.score)[:top_k], tokens)

@@ -251,6 +251,15 @@ def test_a_bad_item_never_fails_its_neighbours(client: httpx.Client) -> None:
     assert "Traceback" not in failed.text
 
 
+def test_memory_that_runs_out_fails_no_request_but_one_that_is_too_large_alone(client: httpx.Client) -> None:
+    def ask(memory: int) -> int:
+        return shout(client, {"say": "x", "wait": 0.02, "memory": memory}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(ask, [40] * 30 + [101] + [40] * 10))
+    assert codes == [200] * 30 + [413] + [200] * 10
+
+
 def test_over_the_deadline_is_504(client: httpx.Client) -> None:
     response, seconds = timed(lambda: shout(client, {"say": "x", "wait": 18}))
     assert response.status_code == 504

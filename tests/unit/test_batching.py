@@ -5,17 +5,21 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.serve import context
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 
-from deployments import batching
-from deployments.batching import FAILURES_BEFORE_TEST, Batcher, EngineDead
-from deployments.spec import ItemError, ModelSpec, Refusal
+from deployments import running
+from deployments.answers import Answers
+from deployments.batching import LATE, Batcher
+from deployments.running import FAILED, FAILURES_BEFORE_TEST, TOO_LARGE, EngineDead
+from deployments.spec import Facts, ItemError, ModelSpec, Refusal
 
 
 @pytest.fixture(autouse=True)
@@ -31,23 +35,35 @@ def in_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-class Counting:
-    """Remembers its batches; negative items fail, `None` is refused."""
+@dataclass
+class Tens:
+    values: np.ndarray
 
-    def __init__(self) -> None:
+
+class Counting:
+    """Answers ten times an item, which is as long as it is large, and remembers its batches.
+
+    Negative items fail, `None` is refused, and above `room` padded tokens there is no memory.
+    """
+
+    facts = Facts("cpu", "fp32", False, 0)
+
+    def __init__(self, arrays: bool = False, room: int = 10**9) -> None:
         self.batches: list[list[Any]] = []
-        self.hold = threading.Event()
-        self.hold.set()
+        self.go = threading.Event()
+        self.go.set()
         self.broken = False
+        self.arrays = arrays
+        self.room = room
 
     def warm_up(self) -> None:
         self.run([1])
 
     def cost(self, item: Any) -> int:
-        return 1
+        return abs(item) if item else 1
 
-    def run(self, items: list[Any]) -> list[Any]:
-        self.hold.wait(10)
+    def run(self, items: list[Any]) -> Any:
+        self.go.wait(10)
         self.batches.append(items)
         if self.broken:
             raise RuntimeError("broken for good")
@@ -55,93 +71,168 @@ class Counting:
             raise ItemError("None is no item")
         if any(item < 0 for item in items):
             raise RuntimeError("a negative item")
-        return [item * 10 for item in items]
+        if max(map(self.cost, items)) * len(items) > self.room:
+            raise MemoryError
+        tens = [item * 10 for item in items]
+        return Tens(np.array(tens)) if self.arrays else tens
 
 
-def run(scenario: Callable[[Batcher, Counting], Coroutine[Any, Any, None]], max_items: int = 4) -> Counting:
-    engine = Counting()
+class Bench:
+    """A batcher over a counting engine, whose batches can be held up."""
+
+    def __init__(self, batcher: Batcher, engine: Counting) -> None:
+        self.batcher, self.engine = batcher, engine
+
+    def submit(self, *items: Any, timeout_s: float = 10) -> asyncio.Task[Answers]:
+        return asyncio.create_task(self.batcher.submit(list(items), [timeout_s] * len(items)))
+
+    async def hold(self) -> asyncio.Task[Answers]:
+        """One item of length 1 that keeps the engine busy until `go`."""
+        self.engine.go.clear()
+        first = self.submit(1)
+        await asyncio.sleep(0.05)
+        return first
+
+    async def go(self) -> None:
+        await asyncio.sleep(0.05)
+        self.engine.go.set()
+
+
+def run(
+    scenario: Callable[[Bench], Coroutine[Any, Any, None]], max_items: int = 4, max_tokens: int = 1000, **engine: Any
+) -> list[list[Any]]:
+    """The batches that were made."""
+    counting = Counting(**engine)
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as thread:
-            batcher = Batcher(engine, ModelSpec("m", "t", "s", max_batch_items=max_items), thread)
-            await scenario(batcher, engine)
-            batcher._pumping.cancel()
+            spec = ModelSpec("m", "t", "s", max_batch_items=max_items, max_batch_tokens=max_tokens)
+            batcher = Batcher(counting, spec, thread)
+            await scenario(Bench(batcher, counting))
+            assert batcher.items == 0
+            batcher.close()
 
     asyncio.run(main())
-    return engine
+    return counting.batches
 
 
-def test_what_waits_while_the_engine_runs_leaves_as_one_batch() -> None:
-    async def scenario(batcher: Batcher, engine: Counting) -> None:
-        engine.hold.clear()
-        first = asyncio.create_task(batcher.submit(0))
-        await asyncio.sleep(0.05)
-        rest = [asyncio.create_task(batcher.submit(item)) for item in range(1, 8)]
-        await asyncio.sleep(0.05)
-        engine.hold.set()
-        assert await asyncio.gather(first, *rest) == [item * 10 for item in range(8)]
+@pytest.mark.parametrize("arrays", [False, True])
+def test_what_waits_while_the_engine_runs_leaves_as_one_batch(arrays: bool) -> None:
+    async def scenario(bench: Bench) -> None:
+        first = await bench.hold()
+        calls = [bench.submit(5, 6, 7), bench.submit(8), bench.submit(9, 10, 11)]
+        await bench.go()
+        for call, expected in zip([first, *calls], [[10], [50, 60, 70], [80], [90, 100, 110]], strict=True):
+            results = (await call).results
+            assert list(results.values if arrays else results) == expected
 
-    assert [len(batch) for batch in run(scenario).batches] == [1, 4, 3]
+    assert run(scenario, arrays=arrays) == [[1], [5, 6, 7, 8], [9, 10, 11]]
+
+
+def test_a_batch_keeps_within_its_padded_tokens_and_a_long_item_runs_alone() -> None:
+    async def scenario(bench: Bench) -> None:
+        first = await bench.hold()
+        rest = bench.submit(10, 10, 10, 50, 10)
+        await bench.go()
+        assert (await rest).results == [100, 100, 100, 500, 100]
+        await first
+
+    batches = run(scenario, max_items=100, max_tokens=40)
+    assert all(len(batch) == 1 or max(batch) * len(batch) <= 40 for batch in batches)
+    assert [50] in batches
 
 
 def test_an_item_whose_caller_has_gone_is_not_run() -> None:
-    async def scenario(batcher: Batcher, engine: Counting) -> None:
-        engine.hold.clear()
-        first = asyncio.create_task(batcher.submit(0))
-        await asyncio.sleep(0.05)
-        gone, stays = asyncio.create_task(batcher.submit(1)), asyncio.create_task(batcher.submit(2))
+    async def scenario(bench: Bench) -> None:
+        first = await bench.hold()
+        gone, stays = bench.submit(2), bench.submit(3)
         await asyncio.sleep(0.05)
         gone.cancel()
-        await asyncio.sleep(0)
-        engine.hold.set()
-        assert await asyncio.gather(first, stays) == [0, 20]
-        assert batcher.waiting == 0
+        await bench.go()
+        assert (await stays).results == [30]
+        await first
 
-    assert run(scenario).batches == [[0], [2]]
+    assert run(scenario) == [[1], [3]]
+
+
+def test_an_item_whose_deadline_has_passed_is_not_run() -> None:
+    async def scenario(bench: Bench) -> None:
+        first = await bench.hold()
+        late, stays = bench.submit(2, timeout_s=0.01), bench.submit(3)
+        await bench.go()
+        assert (await late).refusals == {0: LATE}
+        assert (await stays).results == [30]
+        await first
+
+    assert run(scenario) == [[1], [3]]
 
 
 def test_a_bad_item_fails_alone() -> None:
-    async def scenario(batcher: Batcher, engine: Counting) -> None:
-        good, bad, refused, other = await asyncio.gather(*(batcher.submit(item) for item in (1, -1, None, 3)))
-        assert (good, other) == (10, 30)
-        assert bad == Refusal(batching._FAILED, "failed")
-        assert refused == Refusal("None is no item")
-        batcher.check()
+    async def scenario(bench: Bench) -> None:
+        answers = await bench.submit(1, -1, None, Refusal("refused before"), 3)
+        assert answers.results[0] == 10
+        assert answers.results[4] == 30
+        assert answers.refusals == {
+            1: Refusal(FAILED, "failed"),
+            2: Refusal("None is no item"),
+            3: Refusal("refused before"),
+        }
+        bench.batcher.check()
 
     run(scenario)
 
 
+def test_memory_that_runs_out_is_seen_by_no_caller() -> None:
+    async def scenario(bench: Bench) -> None:
+        for _ in range(20):
+            answers = await asyncio.gather(*(bench.submit(10, 10, 10) for _ in range(10)))
+            assert all(each.results == [100, 100, 100] and not each.refusals for each in answers)
+
+    batches = run(scenario, max_items=100, room=100)
+    failed = [len(batch) for batch in batches if len(batch) * 10 > 100]
+    assert failed
+    assert len(failed) < 10, "the budget has learnt what fits"
+
+
+def test_an_item_that_does_not_fit_alone_is_refused_alone() -> None:
+    async def scenario(bench: Bench) -> None:
+        answers = await bench.submit(10, 200, 20)
+        assert answers.refusals == {1: Refusal(TOO_LARGE, "too_large")}
+        assert (answers.results[0], answers.results[2]) == (100, 200)
+
+    run(scenario, room=100)
+
+
 def test_an_engine_that_fails_even_its_warm_up_is_dead() -> None:
-    async def scenario(batcher: Batcher, engine: Counting) -> None:
-        engine.broken = True
+    async def scenario(bench: Bench) -> None:
+        bench.engine.broken = True
         for _ in range(FAILURES_BEFORE_TEST):
-            batcher.check()
-            await batcher.submit(1)
+            bench.batcher.check()
+            await bench.submit(1)
         with pytest.raises(EngineDead, match="broken for good"):
-            batcher.check()
+            bench.batcher.check()
 
     run(scenario)
 
 
 def test_bad_items_alone_do_not_make_an_engine_dead() -> None:
-    async def scenario(batcher: Batcher, engine: Counting) -> None:
+    async def scenario(bench: Bench) -> None:
         for _ in range(3 * FAILURES_BEFORE_TEST):
-            await batcher.submit(-1)
-            batcher.check()
+            await bench.submit(-1)
+            bench.batcher.check()
 
     run(scenario)
 
 
 def test_an_engine_that_hangs_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "MAX_STALL_S", 0.05)
+    monkeypatch.setattr(running, "MAX_STALL_S", 0.05)
 
-    async def scenario(batcher: Batcher, engine: Counting) -> None:
-        engine.hold.clear()
-        hanging = asyncio.create_task(batcher.submit(1))
-        await asyncio.sleep(0.2)
+    async def scenario(bench: Bench) -> None:
+        hanging = await bench.hold()
+        await asyncio.sleep(0.15)
         with pytest.raises(EngineDead, match="not come back"):
-            batcher.check()
-        engine.hold.set()
+            bench.batcher.check()
+        await bench.go()
         await hanging
 
     started = time.monotonic()

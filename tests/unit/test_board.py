@@ -73,7 +73,7 @@ def test_a_ready_replica_forgives_those_that_failed_before() -> None:
 
 
 def test_a_model_has_failed_only_when_serve_gives_up() -> None:
-    watch = Watch(["m"])
+    watch = Watch()
     assert watch.state("m") == "loading"
     for number in range(CONSTRUCTOR_TRIES):
         assert watch.state("m") == "loading"

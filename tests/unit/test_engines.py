@@ -37,8 +37,8 @@ def load(task: str, precision: Any = "fp32", folder: Path | None = None, events:
     return load_engine(spec, LoadProgress((events if events is not None else []).append))
 
 
-def ask(engine: Any, *requests: Any) -> list[Any]:
-    return list(engine.run([engine.prepare(request) for request in requests]))
+def ask(engine: Any, *requests: Any) -> Any:
+    return engine.run([engine.prepare(request) for request in requests])
 
 
 def png(image: Image.Image) -> bytes:
@@ -84,7 +84,7 @@ def test_embeddings_are_those_of_sentence_transformers(precision: str, bound: fl
     texts = ["A lease.", "두레는 마을의 품앗이다.", "word " * 300, ""]
     expected = SentenceTransformer(str(resolve(SOURCES["embedding"], None)), device="cpu").encode(texts)
     engine = load("embedding", precision)
-    vectors = np.stack([each.vector for each in ask(engine, *map(Text, texts))])
+    vectors = ask(engine, *map(Text, texts)).vectors
     cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosines.min() >= bound
     assert engine.facts.precision == precision
@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_cross_encoder() -> None:
     expected = CrossEncoder(str(ROOT / SOURCES["rerank"]), device="cpu", model_kwargs={"dtype": torch.float32}).predict(
         pairs
     )
-    scores = [each.score for each in ask(load("rerank"), *(Pair(*pair) for pair in pairs))]
+    scores = ask(load("rerank"), *(Pair(*pair) for pair in pairs)).scores
     assert np.allclose(scores, expected, atol=1e-4)
 
 
@@ -183,13 +183,19 @@ def test_vision_answers_in_the_schema_whatever_is_asked(vision: Any) -> None:
 def test_vision_refuses_what_is_no_image(vision: Any) -> None:
     with pytest.raises(ItemError, match="can't be read"):
         vision.prepare(Question(b"nothing", JUDGE, "{}"))
+    with pytest.raises(ItemError, match="3000x2; crop it"):
+        vision.prepare(Question(png(Image.new("L", (3000, 2))), JUDGE, "{}"))
     with pytest.raises(ItemError, match="shorten the text"):
         vision.prepare(Question(png(Image.new("RGB", (8, 8))), "word " * 20_000, "{}"))
 
 
-def test_vision_in_8_bit_serves_or_says_why_not() -> None:
-    facts = load("vision", "int8").facts
-    assert facts.quantized or facts.fallback_reason
+def test_vision_in_8_bit_answers_in_the_schema_too() -> None:
+    engine = load("vision", "int8")
+    assert (engine.facts.precision, engine.facts.quantized, engine.facts.fallback_reason) == ("int8", True, None)
+    [answer] = ask(
+        engine, Question(png(Image.new("RGB", (80, 80), "red")), JUDGE, json.dumps(Judgement.model_json_schema()))
+    )
+    Judgement.model_validate_json(answer.json)
 
 
 def test_a_quantisation_that_fails_falls_back_and_says_why() -> None:

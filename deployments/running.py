@@ -1,0 +1,112 @@
+"""Running a batch so that neither a bad item nor a lack of memory harms the others in it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.engines import Engine
+from deployments.memory import Memory
+from deployments.metrics import OUT_OF_MEMORY
+from deployments.spec import ItemError, Refusal
+
+logger = logging.getLogger("ray.serve")
+
+FAILURES_BEFORE_TEST = 3
+"""So many items failing in a row put the engine to the test: it has to run its own warm-up."""
+MAX_STALL_S = 600.0
+"""An engine that has not come back from one batch for this long is dead."""
+FAILED = "the model failed on this item; the reason is in the replica's log"
+TOO_LARGE = "this item alone needs more memory than there is; make it smaller"
+
+
+class EngineDead(Exception):
+    """The engine fails whatever it is given, so the replica has to be replaced."""
+
+
+@dataclass
+class Outcome:
+    """What became of a batch."""
+
+    pieces: list[tuple[range, Any]] = field(default_factory=list)
+    """Rows of the batch that ran together, and their results."""
+    refusals: dict[int, Refusal] = field(default_factory=dict)
+    """By row."""
+    did_not_fit: list[range] = field(default_factory=list)
+    """Rows that ran out of memory together."""
+
+
+class Runner:
+    """Runs batches on an engine. A batch that fails is run again in halves, down to the item at fault."""
+
+    def __init__(self, engine: Engine[Any, Any, Any], memory: Memory) -> None:
+        self.engine = engine
+        self.memory = memory
+        self.failures = 0
+        self.dead = ""
+        self.busy_since: float | None = None
+
+    def run(self, items: list[Any]) -> Outcome:
+        """Every row is in a piece or refused."""
+        outcome = Outcome()
+        self.busy_since = time.monotonic()
+        try:
+            self._run(items, range(len(items)), outcome)
+        finally:
+            self.busy_since = None
+        return outcome
+
+    def check(self) -> None:
+        """Raises EngineDead where the engine hangs, or fails even what it warmed up with."""
+        busy_since = self.busy_since
+        if busy_since is not None and time.monotonic() - busy_since > MAX_STALL_S:
+            raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
+        if self.dead:
+            raise EngineDead(f"the engine fails whatever it is given: {self.dead}")
+
+    def _run(self, items: list[Any], rows: range, outcome: Outcome) -> None:
+        try:
+            self.memory.begin()
+            outcome.pieces.append((rows, self.engine.run([items[row] for row in rows])))
+            self.failures = 0
+            return
+        except Exception as error:  # an engine may trip over anything; its neighbours must not
+            logger.warning("a batch of %d failed: %r", len(rows), error)
+            no_memory = _out_of_memory(error)
+            if no_memory:
+                OUT_OF_MEMORY.inc()
+                outcome.did_not_fit.append(rows)
+            if len(rows) == 1:
+                outcome.refusals[rows[0]] = self._refuse(error, no_memory)
+                return
+        # Outside the handler, whose traceback holds the failed batch's tensors alive.
+        if no_memory:
+            self.memory.release()
+        half = len(rows) // 2
+        self._run(items, rows[:half], outcome)
+        self._run(items, rows[half:], outcome)
+
+    def _refuse(self, error: Exception, no_memory: bool) -> Refusal:
+        if isinstance(error, ItemError):
+            return Refusal(str(error), "invalid", error.field)
+        self.failures += 1
+        if self.failures >= FAILURES_BEFORE_TEST:
+            self._test()
+        return Refusal(TOO_LARGE, "too_large") if no_memory else Refusal(FAILED, "failed")
+
+    def _test(self) -> None:
+        """Tell a dead engine from one that was given bad items."""
+        try:
+            self.engine.warm_up()
+            self.failures = 0
+        except Exception as error:
+            self.dead = repr(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch's OutOfMemoryError on a GPU; on a CPU its allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from deployments.answers import Answers, Collector
+from deployments.spec import Refusal
+from serve.coalescer import Coalescer
+
+
+class Replica:
+    """Answers each number with ten times itself, one call at a time, when let go; refuses negative ones."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.backlogs: list[int] = []
+        self.cancelled = 0
+        self.go = asyncio.Event()
+        self.go.set()
+        self.failure: Exception | None = None
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, items: list[Any], timeouts_s: list[float], backlog: int) -> Answers:
+        assert len(items) == len(timeouts_s)
+        assert all(0 <= timeout_s <= 5 for timeout_s in timeouts_s)
+        self.calls.append(items)
+        self.backlogs.append(backlog)
+        try:
+            async with self._turn:
+                await asyncio.wait_for(self.go.wait(), 5)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.failure:
+            raise self.failure
+        collector = Collector(len(items))
+        for place, item in enumerate(items):
+            if item < 0:
+                collector.refuse(place, Refusal(f"{item} is negative"))
+            else:
+                collector.put([place], [item * 10], [0])
+        return collector.answers()
+
+
+def run(scenario: Callable[[Coalescer, Replica], Coroutine[Any, Any, None]], replicas: int = 1) -> Replica:
+    async def main() -> Replica:
+        replica = Replica()
+        coalescer = Coalescer(replica, 8, lambda: replicas)
+        coalescer.start()
+        await scenario(coalescer, replica)
+        await asyncio.sleep(0.01)
+        assert coalescer.waiting == 0
+        return replica
+
+    return asyncio.run(main())
+
+
+def ask(coalescer: Coalescer, *items: int, timeout_s: float = 5) -> asyncio.Task[Answers]:
+    return asyncio.create_task(coalescer.ask(list(items), timeout_s))
+
+
+async def held(coalescer: Coalescer, replica: Replica, *requests: tuple[int, ...]) -> list[asyncio.Task[Answers]]:
+    """Requests that are asked while two calls of one item keep the replica busy."""
+    replica.go.clear()
+    tasks = []
+    for items in [(1,), (2,), *requests]:
+        tasks.append(ask(coalescer, *items))
+        await asyncio.sleep(0.01)
+    return tasks
+
+
+def test_what_waits_leaves_as_one_call() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3,), (4, 5), (6,))
+        assert coalescer.waiting == 4
+        replica.go.set()
+        assert [(await task).results for task in tasks] == [[10], [20], [30], [40, 50], [60]]
+
+    replica = run(scenario)
+    assert replica.calls == [[1], [2], [3, 4, 5, 6]]
+    assert replica.backlogs == [0, 0, 0]
+
+
+def test_each_replica_has_its_own_calls() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3,), (4,), (5,))
+        assert coalescer.waiting == 1
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    assert run(scenario, replicas=2).calls == [[1], [2], [3], [4], [5]]
+
+
+def test_a_long_list_shares_calls_with_short_requests() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, tuple(range(100, 130)), (3,), (4,), (5,))
+        replica.go.set()
+        assert (await tasks[2]).results == [10 * number for number in range(100, 130)]
+        await asyncio.gather(*tasks)
+
+    calls = run(scenario).calls
+    assert {3, 4, 5} <= set(calls[2])
+    assert all(len(call) <= 8 for call in calls)
+
+
+def test_a_request_whose_client_left_while_it_waited_is_never_sent() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3, 4), (5,))
+        tasks[2].cancel()
+        await asyncio.sleep(0.01)
+        assert coalescer.waiting == 1
+        replica.go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert run(scenario).calls == [[1], [2], [5]]
+
+
+def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica)
+        tasks[1].cancel()
+        await asyncio.sleep(0.01)
+        assert replica.cancelled == 1
+        replica.go.set()
+        assert (await tasks[0]).results == [10]
+
+    run(scenario)
+
+
+def test_a_deadline_passes_also_while_waiting() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica)
+        late = ask(coalescer, 3, timeout_s=0.02)
+        with pytest.raises(TimeoutError):
+            await late
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    assert run(scenario).calls == [[1], [2]]
+
+
+def test_refusals_reach_the_request_at_fault_alone() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3, -4, 5), (6,))
+        replica.go.set()
+        answers = await tasks[2]
+        assert answers.refusals == {1: Refusal("-4 is negative")}
+        assert (answers.results[0], answers.results[2]) == (30, 50)
+        assert (await tasks[3]).results == [60]
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
+def test_a_call_that_fails_fails_its_requests_and_the_next_succeeds() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        replica.failure = RuntimeError("lost")
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="lost"):
+                await ask(coalescer, 1, 2)
+        replica.failure = None
+        assert (await ask(coalescer, 1, 2)).results == [10, 20]
+
+    run(scenario)
