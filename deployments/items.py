@@ -37,12 +37,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Of a batch or of a request's texts, a row each."""
+    """A batch's answer, a row for each text."""
 
     vectors: np.ndarray
     """float32, shape (texts, dimensions)."""
     tokens: np.ndarray
-    """int32, shape (texts,): what was used of each text."""
+    """int32, shape (texts,)."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a batch or of a request's pairs, a row each."""
+    """A batch's answer, an entry for each pair."""
 
     scores: np.ndarray
     """float32, shape (pairs,), 0 to 1: the sigmoid of the model's one logit."""
     tokens: np.ndarray
-    """int32, shape (pairs,): what was used of each pair."""
+    """int32, shape (pairs,)."""
 
 
 @dataclass(frozen=True)

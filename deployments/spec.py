@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
+Runtime = Literal["auto", "torch", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class ModelSpec:
     """A folder below the project's root, an absolute folder, `package:IMPORT_NAME/FOLDER` or a hub id."""
     revision: str | None = None
     precision: Precision = "auto"
+    runtime: Runtime = "auto"
+    """What multiplies: torch, or OpenVINO on a CPU; with `auto` what measures faster."""
     threads: int | None = None
     """CPU threads for one batch; all cores where left out."""
     max_batch_items: int = 32
@@ -70,3 +73,6 @@ class Facts:
     quantized: bool
     weights_bytes: int
     fallback_reason: str | None = None
+    runtime: str = "torch"
+    quality: dict[str, Any] | None = None
+    """How near the answers are to those of the original in fp32, and what was measured; None where nothing was."""

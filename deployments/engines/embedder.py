@@ -6,55 +6,50 @@ import functools
 from pathlib import Path
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 
-from deployments.engines.tokens import Encoded, encode_one, pad
+from deployments.engines.forward import WARM_UP, Runner, load_runner
+from deployments.engines.tokens import Encoded
 from deployments.items import Embeddings, Text
-from deployments.loading import load_model
 from deployments.progress import LoadProgress
-from deployments.spec import Facts, ItemError, ModelSpec
+from deployments.spec import ItemError, ModelSpec
 
 
 class Embedder:
-    """One item is one text's token ids; its result is a vector as sentence-transformers' `encode` makes it."""
+    """One item is one text's token ids; a batch's vectors are those that sentence-transformers' `encode` makes."""
 
-    def __init__(self, model: SentenceTransformer, facts: Facts) -> None:
-        self.model = model
-        self.facts = facts
-        self.tokenizer = model.tokenizer
-        self.max_tokens = model.max_seq_length or 512
-        self.prompt = model.prompts.get(model.default_prompt_name, "") if model.default_prompt_name else ""
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.facts = runner.facts
+        self.tokenizer = runner.encoder.tokenizer
+        self.max_tokens = runner.encoder.max_tokens
+        self.vocabulary = len(self.tokenizer)
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Embedder:
         progress.tokenizer()
         build = functools.partial(_sentence_transformer, folder)
-        model, facts = load_model(build, folder, spec.precision, progress)
-        return cls(model, facts)
+        return cls(load_runner(build, "sentence_embedding", spec, folder, progress))
 
     def warm_up(self) -> None:
-        self.run([self.prepare(Text("warm up " * length)) for length in (1, 16)])
+        self.run([self.prepare(Text(text)) for text in WARM_UP])
 
     def prepare(self, request: Text) -> Encoded:
         if isinstance(request.text, str):
-            return encode_one(self.tokenizer, self.prompt + request.text, self.max_tokens, request.truncate)
+            return self.runner.encoder.encode(self.runner.prompt + request.text, truncate=request.truncate)
         ids = request.text
-        wrong = next((id for id in ids if not 0 <= id < len(self.tokenizer)), None)
+        wrong = next((id for id in ids if not 0 <= id < self.vocabulary), None)
         if wrong is not None:
-            raise ItemError(f"token id {wrong} is not in the vocabulary of {len(self.tokenizer)} tokens")
+            raise ItemError(f"token id {wrong} is not in the vocabulary of {self.vocabulary} tokens")
         if len(ids) > self.max_tokens and not request.truncate:
             raise ItemError(f"{len(ids)} tokens are more than the model's {self.max_tokens}; send fewer")
-        return Encoded(ids[: self.max_tokens])
+        return Encoded(np.array(ids[: self.max_tokens], np.int64))
 
     def cost(self, item: Encoded) -> int:
         return len(item.ids)
 
-    @torch.inference_mode()
     def run(self, items: list[Encoded]) -> Embeddings:
-        features = pad(items, self.tokenizer, self.model.device)
-        vectors = self.model(features)["sentence_embedding"].float().cpu().numpy()
-        return Embeddings(vectors, np.array([len(item.ids) for item in items], np.int32))
+        return Embeddings(self.runner.rows(items), np.array([len(item.ids) for item in items], np.int32))
 
 
 def _sentence_transformer(folder: Path, **model_kwargs: object) -> SentenceTransformer:
