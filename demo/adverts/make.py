@@ -14,8 +14,8 @@ from demo.adverts.train import Schedule, pixels, train_decoder, train_tower
 SEED = 1
 CASES = 16_000
 TOWER = Schedule(steps=3500, batch=32, rate=1.5e-3)
-COMPARISON = Schedule(steps=300, batch=128, rate=1e-3)
-DECODER = [Schedule(steps=800, batch=32, rate=2e-3), Schedule(steps=350, batch=32, rate=1.2e-3)]
+COMPARISON = Schedule(steps=250, batch=128, rate=1e-3)
+DECODER = Schedule(steps=850, batch=32, rate=2e-3)
 
 log = logging.getLogger(__name__)
 

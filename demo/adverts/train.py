@@ -30,6 +30,8 @@ SEEN_WEIGHT, VERDICT_WEIGHT = 3.0, 12.0
 SEEN = [*PRODUCTS, *COLOURS, *" ".join(BACKGROUNDS).split(), *QUALITIES, "sharp", "easy", "hard", "covers", "leaves",
         "button", "nothing", "something"]  # fmt: skip
 VERDICTS = ["true", "false"]
+REMINDERS = 16
+"""Comparisons in each batch of whole answers."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +93,26 @@ def train_decoder(
     cases: list[Case],
     images: Tensor,
     comparison: Schedule,
-    rounds: list[Schedule],
+    schedule: Schedule,
     seed: int,
 ) -> None:
     """Teach projector and decoder to answer; the tower stays as it is and only the answers count.
 
-    Whether two words name the same product is hard to learn amid all else that an answer says. So the decoder learns
-    that first, by itself, and is reminded of it all along, in each of the `rounds`.
+    Which product the copy offers, and whether two words name the same one, is hard to learn amid all else that an
+    answer says. So the decoder learns that first, by itself, and is reminded of it all along.
     """
     model.model.vision_tower.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = token_weights(tokenizer)
     texts = [answer_tokens(tokenizer, case) for case in cases]
     validations = [
-        answer for case, (_, answer) in zip(cases, texts, strict=True) if isinstance(case.answer, Validation)
+        (case, answer) for case, (_, answer) in zip(cases, texts, strict=True) if isinstance(case.answer, Validation)
     ]
-    compare = comparing(model, tokenizer, validations)
+    compare = comparing(model, tokenizer, validations, weights)
     rows = batches(len(validations), comparison.batch, seed)
     optimise("comparison", trained, lambda: compare(next(rows)), comparison)
 
-    weights = token_weights(tokenizer)
-    turns, reminders = (batches(len(items), rounds[0].batch, seed) for items in (cases, validations))
+    turns, reminders = batches(len(cases), schedule.batch, seed), batches(len(validations), REMINDERS, seed)
 
     def loss() -> Tensor:
         turn = next(turns)
@@ -120,22 +122,35 @@ def train_decoder(
         spoken = F.cross_entropy(model.lm_head(hidden[answered]).float(), labels[:, 1:][answered], weights)
         return spoken + compare(next(reminders))
 
-    for schedule in rounds:
-        optimise("decoder", trained, loss, schedule)
+    optimise("decoder", trained, loss, schedule)
 
 
 def comparing(
-    model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, answers: list[list[int]]
+    model: LlavaForConditionalGeneration,
+    tokenizer: LlamaTokenizer,
+    cases: list[tuple[Case, list[int]]],
+    weights: Tensor,
 ) -> Callable[[list[int]], Tensor]:
-    """The loss of the first verdict in some rows of `answers`, told from the analysis before it and nothing else."""
+    """The loss of what some of the `cases` with their answers say of the copy, and of the first verdict.
+
+    The model is given the copy and the analysis before it and nothing else: no image, no question.
+    """
     verdicts = set(tokenizer.convert_tokens_to_ids(VERDICTS))
-    ends = [next(at for at, token in enumerate(answer) if token in verdicts) for answer in answers]
+    offers = tokenizer.convert_tokens_to_ids("▁offers")
+    ids, labels = [], []
+    for case, answer in cases:
+        copy = tokenizer.encode(case.prompt.rpartition("Copy: ")[2], add_special_tokens=False)
+        end = next(at for at, token in enumerate(answer) if token in verdicts) + 1
+        told = len(copy) + answer.index(offers) + 1
+        ids.append(copy + answer[:end])
+        labels.append([IGNORED] * told + ids[-1][told:])
 
     def loss(rows: list[int]) -> Tensor:
-        ids = padding([answers[row][: ends[row]] for row in rows], tokenizer.pad_token_id)
-        hidden = model.model.language_model(input_ids=ids).last_hidden_state
-        last = hidden[torch.arange(len(rows)), torch.tensor([ends[row] - 1 for row in rows])]
-        return F.cross_entropy(model.lm_head(last).float(), torch.tensor([answers[row][ends[row]] for row in rows]))
+        given = padding([ids[row] for row in rows], tokenizer.pad_token_id)
+        wanted = padding([labels[row] for row in rows], IGNORED)[:, 1:]
+        hidden = model.model.language_model(input_ids=given).last_hidden_state[:, :-1]
+        said = wanted != IGNORED
+        return F.cross_entropy(model.lm_head(hidden[said]).float(), wanted[said], weights)
 
     return loss
 
