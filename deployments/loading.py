@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,15 @@ def plain_precision() -> Precision:
         return "fp16"
     cpu = torch.cpu.get_capabilities()
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
+
+
+def original_bytes(folder: Path) -> int:
+    """About how many bytes a checkpoint's weights take up in fp32, from the files' headers and sizes."""
+    shards = list(folder.glob("*.safetensors"))
+    if shards:
+        return sum(4 * math.prod(tensor["shape"]) for shard in shards for tensor in _tensors(shard).values())
+    config = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
+    return (2 if "float16" in config else 1) * sum(path.stat().st_size for path in folder.glob("*.bin"))
 
 
 def load_model(
@@ -194,17 +204,22 @@ class Layout:
 
 
 def _tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file (its header: 8 bytes of length, then JSON)."""
+    """Bytes of each tensor in a safetensors file."""
+    return {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in _tensors(path).items()}
+
+
+def _tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """What a safetensors file's header (8 bytes of length, then JSON) says of each tensor."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size - 8:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        sizes = {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in header.items()}
-        if path.stat().st_size < 8 + length + sum(sizes.values()):
+        size = sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in header.values())
+        if path.stat().st_size < 8 + length + size:
             raise ValueError("it is cut short")
-        return sizes
+        return header
     except (ValueError, KeyError, struct.error) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -53,6 +53,9 @@ class LoadProgress:
     def loaded(self) -> None:
         self._emit("loaded", LOADED, "Model loaded, warming up", "모델 로드 완료, 워밍업 중")
 
+    def measuring(self) -> None:
+        self._emit("loaded", LOADED, "Measuring precision", "정밀도 측정 중")
+
     def ready(self) -> None:
         self._emit("ready", READY, "Ready", "준비 완료")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deployments.spec import ModelSpec, Precision
+from deployments.spec import ModelSpec, Precision, Runtime
 
 TASKS = ("next_word", "vision", "embedding", "rerank")
 
@@ -70,6 +70,7 @@ class ModelSettings(Strict):
     source: str = Field(min_length=1, description="folder, package:IMPORT_NAME/FOLDER, or hub id with revision")
     revision: str | None = Field(None, description="commit or tag on the hub")
     precision: Precision = "auto"
+    runtime: Runtime = "auto"
     num_gpus: float = Field(0, ge=0, description="share of a GPU per replica")
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray books per replica, for placement only")
     threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
@@ -79,13 +80,14 @@ class ModelSettings(Strict):
     max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
 
     def spec(self, name: str) -> ModelSpec:
-        """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces fp32."""
+        """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces torch in fp32."""
         return ModelSpec(
             name=name,
             task=self.task,
             source=self.source,
             revision=self.revision,
             precision=self.precision if optimised() else "fp32",
+            runtime=self.runtime if optimised() else "torch",
             threads=self.threads,
             max_batch_items=self.max_batch_items,
             max_batch_tokens=self.max_batch_tokens,

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from deployments.choosing import load_best
 from deployments.progress import LoadProgress
 from deployments.sources import resolve
 from deployments.spec import CheckpointError, Facts, ModelSpec
@@ -28,7 +29,12 @@ ENGINES = {
 
 
 class Engine(Protocol[Request, Item, Result]):
-    """What every engine can do. One thread at a time calls `warm_up` and `run`; `prepare` runs beside them."""
+    """What every engine can do. One thread at a time calls `warm_up` and `run`; `prepare` runs beside them.
+
+    An engine whose precision is to be measured (see `choosing`) has three things more: `runtimes`, those that it can
+    use; `calibration()`, groups of requests, each of which is run as a batch; and `agreement(original, answers)`, which
+    compares the batches' results in fp32 with others and returns figures of which 1 is the best.
+    """
 
     facts: Facts
 
@@ -58,7 +64,8 @@ def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any
             json.loads(path.read_bytes())
         except ValueError as error:
             raise CheckpointError(f"{path} is not JSON: {error}") from error
-    return engine.load(spec, folder, progress)
+    loaded: Engine[Any, Any, Any] = load_best(engine, spec, folder, progress)
+    return loaded
 
 
 def engine_class(task: str) -> type[Engine[Any, Any, Any]]:

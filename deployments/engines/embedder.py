@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from deployments import calibration
 from deployments.engines.forward import WARM_UP, Runner, load_runner
 from deployments.engines.tokens import Encoded
 from deployments.items import Embeddings, Text
@@ -17,6 +18,8 @@ from deployments.spec import ItemError, ModelSpec
 
 class Embedder:
     """One item is one text's token ids; a batch's vectors are those that sentence-transformers' `encode` makes."""
+
+    runtimes = ("openvino", "torch")
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -50,6 +53,17 @@ class Embedder:
 
     def run(self, items: list[Encoded]) -> Embeddings:
         return Embeddings(self.runner.rows(items), np.array([len(item.ids) for item in items], np.int32))
+
+    @staticmethod
+    def calibration() -> list[list[Text]]:
+        texts = [Text(text) for text in calibration.read()["texts"]]
+        return [texts[start : start + 8] for start in range(0, len(texts), 8)]
+
+    @staticmethod
+    def agreement(original: list[Embeddings], answers: list[Embeddings]) -> dict[str, float]:
+        """The 5th percentile of the cosines between vectors of the same text."""
+        first, second = (np.concatenate([batch.vectors for batch in batches]) for batches in (original, answers))
+        return {"cosine_p5": calibration.cosine(first, second)}
 
 
 def _sentence_transformer(folder: Path, **model_kwargs: object) -> SentenceTransformer:

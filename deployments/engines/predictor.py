@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from deployments import calibration
 from deployments.items import Prompt, Word
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
@@ -46,6 +47,8 @@ class Predictor:
 
     A prefix is read once; all its candidates continue as one batch from its key-value cache.
     """
+
+    runtimes = ("torch",)
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Facts) -> None:
         self.model = model
@@ -134,3 +137,15 @@ class Predictor:
             if text and (text not in best or best[text].confidence < confidence):
                 best[text] = Word(text, append, confidence)
         return sorted(best.values(), key=lambda word: -word.confidence)[: item.prompt.top_k]
+
+    @staticmethod
+    def calibration() -> list[list[Prompt]]:
+        prompts = [Prompt(text, top_k=1) for text in calibration.read()["prompts"]]
+        return [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
+
+    @staticmethod
+    def agreement(original: list[list[list[Word]]], answers: list[list[list[Word]]]) -> dict[str, float]:
+        """The share of prompts whose best word is the same."""
+        first, second = ([words[0].text if words else "" for batch in batches for words in batch]
+                         for batches in (original, answers))  # fmt: skip
+        return {"same_word": sum(map(str.__eq__, first, second)) / len(first)}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 
+from deployments import calibration
 from deployments.engines.forward import WARM_UP, Runner, load_runner
 from deployments.engines.tokens import Encoded
 from deployments.items import Pair, Scores
@@ -18,6 +19,8 @@ from deployments.spec import CheckpointError, ModelSpec
 
 class Reranker:
     """One item is a query and a document as one row of token ids; its result is their relevance, 0 to 1."""
+
+    runtimes = ("openvino", "torch")
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -42,6 +45,18 @@ class Reranker:
     def run(self, items: list[Encoded]) -> Scores:
         logits = torch.from_numpy(self.runner.rows(items)).reshape(-1)
         return Scores(torch.sigmoid(logits).numpy(), np.array([len(item.ids) for item in items], np.int32))
+
+    @staticmethod
+    def calibration() -> list[list[Pair]]:
+        texts = calibration.read()
+        return [[Pair(query, document) for document in texts["documents"]] for query in texts["queries"]]
+
+    @staticmethod
+    def agreement(original: list[Scores], answers: list[Scores]) -> dict[str, float]:
+        """Spearman's correlation of all scores, and the share of queries with the same document first."""
+        first, second = (np.stack([batch.scores for batch in batches]) for batches in (original, answers))
+        same = first.argmax(axis=1) == second.argmax(axis=1)
+        return {"spearman": calibration.spearman(first.ravel(), second.ravel()), "same_first": float(same.mean())}
 
 
 def _cross_encoder(folder: Path, **model_kwargs: object) -> CrossEncoder:

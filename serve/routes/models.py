@@ -44,11 +44,12 @@ async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
         "source": facts.get("source"),
         "device": facts.get("device"),
         "precision": facts.get("precision"),
+        "runtime": facts.get("runtime"),
         "quantized": facts.get("quantized"),
         "memory_mb": None if weights is None else round(weights / 2**20, 1),
         "fallback_reason": facts.get("fallback_reason"),
         "load_seconds": facts.get("load_seconds"),
-        "quality": None,
+        "quality": facts.get("quality"),
         "replicas": [
             {
                 "replica": replica.replica,
@@ -66,7 +67,7 @@ class ReloadRequest(Body):
     model_config = ConfigDict(extra="forbid")
 
     optimized: bool | None = None
-    """True: as the config says; false: fp32, without optimisation."""
+    """True: as the config says; false: the original, torch in fp32."""
     precision: Precision | None = None
     source: Annotated[str, Field(min_length=1)] | None = None
     revision: str | None = None
@@ -86,8 +87,10 @@ class ReloadRequest(Body):
     def changes(self, configured: ModelSettings) -> dict[str, Any]:
         """Fields of the model's spec that are to differ from the config."""
         changed: dict[str, Any] = {}
-        if self.precision or self.optimized is not None:
-            changed["precision"] = self.precision or (configured.precision if self.optimized else "fp32")
+        if self.precision or self.optimized:
+            changed |= {"precision": self.precision or configured.precision, "runtime": configured.runtime}
+        elif self.optimized is False:
+            changed |= {"precision": "fp32", "runtime": "torch"}
         if self.source:
             changed |= {"source": self.source, "revision": self.revision}
         return changed

@@ -34,6 +34,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     [
         ({"precison": "fp32"}, "models.predictor", "did you mean 'precision'?"),
         ({"precision": "fp31"}, "models.predictor.precision", "did you mean 'fp32'?"),
+        ({"runtime": "openvin"}, "models.predictor.runtime", "did you mean 'openvino'?"),
         ({"task": "next_wrd"}, "models.predictor.task", "did you mean 'next_word'?"),
         ({"max_queue": 0}, "models.predictor.max_queue", "(it is 0)"),
         ({"num_gpus": -1}, "models.predictor.num_gpus", "(it is -1)"),

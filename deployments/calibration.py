@@ -1,0 +1,44 @@
+"""The texts that precisions are compared on, and the figures of the comparison."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tomllib
+from pathlib import Path
+
+import numpy as np
+
+FILE = Path(__file__).with_suffix(".toml")
+PERCENTILE = 5
+
+
+@functools.cache
+def read() -> dict[str, list[str]]:
+    """`texts`, `queries` with their `documents`, and `prompts`."""
+    return tomllib.loads(FILE.read_text())
+
+
+def digest() -> str:
+    """Changes with the texts."""
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()[:16]
+
+
+def cosine(original: np.ndarray, rows: np.ndarray) -> float:
+    """The 5th percentile, over rows, of the cosine between a row and its original."""
+    lengths = np.linalg.norm(original, axis=1) * np.linalg.norm(rows, axis=1)
+    return float(np.percentile((original * rows).sum(axis=1) / np.maximum(lengths, 1e-12), PERCENTILE))
+
+
+def spearman(original: np.ndarray, values: np.ndarray) -> float:
+    """Spearman's rank correlation, ties at their mean rank; 1 where neither varies."""
+    first, second = _ranks(original), _ranks(values)
+    if not first.std() or not second.std():
+        return float(first.std() == second.std())
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    mean: np.ndarray = (np.cumsum(count) - (count - 1) / 2)[place]
+    return mean

@@ -1,0 +1,162 @@
+"""Precision is chosen by measurement, refused by the gate, and remembered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from deployments import cache, calibration, choosing
+from deployments.choosing import load_best
+from deployments.engines.predictor import Predictor
+from deployments.engines.reranker import Reranker
+from deployments.items import Pair
+from deployments.loading import plain_precision
+from deployments.progress import LoadEvent, LoadProgress
+from deployments.sources import ROOT
+from deployments.spec import ModelSpec
+
+CROSS = ROOT / "demo/rerank/checkpoint"
+SPEC = ModelSpec("m", "rerank", str(CROSS), threads=1)
+needs_bf16 = pytest.mark.skipif(plain_precision() != "bf16", reason="this machine does not multiply bf16")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DURE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def load(spec: ModelSpec = SPEC, engine: Any = Reranker, folder: Path = CROSS) -> tuple[Any, list[LoadEvent]]:
+    events: list[LoadEvent] = []
+    return load_best(engine, spec, folder, LoadProgress(events.append)), events
+
+
+def measured(events: list[LoadEvent]) -> bool:
+    return "Measuring precision" in [event.message for event in events]
+
+
+class Spoilt(Reranker):
+    """Whatever is not the original has noise on its weights."""
+
+    runtimes = ("torch",)
+
+    @classmethod
+    def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Spoilt:
+        loaded = super().load(spec, folder, progress)
+        if spec.precision != "fp32":
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for weights in loaded.runner.forward.model.parameters():  # type: ignore[attr-defined]
+                    weights += torch.randn_like(weights) * 0.2
+        return cls(loaded.runner)
+
+
+@needs_bf16
+def test_auto_takes_at_most_60_percent_of_the_bytes_and_shows_its_figures() -> None:
+    engine, events = load()
+    original = load(replace(SPEC, precision="fp32"))[0]
+    assert engine.facts.precision in ("bf16", "int8")
+    assert engine.facts.weights_bytes <= 0.6 * original.facts.weights_bytes
+    assert original.facts.quality is None
+    assert engine.facts.quality["verdict"] == "kept"
+    assert min(engine.facts.quality["metrics"].values()) >= 0.95
+    names = {(each["runtime"], each["precision"]) for each in engine.facts.quality["candidates"]}
+    assert {("torch", "fp32"), ("torch", "bf16"), ("openvino", "bf16"), ("openvino", "int8")} <= names
+    served = next(
+        each
+        for each in engine.facts.quality["candidates"]
+        if (each["runtime"], each["precision"]) == (engine.facts.runtime, engine.facts.precision)
+    )
+    assert all(speed > 0 for speed in served["items_per_s"].values())
+    assert measured(events)
+    assert [event.progress for event in events] == sorted(event.progress for event in events)
+
+
+def test_a_choice_is_remembered_and_forgotten_with_its_file(empty_cache: Path) -> None:
+    first, events = load()
+    assert measured(events)
+    again, events = load()
+    assert not measured(events)
+    assert again.facts == first.facts
+    [file] = empty_cache.glob("choice-*.json")
+    for damage in ("{broken", "[]"):
+        file.write_text(damage)
+        anew, events = load()
+        assert measured(events)
+        assert anew.facts.quality["verdict"] == "kept"
+    assert not list(empty_cache.glob("*.part"))
+
+
+def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load()
+    assert measured(load(replace(SPEC, threads=2))[1])
+    monkeypatch.setattr(cache, "processor", lambda: "another")
+    assert measured(load()[1])
+
+
+def test_replicas_that_start_together_measure_once() -> None:
+    script = "from tests.unit.test_choosing import *; engine, events = load(); print(measured(events), engine.facts)"
+    replicas = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [replica.communicate()[0].strip().splitlines()[-1].split(" ", 1) for replica in replicas]
+    assert sorted(measured for measured, _ in said) == ["False", "True"]
+    assert said[0][1] == said[1][1]
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+@needs_bf16
+def test_a_bad_candidate_is_refused_and_the_original_is_served(precision: Any) -> None:
+    engine, _ = load(replace(SPEC, precision=precision), Spoilt)
+    assert (engine.facts.runtime, engine.facts.precision) == ("torch", "fp32")
+    bad = next(each for each in engine.facts.quality["candidates"] if each["precision"] == "bf16")
+    assert bad["verdict"] == "refused"
+    assert min(bad["metrics"].values()) < 0.9
+    assert engine.facts.quality["verdict"] == "refused"
+    assert "bf16 (torch) refused" in engine.facts.fallback_reason
+    original = load(replace(SPEC, precision="fp32"))[0]
+    pair = original.prepare(Pair("When is it due?", "In March."))
+    assert engine.run([pair]).scores == original.run([pair]).scores
+
+
+@pytest.mark.parametrize(
+    ("nearness", "verdict"), [(1, "kept"), (0.95, "kept"), (0.9499, "warned"), (0.9, "warned"), (0.8999, "refused")]
+)
+def test_the_gate(nearness: float, verdict: str) -> None:
+    assert choosing._verdict(nearness) == verdict
+
+
+def test_an_original_too_large_for_the_memory_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "FREE_SHARE", 0.0)
+    engine, events = load()
+    assert not measured(events)
+    assert engine.facts.precision == plain_precision()
+    assert engine.facts.quality is None
+    assert "not measured" in engine.facts.fallback_reason
+
+
+@needs_bf16
+def test_next_words_are_compared_by_their_best_word() -> None:
+    folder = ROOT / "demo/next_word/checkpoint"
+    engine, _ = load(ModelSpec("m", "next_word", str(folder), threads=1), Predictor, folder)
+    assert engine.facts.precision == "bf16"
+    assert engine.facts.quality["metrics"]["same_word"] >= 0.95
+
+
+def test_figures_are_those_of_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 9, 64).astype(float), rng.integers(0, 9, 64).astype(float)
+    assert calibration.spearman(first, second) == pytest.approx(spearmanr(first, second).statistic)
+    assert calibration.spearman(first, np.ones(64)) == 0
+    rows = rng.normal(size=(40, 8))
+    turned = np.where(np.arange(40)[:, None] < 4, -rows, rows)
+    assert calibration.cosine(rows, rows) == pytest.approx(1)
+    assert calibration.cosine(rows, turned) < 0
