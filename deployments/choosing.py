@@ -40,9 +40,12 @@ NEARLY = 0.8
 FREE_SHARE = 0.25
 """An original that takes more than this of the free memory is not loaded to compare with."""
 SHORT, LONG = 32, 8
-"""Items of the two batches whose speed is measured: the shortest of the calibration, and the longest."""
+"""Items of two batches whose speed is measured: the shortest of the calibration, and the longest. Both and a single
+short item count alike."""
 TIMED_S, MAX_ROUNDS = 0.3, 5
-SCHEME = 1
+INFORMATIVE = {"scores_cosine"}
+"""Figures that decide nothing: the cosine of whole lists of scores stays high where their order is lost."""
+SCHEME = 2
 """Of the measurement; another number forgets all choices."""
 
 
@@ -69,7 +72,7 @@ class Candidate:
 
     @property
     def nearness(self) -> float:
-        return min(self.metrics.values())
+        return min(value for name, value in self.metrics.items() if name not in INFORMATIVE)
 
 
 def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Any:
@@ -100,6 +103,16 @@ def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress
     if (facts.runtime, facts.precision) == (choice["runtime"], choice["precision"]):
         loaded.facts = replace(facts, quality=choice["quality"], fallback_reason=choice["fallback_reason"])
     return loaded
+
+
+def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> dict[str, Any]:
+    """What would be chosen and why, measured now whatever is on disk. Raises ValueError where nothing is to choose."""
+    candidates = _candidates(engine, spec)
+    if not candidates:
+        raise ValueError(f"models with task {spec.task} and precision {spec.precision} are loaded as they are")
+    if reason := _too_large(original_bytes(folder)):
+        raise ValueError(reason)
+    return _Measurement(engine, spec, folder, progress).choose(candidates)
 
 
 def _candidates(engine: Any, spec: ModelSpec) -> list[Candidate]:
@@ -192,7 +205,11 @@ class _Measurement:
         candidate.metrics = {name: round(value, 4) for name, value in figures.items()}
         candidate.verdict = _verdict(candidate.nearness)
         if candidate.verdict != "kept":
-            low = ", ".join(f"{name} {value}" for name, value in candidate.metrics.items() if value < KEPT)
+            low = ", ".join(
+                f"{name} {value}"
+                for name, value in candidate.metrics.items()
+                if value < KEPT and name not in INFORMATIVE
+            )
             candidate.reason = f"{low}, below {KEPT if candidate.verdict == 'warned' else WARNED:.2f}"
         if candidate.verdict != "refused":
             candidate.items_per_s = self._speeds(loaded)
@@ -205,7 +222,7 @@ class _Measurement:
         items = [loaded.prepare(request) for group in self.engine.calibration() for request in group]
         items.sort(key=loaded.cost)
         speeds = {}
-        for name, batch in (("short", items[:SHORT]), ("long", items[-LONG:])):
+        for name, batch in (("single", items[:1]), ("short", items[:SHORT]), ("long", items[-LONG:])):
             rounds: list[float] = []
             while not rounds or (sum(rounds) < TIMED_S and len(rounds) < MAX_ROUNDS):
                 started = self.clock()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serve import environment, processes
+from serve import bench, environment, processes
 from serve.settings import ConfigFile, SettingsError, read_config
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Loading, print_ready
@@ -24,6 +24,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
     help="Many models from few GPUs behind one endpoint.",
 )
+main.add_typer(bench.app, name="bench")
 out = Console()
 problems = Console(stderr=True)
 

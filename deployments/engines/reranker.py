@@ -53,10 +53,14 @@ class Reranker:
 
     @staticmethod
     def agreement(original: list[Scores], answers: list[Scores]) -> dict[str, float]:
-        """Spearman's correlation of all scores, and the share of queries with the same document first."""
+        """Spearman's correlation of all scores, the share of queries with the same document first, and a cosine."""
         first, second = (np.stack([batch.scores for batch in batches]) for batches in (original, answers))
         same = first.argmax(axis=1) == second.argmax(axis=1)
-        return {"spearman": calibration.spearman(first.ravel(), second.ravel()), "same_first": float(same.mean())}
+        return {
+            "spearman": calibration.spearman(first.ravel(), second.ravel()),
+            "same_first": float(same.mean()),
+            "scores_cosine": calibration.cosine(first.reshape(1, -1), second.reshape(1, -1)),
+        }
 
 
 def _cross_encoder(folder: Path, **model_kwargs: object) -> CrossEncoder:
