@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -42,7 +42,7 @@ FREE_SHARE = 0.25
 SHORT, LONG = 32, 8
 """Items of two batches whose speed is measured: the shortest of the calibration, and the longest. Both and a single
 short item count alike."""
-TIMED_S, MAX_ROUNDS = 0.3, 5
+TIMED_S, MAX_ROUNDS = 0.2, 4
 INFORMATIVE = {"scores_cosine"}
 """Figures that decide nothing: the cosine of whole lists of scores stays high where their order is lost."""
 SCHEME = 2
@@ -61,6 +61,8 @@ class Candidate:
     verdict: str = "skipped"
     """`kept`, `warned` or `refused` by the figures; `skipped` for the `reason`."""
     reason: str | None = None
+    fallback: str | None = None
+    """Why this was loaded where something else had been asked for."""
 
     @property
     def name(self) -> str:
@@ -95,7 +97,8 @@ def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress
             choice = cache.read(name)
             if not _is_choice(choice):
                 choice = _Measurement(engine, spec, folder, progress).choose(candidates)
-                cache.write(name, choice)
+                if not choice["fallback_reason"] or spec.runtime == spec.precision == "auto":
+                    cache.write(name, choice)  # what was asked for may be had next time
     assert choice is not None
     chosen = replace(spec, runtime=choice["runtime"], precision=choice["precision"])
     loaded = engine.load(chosen, folder, progress)
@@ -158,9 +161,9 @@ class _Measurement:
         self._note(base, original, answers, answers)
         del original
         for candidate in candidates:
-            self._try(candidate, base, answers)
+            self._try(candidate, base, candidates, answers)
         best = self._best(candidates) or base
-        reason, shown = None, best
+        reason, shown = best.fallback, best
         if best is base:
             reason = "; ".join(f"{each.name} {each.verdict}: {each.reason}" for each in candidates)
             reason += "; so fp32 is served"
@@ -184,17 +187,24 @@ class _Measurement:
         as_fast = [each for each in good if each.speed >= NEARLY * fastest]
         return max(as_fast, key=lambda each: (each.verdict == "kept", each.nearness), default=None)
 
-    def _try(self, candidate: Candidate, base: Candidate, answers: list[Any]) -> None:
-        """Measure a candidate, or say in its `reason` why it is out of the question."""
+    def _try(self, candidate: Candidate, base: Candidate, others: list[Candidate], answers: list[Any]) -> None:
+        """Measure a candidate, or say in its `reason` why it is out of the question.
+
+        One that can't be had becomes what was loaded in its place, unless that is measured anyway.
+        """
         loaded = self.engine.load(self._spec(candidate), self.folder, LoadProgress(lambda _: None))
         facts: Facts = loaded.facts
         candidate.weights_mb = _mb(facts.weights_bytes)
         assert base.weights_mb is not None
-        if (facts.runtime, facts.precision) != (candidate.runtime, candidate.precision):
+        taken = {(each.runtime, each.precision) for each in (base, *others) if each is not candidate}
+        if (facts.runtime, facts.precision) in taken:
             candidate.reason = facts.fallback_reason
         elif self.spec.precision == "auto" and candidate.weights_mb > MOST_BYTES * base.weights_mb:
             candidate.reason = f"its weights are more than {MOST_BYTES:.0%} of the original's"
         else:
+            candidate.fallback = facts.fallback_reason
+            candidate.runtime = cast(Runtime, facts.runtime)
+            candidate.precision = cast(Precision, facts.precision)
             self._note(candidate, loaded, answers, self._answers(loaded))
         del loaded
         _tidy()

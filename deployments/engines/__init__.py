@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from deployments.choosing import load_best
 from deployments.progress import LoadProgress
 from deployments.sources import resolve
 from deployments.spec import CheckpointError, Facts, ModelSpec
@@ -57,6 +56,8 @@ class Engine(Protocol[Request, Item, Result]):
 
 def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
     """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
+    from deployments.choosing import load_best  # here, because it imports torch and `serve` reads this module
+
     engine = engine_class(spec.task)
     folder = resolve(spec.source, spec.revision)
     for path in sorted(folder.glob("*.json")):

@@ -51,7 +51,7 @@ def test_make_target_exists(command: str) -> None:
 @pytest.mark.parametrize("command", [each for each in COMMANDS if "dure " in each])
 def test_dure_command(dure: Dure, command: str) -> None:
     words = [word for word in shlex.split(command) if not word.startswith("RAY_ADDRESS=")]
-    if words[1] in ("status", "predict"):
+    if words[1] in ("status", "predict", "bench"):
         run = dure.command(*words[1:])
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip()

@@ -127,6 +127,18 @@ def test_a_bad_candidate_is_refused_and_the_original_is_served(precision: Any) -
     assert engine.run([pair]).scores == original.run([pair]).scores
 
 
+@needs_bf16
+def test_where_openvino_cant_keep_its_graph_the_best_of_torch_is_served_and_the_reason_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DURE_CACHE", str(tmp_path / "file"))
+    engine, _ = load(replace(SPEC, runtime="openvino"))
+    assert (engine.facts.runtime, engine.facts.precision) == ("torch", "bf16")
+    assert "OpenVINO failed" in engine.facts.fallback_reason
+    assert engine.facts.quality["verdict"] == "kept"
+
+
 @pytest.mark.parametrize(
     ("nearness", "verdict"), [(1, "kept"), (0.95, "kept"), (0.9499, "warned"), (0.9, "warned"), (0.8999, "refused")]
 )
