@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from serve import errors
+from serve.direct import DirectApp
 from serve.errors import DureError
 from serve.graph import Graph
 from serve.middleware import BodyLimit, RequestCount
@@ -25,14 +29,16 @@ OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 
 def make_app(graph: Graph) -> FastAPI:
     """All routes over a graph. The outermost layer is the last one added."""
-    app = FastAPI(title="Dure", description="Many models from few GPUs behind one endpoint.")
+    app = DirectApp(title="Dure", description="Many models from few GPUs behind one endpoint.")
+    max_bytes = int(graph.settings.limits.max_body_mb * 2**20)
     app.state.graph = graph
     for module in ROUTERS:
         app.include_router(module.router)
     app.add_exception_handler(DureError, _dure_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(BodyLimit, max_bytes=int(graph.settings.limits.max_body_mb * 2**20))
+    app.go_direct(graph, max_bytes, _response)
+    app.add_middleware(BodyLimit, max_bytes=max_bytes)
     if graph.settings.ingress.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -57,34 +63,41 @@ class Ingress:
         return make_app(self.graph)
 
 
-def _error(request: Request, error: DureError) -> JSONResponse:
+def _response(path: str, error: DureError | ValidationError) -> JSONResponse:
+    if isinstance(error, ValidationError):
+        error = _invalid(path, error.errors(include_url=False)[0])
     content = errors.body(error.kind, error.message, error.param)
-    if request.url.path.startswith(OPENAI_PATHS):
+    if path.startswith(OPENAI_PATHS):
         content["error"] |= {"param": error.param, "code": None}
     return JSONResponse(content, error.status, error.headers)
 
 
-async def _dure_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, DureError)
-    return _error(request, error)
-
-
-async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's own findings in Dure's shape; OpenAI's API says 400 where FastAPI says 422."""
-    assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    param = ".".join(str(part) for part in problem["loc"][1:]) or None
+def _invalid(path: str, problem: Mapping[str, Any]) -> DureError:
+    """What pydantic found in Dure's shape; OpenAI's API says 400 where FastAPI says 422."""
+    param = ".".join(str(part) for part in problem["loc"]) or None
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         param, message = None, f"the body is not JSON: {problem['ctx']['error']}"
-    status = 400 if request.url.path.startswith(OPENAI_PATHS) else 422
-    return _error(request, DureError(status, "invalid_request", f"{param}: {message}" if param else message, param))
+    status = 400 if path.startswith(OPENAI_PATHS) else 422
+    return DureError(status, "invalid_request", f"{param}: {message}" if param else message, param)
+
+
+async def _dure_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, DureError)
+    return _response(request.url.path, error)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's own findings in Dure's shape."""
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    return _response(request.url.path, _invalid(request.url.path, problem | {"loc": problem["loc"][1:]}))
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     message = f"{request.method} {request.url.path}: {error.detail}; see GET /docs"
-    response = _error(request, DureError(error.status_code, kind, message))
+    response = _response(request.url.path, DureError(error.status_code, kind, message))
     response.headers.update(error.headers or {})
     return response

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import orjson
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import errors
@@ -66,7 +67,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = errors.too_large(f"the body is over the limit of {self.max_bytes / 2**20:g} MB")
+        refusal = _over(self.max_bytes)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > self.max_bytes:
             await _respond(refusal, send)
@@ -78,7 +79,7 @@ class BodyLimit:
             try:
                 message = await asyncio.wait_for(receive(), None if complete else BODY_PAUSE_S)
             except TimeoutError:
-                over, refusal = True, DureError(408, "body_timeout", f"nothing came for {BODY_PAUSE_S:g} s; send again")
+                over, refusal = True, _stopped()
                 return {"type": "http.disconnect"}
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
@@ -96,6 +97,34 @@ class BodyLimit:
                 raise
         if over:
             await _respond(refusal, send)
+
+
+async def read_body(receive: Receive, max_bytes: int) -> bytes:
+    """The whole body. Raises DureError as BodyLimit answers, and ClientDisconnect."""
+    parts: list[bytes] = []
+    received = 0
+    more = True
+    while more:
+        try:
+            message = await asyncio.wait_for(receive(), BODY_PAUSE_S)
+        except TimeoutError as error:
+            raise _stopped() from error
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        received += len(parts[-1])
+        if received > max_bytes:
+            raise _over(max_bytes)
+        more = message.get("more_body", False)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _over(max_bytes: int) -> DureError:
+    return errors.too_large(f"the body is over the limit of {max_bytes / 2**20:g} MB")
+
+
+def _stopped() -> DureError:
+    return DureError(408, "body_timeout", f"nothing came for {BODY_PAUSE_S:g} s; send again")
 
 
 async def _respond(error: DureError, send: Send) -> None:
