@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -28,6 +28,12 @@ demo: $(INSTALLED)
 
 demo-check: $(INSTALLED)
 	$(BIN)/python -m demo.check
+
+bench-embeddings: $(INSTALLED)
+	$(BIN)/python -m loadtests.embeddings $(ARGS)
+
+bench-rerank: $(INSTALLED)
+	$(BIN)/python -m loadtests.rerank $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml

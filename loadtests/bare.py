@@ -1,0 +1,76 @@
+"""The engine alone, in a loop at its best batch size, on all cores: the limit that a server can come close to."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from deployments.engines import load_engine
+from deployments.progress import LoadProgress
+from deployments.spec import ModelSpec
+from loadtests.load import Measure, Workload
+
+BATCHES = (8, 16, 32, 64, 128)
+TUNE_S = 1.0
+
+
+class Bare:
+    """An engine of Dure without a server. Items of like length share a batch."""
+
+    def __init__(self, task: str, source: str, precision: str) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.engine = load_engine(
+            ModelSpec(name="bare", task=task, source=source, precision=precision), LoadProgress(lambda event: None)
+        )
+        self.engine.warm_up()
+        self.precision = self.engine.facts.precision
+        self.batches: dict[str, int] = {}
+
+    def tune(self, workload: Workload, requests: list[Any]) -> None:
+        """Find the batch size that is best for these requests. A lone client's requests run one by one."""
+        if workload.clients == 1:
+            self.batches[workload.name] = workload.items
+            return
+        items = self._prepared(requests)
+        self.batches[workload.name] = max(BATCHES, key=lambda batch: _rate(self._run(items, batch), TUNE_S))
+
+    def measure(self, workload: Workload, requests: list[Any], seconds: float) -> tuple[Measure, Measure]:
+        """Items a second when all are tokenised beforehand, and when tokenising is part of the loop."""
+        batch = self.batches[workload.name]
+        ready = self._prepared(requests)
+        measures = []
+        for passes in (self._run(ready, batch), self._prepare_and_run(requests, batch)):
+            rate = _rate(passes, seconds / 2)
+            p50 = 1000 * workload.items / rate if workload.clients == 1 else None
+            measures.append(Measure(rate, rate / workload.items, p50))
+        return measures[0], measures[1]
+
+    def _prepared(self, requests: list[Any]) -> list[Any]:
+        return sorted((self.engine.prepare(request) for request in requests), key=self.engine.cost)
+
+    def _run(self, items: list[Any], batch: int) -> Iterator[int]:
+        while True:
+            for start in range(0, len(items), batch):
+                self.engine.run(items[start : start + batch])
+            yield len(items)
+
+    def _prepare_and_run(self, requests: list[Any], batch: int) -> Iterator[int]:
+        while True:
+            yield next(self._run(self._prepared(requests), batch))
+
+
+def _rate(passes: Iterator[int], seconds: float) -> float:
+    """Items a second: the median of as many whole passes as fit, the first of which warms up."""
+    next(passes)
+    rates = []
+    begun = time.perf_counter()
+    while not rates or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        items = next(passes)
+        rates.append(items / (time.perf_counter() - start))
+    return statistics.median(rates)

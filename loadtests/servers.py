@@ -1,0 +1,180 @@
+"""Starts and stops the servers that are compared: each on loopback, on a port and in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / ".dure/bench"
+PEERS = Path(__file__).with_name("peers")
+INSTALL_S, READY_S, STOP_S = 1800, 180, 25
+
+PATHS = {"embedding": "/v1/embeddings", "rerank": "/v1/rerank"}
+
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """How to start one server with one choice of settings."""
+
+    name: str
+    settings: str
+    command: list[str]
+    port: int
+    path: str
+    environment: dict[str, str] = field(default_factory=dict)
+    clear_up: list[str] = field(default_factory=list)
+    """A command that ends what the server may have left."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.path}"
+
+    @property
+    def log(self) -> Path:
+        return BENCH / "logs" / f"{self.name}-{self.port}.log"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The server, healthy; stopped at the end whatever happens. Raises RuntimeError where it does not start."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.environment}
+        with self.log.open("w") as log:
+            process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+            )
+        try:
+            self._wait_healthy(process)
+            yield
+        finally:
+            _end(process)
+            if self.clear_up:
+                subprocess.run(self.clear_up, cwd=ROOT, env=environment, timeout=60, check=False, capture_output=True)
+
+    def _wait_healthy(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended while starting:\n{self._last_words()}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        raise RuntimeError(f"{self.name} was not healthy after {READY_S} s:\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server's process group: SIGTERM, and SIGKILL for what is left."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def dure(task: str, settings: dict[str, Any], ingress: dict[str, Any]) -> Server:
+    """Dure with this one model."""
+    port = _free_port()
+    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    document["http_options"]["port"] = port
+    document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
+    document["applications"][0]["args"] |= {"models": {"model": {"task": task, **settings}}, "ingress": ingress}
+    config = BENCH / f"dure/{task}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(document, sort_keys=False))
+    command = [sys.executable, "-m", "serve.cli"]
+    said = settings | {f"ingress {name}": value for name, value in ingress.items()}
+    told = ", ".join(f"{name} {value}" for name, value in said.items() if name != "source")
+    return Server(
+        "Dure",
+        told,
+        [*command, "serve", "--config", str(config)],
+        port,
+        PATHS[task],
+        {"DURE_STATE": str(BENCH / "dure")},
+        [*command, "stop"],
+    )
+
+
+def infinity(task: str, model: Path, precision: str, batch: int) -> Server:
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    port = _free_port()
+    command = [str(_python("infinity").with_name("infinity_emb")), "v2", "--model-id", str(model), "--engine", "torch"]
+    command += ["--no-bettertransformer", "--device", "cpu", "--dtype", dtype, "--batch-size", str(batch)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    path = {"embedding": "/embeddings", "rerank": "/rerank"}[task]
+    return Server("Infinity", f"{precision}, batch {batch}", command, port, path)
+
+
+def litserve(task: str, model: Path, precision: str, timeout_ms: int) -> Server:
+    more = ["--max-batch-size", "32", "--batch-timeout", str(timeout_ms / 1000)]
+    told = f"{precision}, batch 32, timeout {timeout_ms} ms"
+    return _own("LitServe", "litserve", "lit_server.py", task, model, precision, told, more)
+
+
+def fastapi(task: str, model: Path, precision: str) -> Server:
+    return _own("FastAPI", "fastapi", "plain_server.py", task, model, precision, precision, [])
+
+
+def _own(
+    name: str, peer: str, script: str, task: str, model: Path, precision: str, told: str, more: list[str]
+) -> Server:
+    """A server whose source lies in `peers`."""
+    port = _free_port()
+    command = [str(_python(peer)), str(PEERS / script), "--task", task, "--model", str(model)]
+    return Server(name, told, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
+
+
+def versions(server: Server) -> dict[str, str]:
+    """The versions of the packages that matter where the server runs."""
+    packages = {"Dure": "ray", "Infinity": "infinity-emb", "LitServe": "litserve", "FastAPI": "fastapi"}
+    wanted = [packages[server.name], "torch", "transformers", "sentence-transformers"]
+    code = f"from importlib.metadata import version\nprint(*[version(name) for name in {wanted}])"
+    python = str(Path(server.command[0]).with_name("python"))
+    said = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return dict(zip(wanted, said.stdout.split(), strict=True))
+
+
+def _python(peer: str) -> Path:
+    """The interpreter of a peer's virtual environment, which is made on first use and when its versions change."""
+    folder = BENCH / "environments" / peer
+    wanted = (PEERS / f"{peer}.txt").read_text()
+    installed = folder / "installed.txt"
+    python = folder / "bin/python"
+    if not installed.exists() or installed.read_text() != wanted:
+        print(f"Installing {peer} into {folder.relative_to(ROOT)}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], timeout=INSTALL_S, check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--requirement", str(PEERS / f"{peer}.txt")], timeout=INSTALL_S, check=True)
+        installed.write_text(wanted)
+    return python
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
