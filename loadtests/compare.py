@@ -93,7 +93,7 @@ def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.
             print(f"Starting {server.name} ({server.settings})", flush=True)
             running.enter_context(server.running())
             check(server)
-            report.took_part(server.name, versions(server))
+            report.took_part(server.name, versions(server) | server.details)
         for number in range(options.rounds):
             for workload in workloads:
                 for choices in contenders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ HERE = Path(__file__).parent
 WORDS_FILE = HERE / "words.txt"
 WORDS = WORDS_FILE.read_text().split()
 WARM_UP_S = 1
+SETTLE_S = 1.0
+"""After a run, for the requests that wrk left behind: servers that don't see a client go still answer them."""
 PATIENCE_S = 60
 
 
@@ -49,8 +52,10 @@ def texts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
 
 def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
     """Warm up, then measure for `seconds`. In the JSON `body` each TEXT and NUMBER is replaced by a fresh one."""
-    _wrk(url, body, workload, WARM_UP_S)
-    return _wrk(url, body, workload, seconds)
+    for duration in (WARM_UP_S, seconds):
+        measure = _wrk(url, body, workload, duration)
+        time.sleep(SETTLE_S)
+    return measure
 
 
 def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
@@ -61,4 +66,6 @@ def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     requests, microseconds, p50, p99, failed = line.split()[1:]
     rate = max(int(requests) - int(failed), 0) / int(microseconds) * 1e6
+    if not rate:
+        return Measure(0, 0, failed=int(failed))
     return Measure(rate * workload.items, rate, float(p50), float(p99), int(failed))

@@ -68,7 +68,7 @@ class Report:
     def _section(self) -> str:
         lines = [f"## {self.title}", ""]
         lines += [f"{datetime.date.today()}, {machine()}. {self.weights}"]
-        lines += [f"{self.rounds} rounds of {self.seconds} s, alternating; medians, ratios of the same round."]
+        lines += [f"Rounds of {self.seconds} s, alternating: {self.rounds}; medians, and ratios of the same round."]
         lines += ["Answers were checked under 32 requests at once before anything was timed.", ""]
         for name, found in self.versions.items():
             lines.append(f"- {name}: " + ", ".join(f"{package} {version}" for package, version in found.items()))
@@ -89,8 +89,9 @@ def _cells(workload: Workload, results: list[Result], dure: list[Result]) -> lis
     ratio = ""
     if results is not dure:
         pairs = zip(dure, results, strict=True)
-        ratios = [ours.measure.items_per_s / max(its.measure.items_per_s, 1e-9) for ours, its in pairs]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rates = [(ours.measure.items_per_s, its.measure.items_per_s) for ours, its in pairs]
+        ratios = [ours / its for ours, its in rates if its]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "no answers"
     return [
         results[0].name,
         results[0].settings,

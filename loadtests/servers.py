@@ -38,6 +38,8 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
     clear_up: list[str] = field(default_factory=list)
     """A command that ends what the server may have left."""
+    details: dict[str, str] = field(default_factory=dict)
+    """All its settings, where `settings` is short."""
 
     @property
     def url(self) -> str:
@@ -106,16 +108,16 @@ def dure(task: str, settings: dict[str, Any], ingress: dict[str, Any]) -> Server
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(document, sort_keys=False))
     command = [sys.executable, "-m", "serve.cli"]
-    said = settings | {f"ingress {name}": value for name, value in ingress.items()}
-    told = ", ".join(f"{name} {value}" for name, value in said.items() if name != "source")
+    details = {name: str(value) for name, value in settings.items() if name != "source"}
     return Server(
         "Dure",
-        told,
+        str(settings["precision"]),
         [*command, "serve", "--config", str(config)],
         port,
         PATHS[task],
         {"DURE_STATE": str(BENCH / "dure")},
         [*command, "stop"],
+        details | {f"ingress {name}": str(value) for name, value in ingress.items()},
     )
 
 
