@@ -34,7 +34,7 @@ class EmbeddingCheck:
 
     def __call__(self, server: Server) -> None:
         """Raises WrongAnswers."""
-        answers = asyncio.run(_ask(server.url, [{"input": request} for request in self.requests]))
+        answers = asyncio.run(_ask(server, [{"input": request} for request in self.requests]))
         vectors = [_unit(np.array([entry["embedding"] for entry in _by_index(answer["data"])])) for answer in answers]
         if [len(rows) for rows in vectors] != [len(rows) for rows in self.expected]:
             raise WrongAnswers(f"{server.name}: not one vector for each text")
@@ -59,7 +59,7 @@ class RerankCheck:
 
     def __call__(self, server: Server) -> None:
         """Raises WrongAnswers."""
-        answers = asyncio.run(_ask(server.url, self.requests))
+        answers = asyncio.run(_ask(server, self.requests))
         scores = np.array([[entry["relevance_score"] for entry in _by_index(each["results"])] for each in answers])
         if scores.shape != self.expected.shape:
             raise WrongAnswers(f"{server.name}: not one score for each document")
@@ -69,15 +69,17 @@ class RerankCheck:
             raise WrongAnswers(f"{server.name} ({server.settings}): rank correlation with the model's own {worst:.4f}")
 
 
-async def _ask(url: str, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def _ask(server: Server, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers, in order, with IN_FLIGHT requests at once. Raises WrongAnswers for any but a 200."""
     answers: list[dict[str, Any]] = []
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=IN_FLIGHT)) as client:
         for start in range(0, len(bodies), IN_FLIGHT):
-            wave = [client.post(url, json=body) for body in bodies[start : start + IN_FLIGHT]]
+            wave = [client.post(server.url, json=body) for body in bodies[start : start + IN_FLIGHT]]
             for response in await asyncio.gather(*wave):
                 if response.status_code != 200:
-                    raise WrongAnswers(f"{url}: {response.status_code} {response.text[:300]}")
+                    raise WrongAnswers(
+                        f"{server.name} ({server.settings}): {response.status_code} {response.text[:300]}"
+                    )
                 answers.append(response.json())
     return answers
 

@@ -19,7 +19,7 @@ from loadtests.bare import Bare
 from loadtests.check import WrongAnswers
 from loadtests.load import Measure, Workload, load
 from loadtests.report import Report, Result
-from loadtests.servers import Server, versions
+from loadtests.servers import NotStarted, Server, versions
 
 TUNE_S = 3
 """Seconds of each workload for each choice of a peer's settings, to find its best."""
@@ -56,7 +56,10 @@ def main(benchmark: Benchmark) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     workloads = [each for each in benchmark.workloads if each.name in options.workloads]
     report = Report(benchmark.name, benchmark.title, benchmark.weights, options.seconds, options.rounds)
-    _measure(benchmark, workloads, options, report)
+    try:
+        _measure(benchmark, workloads, options, report)
+    except (WrongAnswers, NotStarted) as error:
+        sys.exit(str(error))
     report.finish()
 
 
@@ -128,7 +131,7 @@ def _best(
         rates = ", ".join(f"{name} {rates[-1][0]:.0f}" for name, rates in tried.items())
         print(f"Tried {server.name} ({server.settings}), items/s: {rates}", flush=True)
     if any(not each for each in tried.values()):
-        raise WrongAnswers(f"{variants[0].name} answers wrongly with all settings: {report.omitted}")
+        raise WrongAnswers(f"{variants[0].name} answers wrongly with all settings")
     return {name: max(each, key=lambda pair: pair[0])[1] for name, each in tried.items()}
 
 

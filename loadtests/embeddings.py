@@ -28,7 +28,8 @@ INGRESS = {"replicas": 1}
 
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
-LITSERVE_TIMEOUTS_MS = (0, 2, 10)
+LITSERVE_BATCHES = ((32, 0), (32, 2), (32, 10), (1, 0))
+"""Requests in a batch, and the milliseconds it waits to fill up."""
 
 WORKLOADS = [
     Workload("short", "One text of 12 words a request, 64 clients", 64, 1, 12, 12),
@@ -62,9 +63,9 @@ BENCHMARK = Benchmark(
             for batch in INFINITY_BATCHES
         ],
         "litserve": lambda: [
-            servers.litserve("embedding", FOLDER, precision, timeout)
+            servers.litserve("embedding", FOLDER, precision, batch, timeout)
             for precision in PRECISIONS
-            for timeout in LITSERVE_TIMEOUTS_MS
+            for batch, timeout in LITSERVE_BATCHES
         ],
         "fastapi": lambda: [servers.fastapi("embedding", FOLDER, precision) for precision in PRECISIONS],
     },

@@ -14,6 +14,9 @@ WORDS = WORDS_FILE.read_text().split()
 WARM_UP_S = 1
 SETTLE_S = 1.0
 """After a run, for the requests that wrk left behind: servers that don't see a client go still answer them."""
+MIN_ANSWERS = 3
+"""To each client: wrk does not count what is under way at the end, which would be a large part of fewer."""
+LONGEST_S = 40
 PATIENCE_S = 60
 
 
@@ -51,11 +54,19 @@ def texts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
 
 
 def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
-    """Warm up, then measure for `seconds`. In the JSON `body` each TEXT and NUMBER is replaced by a fresh one."""
-    for duration in (WARM_UP_S, seconds):
-        measure = _wrk(url, body, workload, duration)
+    """Warm up, then measure for `seconds`, or longer where requests are slower than that.
+
+    In the JSON `body` each TEXT and NUMBER is replaced by a fresh one.
+    """
+    _wrk(url, body, workload, WARM_UP_S)
+    while True:
         time.sleep(SETTLE_S)
-    return measure
+        measure = _wrk(url, body, workload, seconds)
+        answers = measure.requests_per_s * seconds
+        if answers >= MIN_ANSWERS * workload.clients or measure.failed or 2 * seconds > LONGEST_S:
+            time.sleep(SETTLE_S)
+            return measure
+        seconds *= 2
 
 
 def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:

@@ -30,7 +30,8 @@ INGRESS = {"replicas": 1}
 
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
-LITSERVE_TIMEOUTS_MS = (0, 10)
+LITSERVE_BATCHES = ((32, 10), (2, 0), (1, 0))
+"""Requests in a batch, and the milliseconds it waits to fill up."""
 
 DOCUMENTS = 32
 QUERY = "what is said about case NUMBER"
@@ -64,9 +65,9 @@ BENCHMARK = Benchmark(
             for batch in INFINITY_BATCHES
         ],
         "litserve": lambda: [
-            servers.litserve("rerank", FOLDER, precision, timeout)
+            servers.litserve("rerank", FOLDER, precision, batch, timeout)
             for precision in PRECISIONS
-            for timeout in LITSERVE_TIMEOUTS_MS
+            for batch, timeout in LITSERVE_BATCHES
         ],
         "fastapi": lambda: [servers.fastapi("rerank", FOLDER, precision) for precision in PRECISIONS],
     },

@@ -26,6 +26,10 @@ INSTALL_S, READY_S, STOP_S = 1800, 180, 25
 PATHS = {"embedding": "/v1/embeddings", "rerank": "/v1/rerank"}
 
 
+class NotStarted(Exception):
+    """A server that ended early or never became healthy; the message has the end of its log."""
+
+
 @dataclass(frozen=True, eq=False)
 class Server:
     """How to start one server with one choice of settings."""
@@ -51,7 +55,7 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The server, healthy; stopped at the end whatever happens. Raises RuntimeError where it does not start."""
+        """The server, healthy; stopped at the end whatever happens. Raises NotStarted where it does not start."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.environment}
@@ -71,14 +75,14 @@ class Server:
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended while starting:\n{self._last_words()}")
+                raise NotStarted(f"{self.name} ended while starting:\n{self._last_words()}")
             try:
                 if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
             time.sleep(0.2)
-        raise RuntimeError(f"{self.name} was not healthy after {READY_S} s:\n{self._last_words()}")
+        raise NotStarted(f"{self.name} was not healthy after {READY_S} s:\n{self._last_words()}")
 
     def _last_words(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
@@ -131,9 +135,9 @@ def infinity(task: str, model: Path, precision: str, batch: int) -> Server:
     return Server("Infinity", f"{precision}, batch {batch}", command, port, path)
 
 
-def litserve(task: str, model: Path, precision: str, timeout_ms: int) -> Server:
-    more = ["--max-batch-size", "32", "--batch-timeout", str(timeout_ms / 1000)]
-    told = f"{precision}, batch 32, timeout {timeout_ms} ms"
+def litserve(task: str, model: Path, precision: str, batch: int, timeout_ms: int) -> Server:
+    more = ["--max-batch-size", str(batch), "--batch-timeout", str(timeout_ms / 1000)]
+    told = f"{precision}, {batch} requests a batch, timeout {timeout_ms} ms"
     return _own("LitServe", "litserve", "lit_server.py", task, model, precision, told, more)
 
 

@@ -1,10 +1,12 @@
-"""LitServe with sentence-transformers: requests share batches, whose texts are encoded together."""
+"""LitServe with sentence-transformers: requests share batches, whose texts are encoded together.
+
+LitServe reads the annotation of `request`, and hands over the parsed JSON only where there is none.
+"""
 
 from __future__ import annotations
 
 import argparse
 from itertools import islice
-from typing import Any
 
 import litserve
 from options import arguments, cross_encoder, embedder, embeddings, ranking
@@ -18,7 +20,7 @@ class Embeddings(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.model = embedder(self.options.model, self.options.precision)
 
-    def decode_request(self, request: dict[str, Any]) -> list[str]:
+    def decode_request(self, request) -> list[str]:
         texts: str | list[str] = request["input"]
         return [texts] if isinstance(texts, str) else texts
 
@@ -39,7 +41,7 @@ class Rerank(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.model = cross_encoder(self.options.model, self.options.precision)
 
-    def decode_request(self, request: dict[str, Any]) -> list[tuple[str, str]]:
+    def decode_request(self, request) -> list[tuple[str, str]]:
         return [(request["query"], document) for document in request["documents"]]
 
     def predict(self, batch: list[list[tuple[str, str]]]) -> list[list[float]]:
