@@ -1,6 +1,7 @@
 """Measures Dure beside its peers: one run, alternating rounds, medians and the ratio.
 
-All servers that are compared run at once and only one of them is loaded at a time.
+All servers that are compared run at once and only one of them is loaded at a time. What an idle one takes is small: of
+one core the cluster of Dure about a tenth, which is to its peers' disadvantage, and the others next to nothing.
 """
 
 from __future__ import annotations
