@@ -35,8 +35,8 @@ logger = logging.getLogger("ray.serve")
 KEPT, WARNED = 0.95, 0.90
 """Figures from here up are kept, and kept with a warning; below they are refused."""
 MOST_BYTES = 0.6
-NEARLY = 0.8
-"""Of the fastest one's speed. Of those who reach it the nearest to the original wins: a loss must pay by a quarter."""
+NEARLY = 0.95
+"""Of the fastest one's speed. Of those who reach it the nearest to the original wins: that much is noise."""
 FREE_SHARE = 0.25
 """An original that takes more than this of the free memory is not loaded to compare with."""
 SHORT, LONG = 32, 8
@@ -45,7 +45,7 @@ short item count alike."""
 TIMED_S, MAX_ROUNDS = 0.2, 4
 INFORMATIVE = {"scores_cosine"}
 """Figures that decide nothing: the cosine of whole lists of scores stays high where their order is lost."""
-SCHEME = 2
+SCHEME = 3
 """Of the measurement; another number forgets all choices."""
 
 

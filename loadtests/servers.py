@@ -103,25 +103,39 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def dure(task: str, settings: dict[str, Any], ingress: dict[str, Any]) -> Server:
     """Dure with this one model."""
+    details = {name: str(value) for name, value in settings.items() if name != "source"}
+    details |= {f"ingress {name}": str(value) for name, value in ingress.items()}
+    models = {"model": {"task": task, **settings}}
+    return dure_with(task, models, ingress, PATHS[task], str(settings["precision"]), details)
+
+
+def dure_with(
+    name: str,
+    models: dict[str, Any],
+    ingress: dict[str, Any],
+    path: str,
+    told: str = "",
+    details: dict[str, str] | None = None,
+) -> Server:
+    """Dure with these models; `name` is for its config file."""
     port = _free_port()
     document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
-    document["applications"][0]["args"] |= {"models": {"model": {"task": task, **settings}}, "ingress": ingress}
-    config = BENCH / f"dure/{task}.yaml"
+    document["applications"][0]["args"] |= {"models": models, "ingress": ingress}
+    config = BENCH / f"dure/{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(document, sort_keys=False))
     command = [sys.executable, "-m", "serve.cli"]
-    details = {name: str(value) for name, value in settings.items() if name != "source"}
     return Server(
         "Dure",
-        str(settings["precision"]),
+        told,
         [*command, "serve", "--config", str(config)],
         port,
-        PATHS[task],
+        path,
         {"DURE_STATE": str(BENCH / "dure")},
         [*command, "stop"],
-        details | {f"ingress {name}": str(value) for name, value in ingress.items()},
+        details or {},
     )
 
 

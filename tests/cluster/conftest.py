@@ -19,6 +19,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
     folder = tmp_path_factory.mktemp("dure")
     (folder / "seconds_per_shard").write_text("0.01")
     models = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"]
+    models["embedder"]["precision"] = "bf16"  # what `auto` picks is the machine's affair
     models["shout"] = {
         "task": "tests.engines:Shout",
         "source": str(folder),
