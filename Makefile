@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -34,6 +34,9 @@ bench-embeddings: $(INSTALLED)
 
 bench-rerank: $(INSTALLED)
 	$(BIN)/python -m loadtests.rerank $(ARGS)
+
+bench-batching: $(INSTALLED)
+	$(BIN)/python -m loadtests.batching $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml

@@ -182,7 +182,7 @@ class Batcher:
             if isinstance(outcome, BaseException):
                 waiting.call.refuse(waiting.place, Refusal(FAILED, "failed"))
         seconds = time.monotonic() - started
-        padded = max(waiting.tokens for waiting in batch) * len(batch)
+        padded = max(1, *(waiting.tokens for waiting in batch)) * len(batch)
         self.cost.observe(padded, seconds)
         self.budget.observe(padded, seconds, full=bool(self.waiting))
         self.linger.ended(len(batch), seconds)

@@ -1,4 +1,4 @@
-"""An engine that takes 100 ms for any batch: what is left of the time is what a server adds."""
+"""Engines that only pass the time: what is left of it is what a server adds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from deployments.progress import LoadProgress
 from deployments.spec import Facts, ModelSpec
 
 BATCH_S = 0.1
+TIGHT_S = 0.01
+TIGHT_TOKENS = 2000
 
 
 class Simulated:
-    """Answers each item with itself."""
+    """Takes 100 ms for any batch and answers each item with itself."""
 
     facts = Facts("cpu", "fp32", False, 0)
 
@@ -31,4 +33,17 @@ class Simulated:
 
     def run(self, items: list[Any]) -> list[Any]:
         time.sleep(BATCH_S)
+        return items
+
+
+class Tight(Simulated):
+    """Runs out of memory above so many padded tokens, a token for each word of an item."""
+
+    def cost(self, item: str) -> int:
+        return len(item.split())
+
+    def run(self, items: list[str]) -> list[str]:
+        if len(items) * max(map(self.cost, items)) > TIGHT_TOKENS:
+            raise MemoryError
+        time.sleep(TIGHT_S)
         return items

@@ -127,13 +127,14 @@ def status(url: UrlOption = DEFAULT_URL) -> None:
     table = Table("model", "task", "state", "replicas", "device", "precision", "memory", "loaded in")
     for entry in _get(url, "/v1/models")["data"]:
         model = _get(url, f"/v1/models/{entry['id']}")
-        ready = sum(replica["status"] == "ready" for replica in model["replicas"])
+        replicas = [replica for replica in model["replicas"] if "/" not in replica["replica"]]  # no second copies
+        ready = sum(replica["status"] == "ready" for replica in replicas)
         memory, seconds = model["memory_mb"], model["load_seconds"]
         table.add_row(
             model["id"],
             model["task"],
             model["state"],
-            f"{ready}/{len(model['replicas'])}",
+            f"{ready}/{len(replicas)}",
             model["device"] or "",
             (model["precision"] or "") + (" (fallback)" if model["fallback_reason"] else ""),
             "" if memory is None else f"{memory:.1f} MB",
