@@ -28,7 +28,7 @@ INGRESS = {"replicas": 1}
 
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
-LITSERVE_BATCHES = ((32, 0), (32, 2), (32, 10), (1, 0))
+LITSERVE_BATCHES = ((32, 0), (32, 2), (32, 10), (2, 0))
 """Requests in a batch, and the milliseconds it waits to fill up."""
 
 WORKLOADS = [

@@ -30,7 +30,7 @@ INGRESS = {"replicas": 1}
 
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
-LITSERVE_BATCHES = ((32, 10), (2, 0), (1, 0))
+LITSERVE_BATCHES = ((32, 10), (8, 0), (2, 0))
 """Requests in a batch, and the milliseconds it waits to fill up."""
 
 DOCUMENTS = 32
