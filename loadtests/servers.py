@@ -142,8 +142,18 @@ def dure_with(
 def infinity(task: str, model: Path, precision: str, batch: int) -> Server:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     port = _free_port()
-    command = [str(_python("infinity").with_name("infinity_emb")), "v2", "--model-id", str(model), "--engine", "torch"]
-    command += ["--no-bettertransformer", "--device", "cpu", "--dtype", dtype, "--batch-size", str(batch)]
+    command = [str(_python("infinity")), "-m", "infinity_emb.cli", "v2", "--model-id", str(model)]
+    command += [
+        "--engine",
+        "torch",
+        "--no-bettertransformer",
+        "--device",
+        "cpu",
+        "--dtype",
+        dtype,
+        "--batch-size",
+        str(batch),
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     path = {"embedding": "/embeddings", "rerank": "/rerank"}[task]
     return Server("Infinity", f"{precision}, batch {batch}", command, port, path)
