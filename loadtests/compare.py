@@ -70,6 +70,7 @@ def _options(benchmark: Benchmark) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=8, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", type=_some_of(peers), default=peers, help=f"peers, of {','.join(peers)}")
+    parser.add_argument("--settings", default="", help="try only those of the peers' settings with this in them, as bf16")
     parser.add_argument("--workloads", type=_some_of(workloads), default=workloads, help=f"of {','.join(workloads)}")
     return parser.parse_args()
 
@@ -87,7 +88,8 @@ def _some_of(known: list[str]) -> Callable[[str], list[str]]:
 
 def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.Namespace, report: Report) -> None:
     check = benchmark.check()
-    variants = [make() for name, make in benchmark.peers.items() if name in options.only]
+    made = [make() for name, make in benchmark.peers.items() if name in options.only]
+    variants = [[each for each in choices if options.settings in each.settings] for choices in made]
     peers = [_best(benchmark, each, workloads, check, min(TUNE_S, options.seconds), report) for each in variants]
     dure = benchmark.dure()
     contenders: list[Choices] = [dict.fromkeys((workload.name for workload in workloads), dure), *peers]
