@@ -70,7 +70,7 @@ def _options(benchmark: Benchmark) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=8, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", type=_some_of(peers), default=peers, help=f"peers, of {','.join(peers)}")
-    parser.add_argument("--settings", default="", help="try only those of the peers' settings with this in them, as bf16")
+    parser.add_argument("--settings", default="", help="try only peers' settings with this in them: bf16")
     parser.add_argument("--workloads", type=_some_of(workloads), default=workloads, help=f"of {','.join(workloads)}")
     return parser.parse_args()
 
