@@ -1,7 +1,7 @@
 """Measures Dure beside its peers: one run, alternating rounds, medians and the ratio.
 
-All servers that are compared run at once and only one of them is loaded at a time. What an idle one takes is small: of
-one core the cluster of Dure about a tenth, which is to its peers' disadvantage, and the others next to nothing.
+All servers that are compared run at once and only one of them is loaded at a time; other peers are halted meanwhile.
+Dure's cluster is not, and takes about a tenth of a core when idle, which is to its peers' disadvantage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from loadtests.bare import Bare
 from loadtests.check import WrongAnswers
 from loadtests.load import Measure, Workload, load
 from loadtests.report import Report, Result
-from loadtests.servers import NotStarted, Server, versions
+from loadtests.servers import NotStarted, Server, alone, versions
 
 TUNE_S = 3
 """Seconds of each workload for each choice of a peer's settings, to find its best."""
@@ -94,20 +95,25 @@ def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.
     dure = benchmark.dure()
     contenders: list[Choices] = [dict.fromkeys((workload.name for workload in workloads), dure), *peers]
     bare = _bare(benchmark, workloads, report) if "bare" in options.only else None
+    processes: dict[Server, subprocess.Popen[bytes]] = {}
     with ExitStack() as running:
         for server in dict.fromkeys(server for choices in contenders for server in choices.values()):
             print(f"Starting {server.name} ({server.settings})", flush=True)
-            running.enter_context(server.running())
-            check(server)
+            processes[server] = running.enter_context(server.running())
+            with alone(server, processes):
+                check(server)
             report.took_part(server.name, versions(server) | server.details)
         for number in range(options.rounds):
             for workload in workloads:
                 for choices in contenders:
                     server = choices[workload.name]
-                    measure = load(server.url, benchmark.body(workload), workload, options.seconds)
+                    with alone(server, processes):
+                        measure = load(server.url, benchmark.body(workload), workload, options.seconds)
                     report.add(workload, Result(server.name, server.settings, measure))
                 if bare:
-                    for result in _bare_results(bare, workload, benchmark, number, options.seconds):
+                    with alone(dure, processes):
+                        results = _bare_results(bare, workload, benchmark, number, options.seconds)
+                    for result in results:
                         report.add(workload, result)
 
 

@@ -54,8 +54,8 @@ class Server:
         return BENCH / "logs" / f"{self.name}-{self.port}.log"
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """The server, healthy; stopped at the end whatever happens. Raises NotStarted where it does not start."""
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The server's process, healthy; stopped at the end whatever happens. Raises NotStarted for one that isn't."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.environment}
@@ -65,7 +65,7 @@ class Server:
             )
         try:
             self._wait_healthy(process)
-            yield
+            yield process
         finally:
             _end(process)
             if self.clear_up:
@@ -86,6 +86,21 @@ class Server:
 
     def _last_words(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
+
+
+@contextmanager
+def alone(server: Server, processes: dict[Server, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """The other peers stand still meanwhile: an idle LitServe may take a whole core. Dure, whose parts watch each
+    other's health, runs on.
+    """
+    others = [process for other, process in processes.items() if other is not server and other.name != "Dure"]
+    for process in others:
+        os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in others:
+            os.killpg(process.pid, signal.SIGCONT)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
