@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator
@@ -71,7 +72,7 @@ class DirectApp(FastAPI):
 
     async def _answer(self, direct: Direct, parts: dict[str, str], path: str, receive: Receive) -> Response:
         try:
-            body = direct.body.model_validate_json(await read_body(receive, self._max_bytes))
+            body = _parsed(direct.body, await read_body(receive, self._max_bytes))
             return await direct.run(body=body, graph=self._graph, **parts)
         except (DureError, ValidationError) as error:
             return self._respond(path, error)
@@ -100,12 +101,26 @@ def _direct(route: APIRoute) -> Direct | None:
     return Direct(route.path, route.path_regex, body, route.endpoint)
 
 
+def _parsed(body: type[Body], content: bytes) -> Body:
+    """Raises ValidationError. What pydantic takes for no JSON (half a surrogate pair) json may, and name the field."""
+    try:
+        return body.model_validate_json(content)
+    except ValidationError as error:
+        if error.errors(include_url=False)[0]["type"] != "json_invalid":
+            raise
+        try:
+            loaded = json.loads(content)
+        except ValueError:
+            raise error from None
+        return body.model_validate(loaded)
+
+
 def _is_ordinary(scope: Scope) -> bool:
     """A body of JSON, and no other origin to be told whether it may read the answer."""
-    json = False
+    is_json = False
     for name, value in scope["headers"]:
         if name == b"origin":
             return False
         if name == b"content-type":
-            json = value.startswith(b"application/json")
-    return json
+            is_json = value.startswith(b"application/json")
+    return is_json

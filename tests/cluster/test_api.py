@@ -53,8 +53,8 @@ def test_a_model_says_how_it_was_loaded(client: httpx.Client, name: str) -> None
     model = client.get(f"/v1/models/{name}").json()
     assert model["state"] == "ready"
     assert model["device"] == "cpu"
-    assert model["precision"] in ("bf16", "fp32")
-    assert model["quantized"] is False
+    assert model["precision"] in ("int8", "bf16", "fp32")
+    assert model["quantized"] is (model["precision"] == "int8")
     assert model["fallback_reason"] is None
     assert model["memory_mb"] > 0.5
     assert model["load_seconds"] > 0
