@@ -227,6 +227,7 @@ class Reporter:
         with self._lock:
             state = self.states[self.replica]
             self.states[self.replica] = replace(state, facts=facts, order=order, step=state.step + 1)
+            self.board.report.remote(self.states[self.replica])
 
     def replaced(self, copy: int) -> None:
         """The copy of this number serves now."""
