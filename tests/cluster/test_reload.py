@@ -95,10 +95,10 @@ def test_a_reload_holds_for_a_replica_that_starts_later(client: httpx.Client, du
 
     def replaced() -> bool:
         replicas = client.get(PATH).json()["replicas"]
-        return [each["status"] for each in replicas if each["replica"] != before] == ["ready"]
+        later = [(each["status"], each["precision"]) for each in replicas if each["replica"] != before]
+        return later == [("ready", "fp32")]
 
     wait_until(replaced)
-    assert [r["precision"] for r in client.get(PATH).json()["replicas"] if r["replica"] != before] == ["fp32"]
     wait_until(lambda: len(client.get(PATH).json()["replicas"]) == 1)
 
 
