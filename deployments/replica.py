@@ -56,6 +56,8 @@ class ModelReplica:
         self.spec = spec
         self.backlog, self.backlog_at = 0, 0.0
         self.reloading: asyncio.Task[None] | None = None
+        self.ordered = 0
+        """Number of the last order begun: one that is heard again, late, is old."""
         self.outlet = outlet_class()
         loop = asyncio.get_running_loop()
         order = await loop.run_in_executor(
@@ -90,7 +92,8 @@ class ModelReplica:
         return {ITEMS: self.live.batcher.items, BACKLOG: self.backlog if fresh else 0}
 
     def _reload(self, order: Order) -> None:
-        if self.reloading is None or self.reloading.done():
+        if order.number > self.ordered:
+            self.ordered = order.number
             self.reloading = asyncio.get_running_loop().create_task(self._carry_out(order))
 
     async def _carry_out(self, order: Order) -> None:

@@ -102,6 +102,14 @@ def test_a_reload_holds_for_a_replica_that_starts_later(client: httpx.Client, du
     wait_until(lambda: len(client.get(PATH).json()["replicas"]) == 1)
 
 
+def test_a_second_reload_meanwhile_is_refused(client: httpx.Client) -> None:
+    assert reload(client, precision="fp32", wait=False).status_code == 202
+    refused = reload(client, precision="bf16")
+    assert refused.status_code == 409
+    assert "under way" in refused.json()["error"]["message"]
+    wait_until(lambda: client.get(PATH).json()["precision"] == "fp32")
+
+
 @pytest.mark.parametrize(
     "change",
     [{}, {"optimized": True, "precision": "fp32"}, {"precision": "fp23"}, {"revision": "main"}, {"sauce": "x"}],
