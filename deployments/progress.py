@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Status = Literal["preparing", "loading_tokenizer", "loading_checkpoint", "loaded", "ready", "failed"]
+ORDER: tuple[Status, ...] = get_args(Status)
 
 PREPARING, TOKENIZER, LOADED, READY = 15.0, 25.0, 85.0, 100.0
 CHECKPOINT_SHARE = (LOADED - TOKENIZER) / 100
@@ -26,7 +27,7 @@ class LoadEvent:
 
 
 class LoadProgress:
-    """Turns the steps of a load into events; the percentage never goes back, whatever is retried underneath."""
+    """Turns the steps of a load into events; status and percentage never go back, whatever is loaded once more."""
 
     def __init__(self, publish: Callable[[LoadEvent], None]) -> None:
         self._publish = publish
@@ -74,6 +75,8 @@ class LoadProgress:
         with self._lock:
             last = self._last
             if last is not None:
+                if ORDER.index(status) < ORDER.index(last.status):
+                    return
                 progress = max(progress, last.progress)
                 if shards is None and status != "failed":
                     shard, shards = last.shard, last.shards

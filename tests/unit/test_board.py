@@ -100,3 +100,14 @@ def test_load_progress_never_goes_back() -> None:
     assert events[3].message_ko == "체크포인트 로드 중 2/4... 50%"
     assert events[3].message == "Loading checkpoint 2/4... 50%"
     assert (events[-1].shard, events[-1].shards) == (0, 4)
+
+
+def test_what_is_loaded_once_more_does_not_go_back_a_status() -> None:
+    events: list[LoadEvent] = []
+    progress = LoadProgress(events.append)
+    progress.checkpoint(100, 1, 1)
+    progress.measuring()
+    progress.tokenizer()
+    progress.checkpoint(50, 0, 1)
+    progress.loaded()
+    assert [event.status for event in events] == ["loading_checkpoint", "loaded", "loaded"]
