@@ -45,7 +45,7 @@ short item count alike."""
 TIMED_S, MAX_ROUNDS = 0.2, 4
 INFORMATIVE = {"scores_cosine"}
 """Figures that decide nothing: the cosine of whole lists of scores stays high where their order is lost."""
-SCHEME = 3
+SCHEME = 4
 """Of the measurement; another number forgets all choices."""
 
 

@@ -16,6 +16,9 @@ from deployments.items import Pair, Scores
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, ModelSpec
 
+CALIBRATION_DOCUMENTS = 8
+"""For each query."""
+
 
 class Reranker:
     """One item is a query and a document as one row of token ids; its result is their relevance, 0 to 1."""
@@ -49,13 +52,20 @@ class Reranker:
     @staticmethod
     def calibration() -> list[list[Pair]]:
         texts = calibration.read()
-        return [[Pair(query, document) for document in texts["documents"]] for query in texts["queries"]]
+        documents = texts["documents"] * 2
+        return [
+            [Pair(query, document) for document in documents[place : place + CALIBRATION_DOCUMENTS]]
+            for place, query in enumerate(texts["queries"])
+        ]
 
     @staticmethod
     def agreement(original: list[Scores], answers: list[Scores]) -> dict[str, float]:
-        """Spearman's correlation of all scores, the share of queries with the same document first, and a cosine."""
+        """Spearman's correlation of all scores, the share of queries with the same document first, and a cosine.
+
+        A document that the original scores as high as its first one is a first one, too.
+        """
         first, second = (np.stack([batch.scores for batch in batches]) for batches in (original, answers))
-        same = first.argmax(axis=1) == second.argmax(axis=1)
+        same = first[np.arange(len(first)), second.argmax(axis=1)] == first.max(axis=1)
         return {
             "spearman": calibration.spearman(first.ravel(), second.ravel()),
             "same_first": float(same.mean()),
