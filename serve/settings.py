@@ -53,6 +53,7 @@ class Autoscaling(Strict):
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(16, gt=0)
+    look_back_period_s: float = Field(10, gt=0, description="seconds that the items are averaged over")
     upscale_delay_s: float = Field(10, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) ->
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False))
     return path
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
 
 
 class Dure:

@@ -12,6 +12,7 @@ import yaml
 from tests.dure import ROOT, Dure, config_file, free_port
 
 ORIGIN = "https://app.example.org"
+MODELS = {"predictor", "vision", "embedder", "reranker", "shout", "growing"}
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +21,18 @@ def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
     (folder / "seconds_per_shard").write_text("0.01")
     models = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"]
     models["embedder"]["precision"] = "bf16"  # what `auto` picks is the machine's affair
-    models["shout"] = {
-        "task": "tests.engines:Shout",
-        "source": str(folder),
-        "max_queue": 8,
-        "max_batch_items": 4,
+    shout = {"task": "tests.engines:Shout", "source": str(folder)}
+    models["shout"] = {**shout, "max_queue": 8, "max_batch_items": 4}
+    models["growing"] = {
+        **shout,
+        "max_batch_items": 1,
+        "autoscaling": {
+            "max_replicas": 2,
+            "target_ongoing_requests": 4,
+            "look_back_period_s": 2,
+            "upscale_delay_s": 0.5,
+            "downscale_delay_s": 1,
+        },
     }
     port = free_port()
     config = config_file(

