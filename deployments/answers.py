@@ -1,8 +1,8 @@
 """Results of many requests on their way back, as arrays where the engine made arrays.
 
 An engine answers a batch with a list, one result per item, or with a dataclass of arrays whose first axis is the item.
-A caller's requests may have run in several batches; `Collector` puts the pieces together again without touching single
-items.
+A caller's requests may run in several batches: each comes back as a `Piece` when it is done, and `Collector` puts the
+pieces together again without touching single items.
 """
 
 from __future__ import annotations
@@ -23,6 +23,32 @@ class Answers:
     results: Any
     refusals: dict[int, Refusal]
     """By the request's place."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Answers to some of the requests of a call: results for those at `places`, in that order."""
+
+    places: Sequence[int]
+    results: Any
+    refusals: dict[int, Refusal]
+    """By the request's place."""
+
+    def __len__(self) -> int:
+        return len(self.places) + len(self.refusals)
+
+
+class Shares:
+    """Rows of a batch, or of a piece of one, by whom they belong to."""
+
+    def __init__(self) -> None:
+        self.of: dict[Any, tuple[list[int], list[int]]] = {}
+        """Places there, and rows here."""
+
+    def add(self, owner: Any, place: int, row: int) -> None:
+        places, rows = self.of.setdefault(owner, ([], []))
+        places.append(place)
+        rows.append(row)
 
 
 class Collector:
@@ -66,6 +92,14 @@ class Collector:
                 self.refusals[place] = results[row]
             else:
                 self._results[place] = results[row]
+
+
+def take(results: Any, rows: Sequence[int]) -> Any:
+    """These rows of an engine's results."""
+    if is_dataclass(results):
+        picked = _index(rows)
+        return _each(results, lambda array: array[picked])
+    return [results[row] for row in rows]
 
 
 def _index(places: Sequence[int]) -> slice | list[int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
 
-from deployments.answers import Answers, Collector
+from deployments.answers import Piece, Shares, take
 from deployments.budget import Budget
 from deployments.cutting import cut
 from deployments.engines import Engine
@@ -26,19 +27,28 @@ LATE = Refusal("its deadline passed before its turn came", "late")
 
 @dataclass(eq=False)
 class Call:
-    """Items that were submitted together, and what has become of them so far."""
+    """Items that were submitted together, and what has come of them and was not yet handed on."""
 
-    collector: Collector
-    done: asyncio.Future[None]
-    """Cancelled where its caller has gone."""
+    left: int
+    gone: bool = False
+    """Nobody waits for it any more."""
+    pieces: list[Piece] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def refuse(self, place: int, refusal: Refusal) -> None:
-        self.collector.refuse(place, refusal)
-        self.settle()
+    def put(self, piece: Piece) -> None:
+        self.left -= len(piece)
+        self.pieces.append(piece)
+        self.news.set()
 
-    def settle(self) -> None:
-        if self.collector.left == 0 and not self.done.done():
-            self.done.set_result(None)
+    def refuse(self, refusals: dict[int, Refusal]) -> None:
+        self.put(Piece((), [], refusals))
+
+    async def next(self) -> list[Piece]:
+        """What has come since the last time, once there is something."""
+        await self.news.wait()
+        self.news.clear()
+        pieces, self.pieces = self.pieces, []
+        return pieces
 
 
 @dataclass(eq=False, slots=True)
@@ -53,20 +63,12 @@ class Waiting:
     place: int
 
 
-@dataclass
-class _Share:
-    """A call's part of a batch: the items' places in the call and their rows in the batch."""
-
-    places: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-
-
 class Batcher:
     """Holds items until the engine is free, then hands `@serve.batch` one batch that is ready.
 
     Left to itself `@serve.batch` closes the next batch while the last one runs: at its timeout, nearly empty. So it is
     given a batch as a whole, with its size set to match and no timeout. What it hands back per item says only that the
-    item has been run; results go to their calls as the arrays that the engine made.
+    item has been run; results go to their calls, batch by batch, as the arrays that the engine made.
     """
 
     def __init__(
@@ -91,29 +93,31 @@ class Batcher:
         self._batched = serve.batch(max_batch_size=spec.max_batch_items, batch_wait_timeout_s=0)(self._run)
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
-    async def submit(self, items: list[Any], timeouts_s: list[float]) -> Answers:
-        """The items' results; those that are Refusals already stay so.
+    async def submit(self, items: list[Any], timeouts_s: list[float]) -> AsyncGenerator[Piece, None]:
+        """The items' results, as they come; those that are Refusals already stay so.
 
-        An item that has not begun to run within its timeout is refused, and one whose caller is cancelled never runs.
+        An item that has not begun to run within its timeout is refused, and one whose caller has gone never runs.
         """
-        call = Call(Collector(len(items)), asyncio.get_running_loop().create_future())
+        call = Call(len(items))
         now = time.monotonic()
-        count = 0
-        for place, (item, timeout_s) in enumerate(zip(items, timeouts_s, strict=True)):
-            if isinstance(item, Refusal):
-                call.collector.refuse(place, item)
-            else:
-                self.waiting.append(Waiting(item, self.engine.cost(item), now + timeout_s, call, place))
-                count += 1
-        call.settle()
+        refused = {place: item for place, item in enumerate(items) if isinstance(item, Refusal)}
+        if refused:
+            call.refuse(refused)
+        count = call.left
+        self.waiting += (
+            Waiting(item, self.engine.cost(item), now + timeout_s, call, place)
+            for place, (item, timeout_s) in enumerate(zip(items, timeouts_s, strict=True))
+            if place not in refused
+        )
         self._count(count)
         self.linger.arrived(count)
         self._arrived.set()
         try:
-            await call.done
-            return call.collector.answers()
+            while call.left or call.pieces:
+                for piece in await call.next():
+                    yield piece
         finally:
-            call.done.cancel()
+            call.gone = True
             self._count(-count)
 
     def check(self) -> None:
@@ -165,11 +169,11 @@ class Batcher:
         now = time.monotonic()
         wanted = []
         for waiting in self.waiting:
-            if waiting.call.done.cancelled():
+            if waiting.call.gone:
                 DROPPED.inc()
             elif waiting.deadline < now:
                 DROPPED.inc()
-                waiting.call.refuse(waiting.place, LATE)
+                waiting.call.refuse({waiting.place: LATE})
             else:
                 wanted.append(waiting)
         self.waiting = wanted
@@ -180,7 +184,7 @@ class Batcher:
         outcomes = await asyncio.gather(*(self._batched(waiting) for waiting in batch), return_exceptions=True)
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, BaseException):
-                waiting.call.refuse(waiting.place, Refusal(FAILED, "failed"))
+                waiting.call.refuse({waiting.place: Refusal(FAILED, "failed")})
         seconds = time.monotonic() - started
         padded = max(1, *(waiting.tokens for waiting in batch)) * len(batch)
         self.cost.observe(padded, seconds)
@@ -202,13 +206,10 @@ class Batcher:
         for rows in outcome.did_not_fit:
             self.budget.out_of_memory(max(batch[row].tokens for row in rows) * len(rows))
         for rows, results in outcome.pieces:
-            shares: dict[Call, _Share] = {}
+            shares = Shares()
             for at, row in enumerate(rows):
-                share = shares.setdefault(batch[row].call, _Share())
-                share.places.append(batch[row].place)
-                share.rows.append(at)
-            for call, share in shares.items():
-                call.collector.put(share.places, results, share.rows)
-                call.settle()
+                shares.add(batch[row].call, batch[row].place, at)
+            for call, (places, taken) in shares.of.items():
+                call.put(Piece(places, take(results, taken), {}))
         for row, refusal in outcome.refusals.items():
-            batch[row].call.refuse(batch[row].place, refusal)
+            batch[row].call.refuse({batch[row].place: refusal})

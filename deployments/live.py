@@ -8,10 +8,11 @@ import gc
 import logging
 import os
 import time
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deployments.answers import Answers
+from deployments.answers import Piece
 from deployments.batching import Batcher
 from deployments.engines import Engine, load_engine
 from deployments.progress import LoadProgress
@@ -54,13 +55,15 @@ class Live:
         progress.ready()
         return cls(spec, engine, thread, time.monotonic() - started)
 
-    async def run(self, requests: list[Any], timeouts_s: list[float]) -> Answers:
-        """A result or a Refusal per request, in order."""
+    async def run(self, requests: list[Any], timeouts_s: list[float]) -> AsyncGenerator[Piece, None]:
+        """A result or a Refusal per request, batch by batch."""
         self.calls += 1
         self._idle.clear()
         try:
             items = await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, requests)
-            return await self.batcher.submit(items, timeouts_s)
+            async with contextlib.aclosing(self.batcher.submit(items, timeouts_s)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             self.calls -= 1
             if not self.calls:

@@ -49,6 +49,7 @@ class BatchCost:
 
 SHORTEST_S = 1e-4
 """A wait that an event loop can still tell from none."""
+NEARLY_ALL = 0.9
 
 
 class Linger:
@@ -71,6 +72,12 @@ class Linger:
         self._ended = self._step = 0.0
         self._came = [0] * self.STEPS
         self._share = [0.0] * self.STEPS  # of the answered, back by the end of each step
+
+    @property
+    def back_s(self) -> float:
+        """How long after a batch nearly all that it answered have come back; infinite where they don't in time."""
+        steps = (step * self._step for step, share in enumerate(self._share, 1) if share >= NEARLY_ALL)
+        return next(steps, math.inf)
 
     def ended(self, items: int, seconds: float) -> None:
         """A batch of so many items has been answered after so many seconds on the engine."""

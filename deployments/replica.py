@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from ray import serve
 
-from deployments.answers import Answers
+from deployments.answers import Piece
 from deployments.live import Live, reason
 from deployments.loopback import keep_to_loopback
 from deployments.metrics import GPU_MEMORY, LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
@@ -77,10 +78,12 @@ class ModelReplica:
             raise
         self._tell(order)
 
-    async def run(self, requests: list[Any], timeouts_s: list[float], backlog: int = 0) -> Answers:
-        """A result or a Refusal per request, in order; `backlog` is how many more the caller holds back for now."""
+    async def run(self, requests: list[Any], timeouts_s: list[float], backlog: int = 0) -> AsyncGenerator[Piece, None]:
+        """A result or a Refusal per request, batch by batch; `backlog` is how many more the caller holds back."""
         self.backlog, self.backlog_at = backlog, time.monotonic()
-        return await self.live.run(requests, timeouts_s)
+        async with contextlib.aclosing(self.live.run(requests, timeouts_s)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def check_health(self) -> None:
         """Raises where the engine is dead; Serve then replaces this replica."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from deployments.answers import Answers
+from deployments.answers import Answers, Piece
 from deployments.spec import Refusal
 from serve import errors
 from serve.coalescer import Coalescer
@@ -88,21 +89,17 @@ class Deployment:
     async def call(self, *arguments: Any, timeout_s: float) -> Any:
         """Call `run` within the deadline. Raises DureError for everything that can go wrong."""
         async with self.gate.admitted(1, timeout_s if self.patient else 0):
-            return await self._call(arguments, 1, timeout_s)
+            return await self._tried(lambda: _result(self.handle.run.remote(*arguments)), 1, timeout_s)
 
-    async def _call(self, arguments: tuple[Any, ...], items: int, timeout_s: float) -> Any:
+    async def _tried(self, attempt: Callable[[], Awaitable[Any]], items: int, timeout_s: float) -> Any:
+        """What `attempt` returns, which is made again where a replica died over it."""
         started = time.monotonic()
-        for attempt in range(1, TRIES + 1):
-            response = self.handle.run.remote(*arguments)
+        for number in range(1, TRIES + 1):
             try:
-                result = await asyncio.wait_for(_result(response), max(0.001, started + timeout_s - time.monotonic()))
+                result = await asyncio.wait_for(attempt(), max(0.001, started + timeout_s - time.monotonic()))
                 self.gate.served(items, started)
                 return result
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
             except TimeoutError as error:
-                response.cancel()
                 raise errors.too_late(self.name, timeout_s) from error
             except RayTaskError as error:
                 cause = error.cause
@@ -110,7 +107,7 @@ class Deployment:
             except BackPressureError as error:
                 raise errors.queue_full(self.name, self.gate.items, self.gate.retry_after_s()) from error
             except (RayActorError, DeploymentUnavailableError) as error:
-                if attempt == TRIES:
+                if number == TRIES:
                     raise errors.unavailable(self.name) from error
                 await asyncio.sleep(RETRY_PAUSE_S)
         raise AssertionError("unreachable")
@@ -159,9 +156,33 @@ class Model(Deployment):
             raise refused(answers.refusals[number], f"{param}.{number}" if len(requests) > 1 else param)
         return answers.results
 
-    async def _send(self, items: list[Any], timeouts_s: list[float], backlog: int) -> Answers:
-        answers: Answers = await self._call((items, timeouts_s, backlog), len(items), max(timeouts_s))
-        return answers
+    @functools.cached_property
+    def stream(self) -> DeploymentHandle:
+        return self.handle.options(stream=True)
+
+    async def _send(
+        self, items: list[Any], timeouts_s: list[float], backlog: int, deliver: Callable[[Piece], None]
+    ) -> None:
+        left = dict(enumerate(items))
+
+        async def ask_for_the_rest() -> None:
+            places = list(left)
+            timeouts_left_s = [timeouts_s[place] for place in places]
+            response = self.stream.run.remote([*left.values()], timeouts_left_s, backlog)
+            try:
+                async for piece in response:
+                    refusals = {places[at]: refusal for at, refusal in piece.refusals.items()}
+                    answered = Piece([places[at] for at in piece.places], piece.results, refusals)
+                    for place in (*answered.places, *refusals):
+                        del left[place]
+                    deliver(answered)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+
+        await self._tried(ask_for_the_rest, len(items), max(timeouts_s))
+        if left:
+            raise errors.internal()
 
 
 def refused(refusal: Refusal, param: str) -> DureError:
@@ -175,5 +196,9 @@ def refused(refusal: Refusal, param: str) -> DureError:
     return errors.invalid(refusal.reason, param)
 
 
-async def _result(response: Any) -> Any:
-    return await response
+async def _result(response: DeploymentResponse) -> Any:
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import Answers, Collector
+from deployments.answers import Answers, Collector, Piece, Shares
 from deployments.pace import BatchCost, Linger
 
 
@@ -26,26 +27,34 @@ class Parcel:
     """Fails with the call that failed; cancelled where the client has gone."""
     sent: int = 0
 
+    def settle(self) -> None:
+        if self.collector.left == 0 and not self.done.done():
+            self.done.set_result(None)
+
 
 @dataclass(eq=False)
 class Call:
-    """Parts of parcels on their way to a replica and back: each with its first place there, its end, and its rows."""
+    """Items of parcels on their way to a replica and back."""
 
-    parts: list[tuple[Parcel, range]] = field(default_factory=list)
-    size: int = 0
+    owners: list[tuple[Parcel, int]] = field(default_factory=list)
+    """Of each item: its parcel, and its place there."""
+    left: int = 0
+    since: float | None = None
+    """When the replica began with what is left of it (time.monotonic); None while others come before it."""
     task: asyncio.Task[None] | None = None
 
 
-Send = Callable[[list[Any], list[float], int], Awaitable[Answers]]
-"""Calls a replica with items, the seconds left for each, and how many more wait here."""
+Send = Callable[[list[Any], list[float], int, Callable[[Piece], None]], Awaitable[None]]
+"""Calls a replica with items, the seconds left for each, and how many more wait here; hands on answers as they come."""
 
 
 class Coalescer:
     """Sends what waits for a model as one call, and no more calls than keep its replicas busy.
 
     A hop between processes costs about a millisecond of CPU, a request in it next to nothing. So each replica has one
-    call to work on, and a second one to prepare meanwhile once that would be as large as those under way. What comes
-    later waits here, where its client can still take it back for nothing.
+    call to work on, and a second one to prepare once that is full, or as large as the first where two such calls in
+    turn are faster than one for which all clients have to be back. What comes later waits here, where its client can
+    still take it back for nothing. Answers come back batch by batch, so that nobody waits for the slowest in a call.
 
     Room in a call is dealt out evenly among the requests that wait, so that a long list does not hold up short ones.
     """
@@ -59,7 +68,8 @@ class Coalescer:
         self.cost = BatchCost()
         self.linger = Linger(self.cost)
         self._parcels: deque[Parcel] = deque()
-        self._calls: set[Call] = set()
+        self._calls: list[Call] = []
+        """In the order in which they left."""
         self._wake = asyncio.Event()
         self._pumping: asyncio.Task[None] | None = None
 
@@ -74,7 +84,8 @@ class Coalescer:
         self._parcels.append(parcel)
         self.waiting += len(items)
         self.linger.arrived(len(items))
-        if self._pause_s() is not None:
+        pause_s = self._pause_s()
+        if pause_s is not None and (pause_s <= 0 or self.waiting == len(items)):
             self._wake.set()
         try:
             await asyncio.wait_for(done, timeout_s)
@@ -91,7 +102,7 @@ class Coalescer:
         if parcel.collector.left:
             parcel.done.cancel()
             for call in self._calls:
-                if call.task and all(each.done.done() for each, _ in call.parts):
+                if call.task and all(each.done.done() for each, _ in call.owners):
                     call.task.cancel()
 
     def _pause_s(self) -> float | None:
@@ -102,18 +113,35 @@ class Coalescer:
         if len(self._calls) < replicas:
             return self.linger.wait_s(self.waiting, self.waiting, self.max_call_items)
         if len(self._calls) < 2 * replicas:
-            smallest = min(call.size for call in self._calls)
-            if self.waiting >= min(smallest, self.max_call_items):
+            if self.waiting >= self.max_call_items:
+                return 0.0
+            under_way = min(call.left for call in self._calls)
+            if self.waiting >= under_way and self._is_faster_apart(under_way):
                 return 0.0
         return None
+
+    def _is_faster_apart(self, under_way: int) -> bool:
+        """Are two calls, one right after the other, faster than one for which all clients have to be back?"""
+        items = under_way + self.waiting
+        together = min(items, self.max_call_items)
+        apart_s = self.cost.seconds(items) + self.cost.fixed
+        return items * (self.cost.seconds(together) + self.linger.back_s) >= together * apart_s
+
+    def _begin(self) -> None:
+        """Those that come first are what the replicas work on."""
+        for call in self._calls[: max(1, self.replicas())]:
+            call.since = call.since or time.monotonic()
 
     async def _pump(self) -> None:
         while True:
             pause_s = self._pause_s()
             if pause_s is not None and pause_s <= 0:
                 call = self._take()
-                self._calls.add(call)
+                self._calls.append(call)
+                self._begin()
                 call.task = asyncio.get_running_loop().create_task(self._run(call))
+                # Not in `_run` itself, which never begins where all clients leave before its first step.
+                call.task.add_done_callback(functools.partial(self._over, call))
                 continue
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
@@ -121,51 +149,49 @@ class Coalescer:
 
     def _take(self) -> Call:
         call = Call()
-        while call.size < self.max_call_items and self._parcels:
+        while call.left < self.max_call_items and self._parcels:
             parcel = self._parcels.popleft()
-            room = max(1, (self.max_call_items - call.size) // (len(self._parcels) + 1))
+            room = max(1, (self.max_call_items - call.left) // (len(self._parcels) + 1))
             places = range(parcel.sent, min(parcel.sent + room, len(parcel.items)))
-            call.parts.append((parcel, places))
-            call.size += len(places)
+            call.owners += ((parcel, place) for place in places)
+            call.left += len(places)
             parcel.sent = places.stop
             if parcel.sent < len(parcel.items):
                 self._parcels.append(parcel)
-        self.waiting -= call.size
+        self.waiting -= call.left
         return call
 
     async def _run(self, call: Call) -> None:
-        started = time.monotonic()
-        items: list[Any] = []
-        timeouts_s: list[float] = []
-        for parcel, places in call.parts:
-            items += parcel.items[places.start : places.stop]
-            timeouts_s += [max(0.0, parcel.deadline - started)] * len(places)
+        now = time.monotonic()
+        items = [parcel.items[place] for parcel, place in call.owners]
+        timeouts_s = [max(0.0, parcel.deadline - now) for parcel, _ in call.owners]
         try:
-            self._deliver(call, await self.send(items, timeouts_s, self.waiting))
+            await self.send(items, timeouts_s, self.waiting, lambda piece: self._deliver(call, piece))
         except Exception as error:
-            for parcel, _ in call.parts:
+            for parcel, _ in call.owners:
                 if not parcel.done.done():
                     parcel.done.set_exception(error)
-        finally:
-            seconds = time.monotonic() - started
-            self._calls.discard(call)
-            self.cost.observe(call.size, seconds)
-            self.linger.ended(call.size, seconds)
-            self._wake.set()
 
-    def _deliver(self, call: Call, answers: Answers) -> None:
-        start = 0
-        for parcel, places in call.parts:
-            rows = range(start, start + len(places))
-            start = rows.stop
-            collector = parcel.collector
-            if answers.refusals:
-                refused = {row: answers.refusals[row] for row in rows if row in answers.refusals}
-                for row, refusal in refused.items():
-                    collector.refuse(places[row - rows.start], refusal)
-                rows_left = [row for row in rows if row not in refused]
-                collector.put([places[row - rows.start] for row in rows_left], answers.results, rows_left)
-            else:
-                collector.put(places, answers.results, rows)
-            if collector.left == 0 and not parcel.done.done():
-                parcel.done.set_result(None)
+    def _over(self, call: Call, _: asyncio.Task[None]) -> None:
+        self._calls.remove(call)
+        self._begin()
+        self._wake.set()
+
+    def _deliver(self, call: Call, piece: Piece) -> None:
+        shares = Shares()
+        for row, place in enumerate(piece.places):
+            parcel, own = call.owners[place]
+            shares.add(parcel, own, row)
+        for parcel, (places, rows) in shares.of.items():
+            parcel.collector.put(places, piece.results, rows)
+            parcel.settle()
+        for place, refusal in piece.refusals.items():
+            parcel, own = call.owners[place]
+            parcel.collector.refuse(own, refusal)
+            parcel.settle()
+        now = time.monotonic()
+        seconds = now - (call.since or now)
+        self.cost.observe(len(piece), seconds)
+        self.linger.ended(len(piece), seconds)
+        call.left -= len(piece)
+        call.since = now

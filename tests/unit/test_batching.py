@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -16,7 +17,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 
 from deployments import running
-from deployments.answers import Answers
+from deployments.answers import Answers, Collector
 from deployments.batching import LATE, Batcher
 from deployments.running import FAILED, FAILURES_BEFORE_TEST, TOO_LARGE, EngineDead
 from deployments.spec import Facts, ItemError, ModelSpec, Refusal
@@ -84,7 +85,16 @@ class Bench:
         self.batcher, self.engine = batcher, engine
 
     def submit(self, *items: Any, timeout_s: float = 10) -> asyncio.Task[Answers]:
-        return asyncio.create_task(self.batcher.submit(list(items), [timeout_s] * len(items)))
+        return asyncio.create_task(self._answers(list(items), timeout_s))
+
+    async def _answers(self, items: list[Any], timeout_s: float) -> Answers:
+        collector = Collector(len(items))
+        async with contextlib.aclosing(self.batcher.submit(items, [timeout_s] * len(items))) as pieces:
+            async for piece in pieces:
+                collector.put(piece.places, piece.results, range(len(piece.places)))
+                for place, refusal in piece.refusals.items():
+                    collector.refuse(place, refusal)
+        return collector.answers()
 
     async def hold(self) -> asyncio.Task[Answers]:
         """One item of length 1 that keeps the engine busy until `go`."""

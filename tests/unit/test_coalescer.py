@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from deployments.answers import Answers, Collector
+from deployments.answers import Answers, Piece
 from deployments.spec import Refusal
 from serve.coalescer import Coalescer
 
@@ -21,9 +22,12 @@ class Replica:
         self.go = asyncio.Event()
         self.go.set()
         self.failure: Exception | None = None
+        self.pause_s = 0.0
         self._turn = asyncio.Lock()
 
-    async def __call__(self, items: list[Any], timeouts_s: list[float], backlog: int) -> Answers:
+    async def __call__(
+        self, items: list[Any], timeouts_s: list[float], backlog: int, deliver: Callable[[Piece], None]
+    ) -> None:
         assert len(items) == len(timeouts_s)
         assert all(0 <= timeout_s <= 5 for timeout_s in timeouts_s)
         self.calls.append(items)
@@ -36,13 +40,12 @@ class Replica:
             raise
         if self.failure:
             raise self.failure
-        collector = Collector(len(items))
         for place, item in enumerate(items):
             if item < 0:
-                collector.refuse(place, Refusal(f"{item} is negative"))
+                deliver(Piece([], [], {place: Refusal(f"{item} is negative")}))
             else:
-                collector.put([place], [item * 10], [0])
-        return collector.answers()
+                deliver(Piece([place], [item * 10], {}))
+            await asyncio.sleep(self.pause_s)
 
 
 def run(scenario: Callable[[Coalescer, Replica], Coroutine[Any, Any, None]], replicas: int = 1) -> Replica:
@@ -130,6 +133,25 @@ def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
     run(scenario)
 
 
+def test_a_crowd_that_leaves_at_any_moment_holds_up_nobody() -> None:
+    draw = random.Random(0)
+
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        crowd = []
+        for _ in range(draw.randint(1, 12)):
+            crowd.append(ask(coalescer, *range(draw.randint(1, 6))))
+            for _ in range(draw.randint(0, 3)):
+                await asyncio.sleep(0)
+        for _ in range(draw.randint(0, 6)):
+            await asyncio.sleep(0)
+        for client in draw.sample(crowd, len(crowd)):
+            client.cancel()
+        assert (await ask(coalescer, 7, timeout_s=1)).results == [70]
+
+    for _ in range(100):
+        run(scenario)
+
+
 def test_a_deadline_passes_also_while_waiting() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         tasks = await held(coalescer, replica)
@@ -165,3 +187,33 @@ def test_a_call_that_fails_fails_its_requests_and_the_next_succeeds() -> None:
         assert (await ask(coalescer, 1, 2)).results == [10, 20]
 
     run(scenario)
+
+
+def test_answers_do_not_wait_for_the_rest_of_their_call() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3,), (4, 5), (6,))
+        replica.pause_s = 0.05
+        replica.go.set()
+        assert (await tasks[2]).results == [30]
+        assert not tasks[4].done()
+        assert (await tasks[3]).results == [40, 50]
+        assert not tasks[4].done()
+        assert (await tasks[4]).results == [60]
+
+    assert run(scenario).calls[2] == [3, 4, 5, 6]
+
+
+def test_the_second_call_fills_up_while_the_first_is_far_from_done() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        replica.pause_s = 0.05
+        for number in range(3):  # learns what an item takes
+            await ask(coalescer, number)
+        tasks = []
+        for number in range(3, 8):
+            tasks.append(ask(coalescer, number))
+            await asyncio.sleep(0.002)
+        await asyncio.gather(*tasks)
+
+    calls = run(scenario).calls
+    assert len(calls) == 5
+    assert sorted(number for call in calls[3:] for number in call) == [3, 4, 5, 6, 7]
