@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 import yaml
+
+from serve.environment import is_free
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".dure/bench"
@@ -220,6 +222,5 @@ def _python(peer: str) -> Path:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that neither the system nor Serve gives to others before it is used."""
+    return next(port for port in random.sample(range(10_000, 30_000), 100) if is_free("127.0.0.1", port))

@@ -10,6 +10,8 @@ from pathlib import Path
 FALLBACK_PORT, STATS_PORT, METRICS_PORT = 8500, 8404, 9101
 """Ports that Serve opens beside the endpoint: its fallback proxy, HAProxy's statistics and HAProxy's metrics."""
 
+TRIED_PORTS = 1000
+
 LOG_BYTES, LOG_FILES = 10 * 2**20, 5
 
 EVERYWHERE = {
@@ -94,8 +96,5 @@ def is_free(host: str, port: int) -> bool:
 
 
 def _free_port(wanted: int) -> int:
-    if is_free("", wanted):
-        return wanted
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """The first free one from here on. One of the system's choice may go to anybody else before it is used."""
+    return next(port for port in range(wanted, wanted + TRIED_PORTS) if is_free("", port))
