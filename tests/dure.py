@@ -24,8 +24,8 @@ READY_S = 150.0
 
 
 def free_port() -> int:
-    """One that neither the system nor Serve gives to others before it is used."""
-    return next(port for port in random.sample(range(10_000, 30_000), 100) if is_free("127.0.0.1", port))
+    """One that neither the system nor Ray nor Serve gives to others before it is used."""
+    return next(port for port in random.sample(range(20_000, 30_000), 100) if is_free("127.0.0.1", port))
 
 
 def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:

@@ -40,7 +40,7 @@ def replicas(client: httpx.Client, model: str) -> list[str]:
 
 def test_progress_stream_shows_every_replica_and_closes(client: httpx.Client) -> None:
     shown = events(client)
-    assert {event["model"] for event in shown} == MODELS
+    assert {event["model"] for event in shown} == set(MODELS)
     assert all(event["status"] == "ready" and event["progress"] == 100 for event in shown)
     assert set(shown[0]) == {"model", "replica", "status", "progress", "message", "message_ko", "shard", "shards"}
     assert [event["shards"] for event in events(client, model="vision")] == [4]
@@ -53,7 +53,7 @@ def test_progress_stream_of_an_unknown_model_is_404(client: httpx.Client) -> Non
 def test_progress_stream_goes_on_when_told_to_follow(client: httpx.Client) -> None:
     with client.stream("GET", "/model/upload-stream", params={"follow": "true"}, timeout=20) as stream:
         lines = stream.iter_lines()
-        assert sum(1 for _, line in zip(range(10), lines, strict=False) if line.startswith("data: ")) == 5
+        assert sum(1 for _, line in zip(2 * MODELS, lines, strict=False) if line.startswith("data: ")) == len(MODELS)
         started = time.monotonic()
         assert next(line for line in lines if line) == ": heartbeat"
         assert time.monotonic() - started < 15
@@ -96,7 +96,7 @@ def test_metrics_count_each_prediction_once(client: httpx.Client) -> None:
 def test_metrics_show_each_process_once_with_the_buckets_asked_for(client: httpx.Client) -> None:
     found = samples(client)
     replicas = [(s.labels["deployment"], s.labels["replica"]) for s in found["dure_weights_bytes"]]
-    assert len(replicas) == len(set(replicas)) == 5
+    assert len(replicas) == len(set(replicas)) == len(MODELS)
     buckets = {float(s.labels["le"]) for s in found["prediction_duration_seconds"] if s.name.endswith("_bucket")}
     assert {0.1, 0.25, 0.5, 0.75, 1, 2.5, 5} <= buckets
     assert {"dure_queue_items", "dure_gpu_memory_bytes", "dure_http_requests"} <= set(found)
@@ -265,9 +265,9 @@ def test_memory_that_runs_out_fails_no_request_but_one_that_is_too_large_alone(c
 
 
 def test_over_the_deadline_is_504(client: httpx.Client) -> None:
-    response, seconds = timed(lambda: shout(client, {"say": "x", "wait": 18}))
+    response, seconds = timed(lambda: shout(client, {"say": "x", "wait": 12}))
     assert response.status_code == 504
-    assert 14 < seconds < 20
+    assert 9 < seconds < 15
     assert shout(client, {"say": "next"}).status_code == 200
 
 
@@ -326,4 +326,3 @@ def test_replicas_follow_the_items_that_wait_not_the_calls(client: httpx.Client)
         over.set()
         thread.join()
     assert set(codes) == {200}
-    wait_until(lambda: len(replicas(client, "growing")) == 1)
