@@ -113,47 +113,6 @@ def test_texts_too_long_are_refused_only_when_asked() -> None:
         engine.prepare(Text([1, 99_999_999]))
 
 
-def reference(predictor: Predictor, prompt: Prompt) -> list[tuple[str, float]]:
-    """The definition of a next word, a full forward pass for every token."""
-    tokenizer, model = predictor.tokenizer, predictor.model
-    text = prompt.text.rstrip()
-    ids = tokenizer.encode(text, add_special_tokens=False)[-128:] if text else [tokenizer.bos_token_id]
-    begins = text != prompt.text or not text
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.all_special_ids)
-
-    def probabilities(row: list[int], temperature: float) -> torch.Tensor:
-        with torch.inference_mode():
-            return torch.softmax(model(torch.tensor([row])).logits[0, -1].float() / temperature, -1)
-
-    first = probabilities(ids, prompt.temperature)
-    allowed = [token for token in range(len(tokens)) if not begins or tokens[token].startswith("▁")]
-    allowed.sort(key=lambda token: -float(first[token]))
-    best: dict[str, float] = {}
-    for token in [token for token in allowed[: min(3 * prompt.top_k, 50)] if token not in special]:
-        word, confidence = [token], float(first[token])
-        while len(word) < 10:
-            after = probabilities(ids + word, 1.0)
-            following = int(after.argmax())
-            if tokens[following].startswith("▁") or following in special:
-                break
-            word.append(following)
-            confidence *= float(after[following])
-        text = "".join(tokens[each] for each in word).replace("▁", "")
-        if text:
-            best[text] = max(confidence, best.get(text, 0))
-    return sorted(best.items(), key=lambda pair: -pair[1])[: prompt.top_k]
-
-
-@pytest.mark.parametrize("text", ["오늘 날씨가", "오늘 날씨가 ", "임대인은", "보증금", "", "계약을 ", "hello"])
-def test_next_words_follow_their_definition(predictor: Predictor, text: str) -> None:
-    prompt = Prompt(text)
-    [words] = ask(predictor, prompt)
-    expected = reference(predictor, prompt)
-    assert [word.text for word in words] == [text for text, _ in expected]
-    assert np.allclose([word.confidence for word in words], [confidence for _, confidence in expected], atol=1e-3)
-
-
 def test_hubs_own_layout_of_kogpt2_loads(predictor: Predictor, tmp_path: Path) -> None:
     """`config.json`, `tokenizer.json` and one `pytorch_model.bin`, as skt/kogpt2-base-v2 lies on the hub."""
     source = ROOT / SOURCES["next_word"]

@@ -1,0 +1,107 @@
+"""Next words against their definition, written plainly: a full forward pass for every token of every candidate."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from demo.next_word.check import heldout
+from deployments.engines import load_engine
+from deployments.engines.predictor import Predictor
+from deployments.items import Prompt, Word
+from deployments.progress import LoadProgress
+from deployments.spec import ModelSpec
+
+PROMPTS = 200
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    spec = ModelSpec("m", "next_word", "demo/next_word/checkpoint", precision="fp32")
+    engine: Predictor = load_engine(spec, LoadProgress(lambda _: None))
+    return engine
+
+
+def ask(predictor: Predictor, *prompts: Prompt) -> list[list[Word]]:
+    return predictor.run([predictor.prepare(prompt) for prompt in prompts])
+
+
+def reference(predictor: Predictor, prompt: Prompt) -> list[tuple[str, float]]:
+    """The definition of a next word, a full forward pass for every token."""
+    tokenizer, model = predictor.tokenizer, predictor.model
+    text = prompt.text.rstrip()
+    ids = tokenizer.encode(text, add_special_tokens=False)[-128:] if text else [tokenizer.bos_token_id]
+    begins = text != prompt.text or not text
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+
+    def probabilities(row: list[int], temperature: float) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.softmax(model(torch.tensor([row])).logits[0, -1].float() / temperature, -1)
+
+    first = probabilities(ids, prompt.temperature)
+    allowed = [token for token in range(len(tokens)) if not begins or tokens[token].startswith("▁")]
+    allowed.sort(key=lambda token: -float(first[token]))
+    best: dict[str, float] = {}
+    for token in [token for token in allowed[: min(3 * prompt.top_k, 50)] if token not in special]:
+        word, confidence = [token], float(first[token])
+        while len(word) < 10:
+            after = probabilities(ids + word, 1.0)
+            following = int(after.argmax())
+            if tokens[following].startswith("▁") or following in special:
+                break
+            word.append(following)
+            confidence *= float(after[following])
+        text = "".join(tokens[each] for each in word).replace("▁", "")
+        if text:
+            best[text] = max(confidence, best.get(text, 0))
+    return sorted(best.items(), key=lambda pair: -pair[1])[: prompt.top_k]
+
+
+def assert_as_defined(predictor: Predictor, prompt: Prompt, words: list[Word]) -> None:
+    expected = reference(predictor, prompt)
+    assert [word.text for word in words] == [text for text, _ in expected], prompt
+    assert np.allclose([word.confidence for word in words], [confidence for _, confidence in expected], atol=1e-3)
+
+
+@pytest.mark.parametrize("text", ["오늘 날씨가", "오늘 날씨가 ", "임대인은", "보증금", "", "계약을 ", "hello"])
+def test_next_words_follow_their_definition(predictor: Predictor, text: str) -> None:
+    [words] = ask(predictor, Prompt(text))
+    assert_as_defined(predictor, Prompt(text), words)
+
+
+def test_held_out_prompts_follow_it_whatever_batch_they_are_in(predictor: Predictor) -> None:
+    draw = random.Random(0)
+    prompts = []
+    for prefix, following in draw.sample(heldout(), PROMPTS):
+        text = draw.choice([prefix, prefix + " ", f"{prefix} {following[:1]}"])
+        prompts.append(Prompt(text, top_k=draw.randint(1, 4), temperature=draw.choice([0.5, 0.8, 2.0])))
+    rest = list(prompts)
+    while rest:
+        batch = [rest.pop() for _ in range(min(len(rest), draw.randint(1, 16)))]
+        for prompt, words in zip(batch, ask(predictor, *batch), strict=True):
+            assert_as_defined(predictor, prompt, words)
+
+
+def test_single_tokens_and_whole_words_share_a_batch(predictor: Predictor) -> None:
+    prompt = Prompt("오늘 날씨가 ", top_k=10)
+    tokens = replace(prompt, complete_word=False)
+    mixed = [[word.text for word in words] for words in ask(predictor, tokens, prompt, tokens)]
+    alone = [[word.text for word in ask(predictor, each)[0]] for each in (tokens, prompt)]
+    assert mixed == [alone[0], alone[1], alone[0]]
+    assert "따뜻" in alone[0]  # which 따뜻하고, 따뜻해서 and others begin with
+    assert "따뜻" not in alone[1]
+
+
+STRANGE = ["\U0001f469\u200d\U0001f467", "\x00\x07\u202e", "汉字かな", "a" * 100_000, "긴 글 " * 30_000, " " * 100_000]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_any_text_has_an_answer(predictor: Predictor, text: str) -> None:
+    [words] = ask(predictor, Prompt(text))
+    assert len(words) <= 5
+    assert all(word.text and 0 < word.confidence <= 1 for word in words)
