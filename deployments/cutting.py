@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+ROUND = 8
+"""Where others wait anyway, a batch holds a multiple of so many: an engine may have to prepare for each new shape."""
+
 
 def cut(lengths: list[int], overhead_tokens: float, max_items: int, max_tokens: int) -> list[int]:
     """Places of the items that make the next batch, among items of these `lengths` in order of arrival.
@@ -28,6 +31,8 @@ def cut(lengths: list[int], overhead_tokens: float, max_items: int, max_tokens: 
             longest = padded
             if len(batch) == max_items:
                 break
+    if ROUND < len(batch) < len(lengths):
+        del batch[len(batch) // ROUND * ROUND :]
     return batch
 
 

@@ -122,7 +122,7 @@ def _on_openvino(
     model, facts = load_model(build, folder, "bf16" if graph.exists() else "fp32", progress)
     rows = Rows(model, output)
     runner = Runner(model, TorchForward(rows), facts)
-    forward = openvino.OpenVinoForward(graph, rows, runner.features(WARM_UP), spec.threads)
+    forward = openvino.OpenVinoForward(graph, rows, runner.features(WARM_UP), runner.encoder.max_tokens, spec.threads)
     runner.forward = forward
     runner.facts = Facts("cpu", precision, precision == "int8", forward.weights_bytes, None, "openvino")
     return runner
