@@ -94,6 +94,11 @@ class Collector:
                 self._results[place] = results[row]
 
 
+def count(results: Any) -> int:
+    """How many items these results of an engine are of."""
+    return len(getattr(results, fields(results)[0].name) if is_dataclass(results) else results)
+
+
 def take(results: Any, rows: Sequence[int]) -> Any:
     """These rows of an engine's results."""
     if is_dataclass(results):

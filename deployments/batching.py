@@ -113,7 +113,7 @@ class Batcher:
         self.linger.arrived(count)
         self._arrived.set()
         try:
-            while call.left or call.pieces:
+            while call.left > 0 or call.pieces:
                 for piece in await call.next():
                     yield piece
         finally:

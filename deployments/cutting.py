@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 ROUND = 8
-"""Where others wait anyway, a batch holds a multiple of so many: an engine may have to prepare for each new shape."""
+"""Where others wait anyway, a batch that is not full holds a multiple of so many: an engine may have to prepare for
+each new shape."""
 
 
 def cut(lengths: list[int], overhead_tokens: float, max_items: int, max_tokens: int) -> list[int]:
@@ -31,7 +32,7 @@ def cut(lengths: list[int], overhead_tokens: float, max_items: int, max_tokens: 
             longest = padded
             if len(batch) == max_items:
                 break
-    if ROUND < len(batch) < len(lengths):
+    if ROUND < len(batch) < min(len(lengths), max_items):
         del batch[len(batch) // ROUND * ROUND :]
     return batch
 

@@ -38,8 +38,6 @@ class Outlet(Protocol):
 
     def facts(self, facts: dict[str, Any], order: Order | None = None) -> None: ...
 
-    def replaced(self, copy: int) -> None: ...
-
     def refused(self, order: Order, reason: str) -> None: ...
 
 
@@ -112,7 +110,6 @@ class ModelReplica:
         self.live, old = new, self.live
         RELOADS.labels("done").inc()
         self._tell(order)
-        self.outlet.replaced(order.number)
         await old.retire()
 
     def _tell(self, order: Order | None) -> None:

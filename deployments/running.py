@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.answers import count
 from deployments.engines import Engine
 from deployments.memory import Memory
 from deployments.metrics import OUT_OF_MEMORY
@@ -69,7 +70,10 @@ class Runner:
     def _run(self, items: list[Any], rows: range, outcome: Outcome) -> None:
         try:
             self.memory.begin()
-            outcome.pieces.append((rows, self.engine.run([items[row] for row in rows])))
+            results = self.engine.run([items[row] for row in rows])
+            if count(results) != len(rows):
+                raise RuntimeError(f"the engine answered {len(rows)} items with {count(results)} results")
+            outcome.pieces.append((rows, results))
             self.failures = 0
             return
         except Exception as error:  # an engine may trip over anything; its neighbours must not

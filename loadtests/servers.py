@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import yaml
 
-from serve.environment import is_free
+from serve.environment import first_free
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".dure/bench"
@@ -223,4 +223,4 @@ def _python(peer: str) -> Path:
 
 def _free_port() -> int:
     """One that neither the system nor Ray nor Serve gives to others before it is used."""
-    return next(port for port in random.sample(range(20_000, 30_000), 100) if is_free("127.0.0.1", port))
+    return first_free(random.sample(range(20_000, 30_000), 100), "127.0.0.1")

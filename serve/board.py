@@ -1,7 +1,8 @@
 """One small actor that knows how every replica is; replicas report to it, ingresses listen to it.
 
-A replica's report carries all that it has to say (its progress, its facts, its metrics) and is repeated every second,
-so a board that starts anew is complete within a second, and a replica that falls silent is known to be gone.
+A process's report carries all that it has to say of its model and is repeated every second, so no order of arrival
+can leave the board wrong, one that starts anew is complete within a second, and a process that falls silent is known to
+be gone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -45,13 +46,29 @@ class Replica:
     replica: str
     event: LoadEvent
     facts: dict[str, Any] | None = None
-    step: int = 0
-    """Counts the replica's reports that say something new: Ray may deliver two of them in the wrong order."""
     process: str = ""
     """The replica that loads a second copy, where this is one; else empty."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a process has to say of the model that it serves."""
+
+    model: str
+    process: str
     deploy: str = ""
+    step: int = 0
+    """Counts the reports that say something new: Ray may deliver two of them in the wrong order."""
+    states: dict[str, Replica] = field(default_factory=dict)
+    """By name: the replica itself, and the copy that it loads."""
     order: Order | None = None
     """The last order to reload that it has carried out."""
+    refused: tuple[Order, str] | None = None
+    """The last order that it could not carry out, and why; it serves on as before."""
+
+    @property
+    def serves(self) -> bool:
+        return self.process in self.states and self.states[self.process].event.status == "ready"
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Board:
         self.epoch = uuid.uuid4().hex
         self.sequence = 0
         self.replicas: dict[Key, Replica] = {}
+        self.reports: dict[Key, Report] = {}
         self.heard: dict[Key, float] = {}
         self.history: deque[tuple[Key, Replica | None]] = deque(maxlen=HISTORY)
         self.changed = asyncio.Event()
@@ -76,26 +94,18 @@ class Board:
         self.reloads: defaultdict[str, Reloads] = defaultdict(Reloads)
         self.sweeping: asyncio.Task[None] | None = None
 
-    async def report(self, replica: Replica) -> Order | None:
-        """Take note of how a replica is; answers with what it is to reload, if it is its turn."""
-        key = (replica.model, replica.replica)
+    async def report(self, report: Report) -> Order | None:
+        """Take note of how a process is; answers with what it is to reload, if it is its turn."""
+        key = (report.model, report.process)
         self.heard[key] = time.monotonic()
-        known = self.replicas.get(key)
-        if known is None or replica.step > known.step:
-            if replica.event.status == "ready":
-                self._forget_failures(replica.model)
-            self._note(key, replica)
+        known = self.reports.get(key)
+        if known is None or report.step > known.step:
+            self._take(report, known.states if known else {})
         if self.sweeping is None:
             self.sweeping = asyncio.create_task(self._sweep())
-        if replica.event.status != "ready" or replica.process:
+        if not report.serves:
             return None
-        return self.reloads[replica.model].ready(
-            replica.replica, self.replicas[key].order, self._serving(replica.model)
-        )
-
-    async def forget(self, model: str, replica: str) -> None:
-        """A second copy has taken the place of the first, whose replica speaks for it from now on."""
-        self._note((model, replica), None)
+        return self.reloads[report.model].ready(report.process, self.reports[key].order, self._serving(report.model))
 
     async def standing(self, model: str, deploy: str) -> Order | None:
         """What a replica that starts now has to load instead of what its config says."""
@@ -103,16 +113,12 @@ class Board:
 
     async def order(self, model: str, changes: dict[str, Any]) -> Order:
         """Have all replicas of a model reload, one after the other. Raises ValueError while they do already."""
-        deploys = [replica.deploy for key, replica in self.replicas.items() if key[0] == model]
+        deploys = [report.deploy for report in self.reports.values() if report.model == model]
         return self.reloads[model].order(deploys[-1] if deploys else "", changes)
 
-    async def refused(self, model: str, number: int, reason: str) -> None:
-        """A replica could not carry out an order, and serves on as before."""
-        self.reloads[model].refused(number, reason)
-
-    async def reload(self, model: str) -> Reload | None:
-        """How the model's last order is getting on."""
-        return self.reloads[model].latest
+    async def reload(self, model: str) -> tuple[Reload | None, int]:
+        """How the model's last order is getting on, and the number of the last change until now."""
+        return self.reloads[model].latest, self.sequence
 
     async def measure(self, model: str, replica: str, families: Any) -> None:
         """Take a process's metrics: prometheus_client's families as it collected them."""
@@ -136,16 +142,23 @@ class Board:
 
     def _serving(self, model: str) -> set[str]:
         """The model's replicas that are ready."""
-        return {
-            name
-            for (of, name), replica in self.replicas.items()
-            if of == model and replica.event.status == "ready" and not replica.process
-        }
+        return {report.process for report in self.reports.values() if report.model == model and report.serves}
+
+    def _take(self, report: Report, before: dict[str, Replica]) -> None:
+        self.reports[report.model, report.process] = report
+        for name in before.keys() - report.states.keys():
+            self._note((report.model, name), None)
+        for name, state in report.states.items():
+            if before.get(name) != state:
+                if state.event.status == "ready":
+                    self._forget_failures(report.model)
+                self._note((report.model, name), state)
+        if report.refused:
+            self.reloads[report.model].refused(*report.refused)
 
     def _note(self, key: Key, state: Replica | None) -> None:
         if state is None:
             self.replicas.pop(key, None)
-            self.heard.pop(key, None)
         else:
             self.replicas[key] = state
         self.sequence += 1
@@ -162,15 +175,18 @@ class Board:
         while True:
             await asyncio.sleep(BEAT_S)
             for key, heard in list(self.heard.items()):
-                state = self.replicas[key]
-                if time.monotonic() - heard < SILENCE_S or state.event.status == "failed":
-                    continue
-                if state.event.status == "ready":
-                    self._note(key, None)
-                else:
-                    reason = "the process died while loading"
-                    event = LoadEvent("failed", state.event.progress, f"Failed: {reason}", f"실패: {reason}")
-                    self._note(key, replace(state, event=event))
+                if time.monotonic() - heard > SILENCE_S:
+                    del self.heard[key]
+                    self._bury(self.reports.pop(key))
+
+    def _bury(self, report: Report) -> None:
+        reason = "the process died while loading"
+        for name, state in report.states.items():
+            if state.event.status == "ready":
+                self._note((report.model, name), None)
+            elif state.event.status != "failed":
+                event = LoadEvent("failed", state.event.progress, f"Failed: {reason}", f"실패: {reason}")
+                self._note((report.model, name), replace(state, event=event))
 
 
 def board() -> Any:
@@ -202,9 +218,8 @@ class Reporter:
         on_order: Callable[[Order], object] | None = None,
     ) -> Order | None:
         """Begin to report. Answers with the order that stands for the model; later ones come through `on_order`."""
-        self.model, self.replica, self.registry, self.deploy = model, replica, registry, deploy
-        self.on_order = on_order
-        self.states: dict[str, Replica] = {}
+        self.said = Report(model, replica, deploy)
+        self.registry, self.on_order = registry, on_order
         self._lock = threading.Lock()
         self.board = board()
         standing = ray.get(self.board.standing.remote(model, deploy), timeout=ANSWER_S) if on_order else None
@@ -212,45 +227,43 @@ class Reporter:
         return standing
 
     def event(self, event: LoadEvent, copy: int = 0) -> None:
-        """Loading has come so far; `copy` numbers the loads after the first."""
-        name = f"{self.replica}/{copy}" if copy else self.replica
-        process = self.replica if copy else ""
+        """Loading has come so far; `copy` numbers the loads after the first, of which the last is told of."""
         with self._lock:
-            for earlier in [other for other in self.states if copy and "/" in other and other != name]:
-                self._forget(earlier)
-            state = self.states.get(name) or Replica(self.model, name, event, None, -1, process, self.deploy)
-            self.states[name] = replace(state, event=event, step=state.step + 1)
-            self.board.report.remote(self.states[name])
+            said = self.said
+            if copy:
+                name, kept, process = f"{said.process}/{copy}", self._itself(), said.process
+            else:
+                name, kept, process = said.process, said.states, ""
+            state = said.states.get(name) or Replica(said.model, name, event, None, process)
+            self._say(states=kept | {name: replace(state, event=event)})
 
     def facts(self, facts: dict[str, Any], order: Order | None = None) -> None:
-        """What became of the model that serves now, and the order that it was loaded by."""
+        """What became of the model that serves now, and the order that it was loaded by; there is no copy any more."""
         with self._lock:
-            state = self.states[self.replica]
-            self.states[self.replica] = replace(state, facts=facts, order=order, step=state.step + 1)
-            self.board.report.remote(self.states[self.replica])
-
-    def replaced(self, copy: int) -> None:
-        """The copy of this number serves now."""
-        with self._lock:
-            self._forget(f"{self.replica}/{copy}")
+            [(name, state)] = self._itself().items()
+            self._say(states={name: replace(state, facts=facts)}, order=order)
 
     def refused(self, order: Order, reason: str) -> None:
         """The order could not be carried out."""
-        self.board.refused.remote(self.model, order.number, reason)
+        with self._lock:
+            self._say(refused=(order, reason))
 
-    def _forget(self, name: str) -> None:
-        del self.states[name]
-        self.board.forget.remote(self.model, name)
+    def _itself(self) -> dict[str, Replica]:
+        return {self.said.process: self.said.states[self.said.process]}
+
+    def _say(self, **news: Any) -> None:
+        self.said = replace(self.said, step=self.said.step + 1, **news)
+        self.board.report.remote(self.said)
 
     def _beat(self) -> None:
         while True:
             try:
                 with self._lock:
-                    reports = [self.board.report.remote(state) for state in self.states.values()]
-                self.board.measure.remote(self.model, self.replica, list(self.registry.collect()))
-                for order in ray.get(reports, timeout=ANSWER_S):
-                    if order is not None and self.on_order is not None:
-                        self.on_order(order)
+                    answer = self.board.report.remote(self.said)
+                self.board.measure.remote(self.said.model, self.said.process, list(self.registry.collect()))
+                order = ray.get(answer, timeout=ANSWER_S)
+                if order is not None and self.on_order is not None:
+                    self.on_order(order)
             except Exception as error:  # a replica serves on without its board; the next beat tries again
                 logger.warning("the board can't be told: %r", error)
                 self.board = board()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from grpc.aio import AioRpcError  # type: ignore[import-untyped]
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -106,7 +107,7 @@ class Deployment:
                 raise cause if isinstance(cause, DureError) else errors.internal() from error
             except BackPressureError as error:
                 raise errors.queue_full(self.name, self.gate.items, self.gate.retry_after_s()) from error
-            except (RayActorError, DeploymentUnavailableError) as error:
+            except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
                 if number == TRIES:
                     raise errors.unavailable(self.name) from error
                 await asyncio.sleep(RETRY_PAUSE_S)

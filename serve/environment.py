@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 FALLBACK_PORT, STATS_PORT, METRICS_PORT = 8500, 8404, 9101
@@ -95,6 +96,10 @@ def is_free(host: str, port: int) -> bool:
         return True
 
 
+def first_free(ports: Iterable[int], host: str = "") -> int:
+    """A port of the system's choice would not do: it may go to anybody else before it is used."""
+    return next(port for port in ports if is_free(host, port))
+
+
 def _free_port(wanted: int) -> int:
-    """The first free one from here on. One of the system's choice may go to anybody else before it is used."""
-    return next(port for port in range(wanted, wanted + TRIED_PORTS) if is_free("", port))
+    return first_free(range(wanted, wanted + TRIED_PORTS))

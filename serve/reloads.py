@@ -70,11 +70,11 @@ class Reloads:
             return wanted
         return None
 
-    def refused(self, number: int, reason: str) -> None:
+    def refused(self, order: Order, reason: str) -> None:
         """A replica could not carry out an order, and serves on as before."""
-        if self.latest is None or self.latest.order.number != number:
+        if self.latest is None or self.latest.order != order or self.latest.state != "running":
             return
-        self.turn = None
+        self.turn, number = None, order.number
         if any(done >= number for done in self.applied.values()) and not self.latest.reason:
             changes = self.standing.changes if self.standing else {}
             self.latest = Reload(Order(number + 1, self.deploy, changes), "running", reason)

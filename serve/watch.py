@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -53,16 +54,18 @@ class Watch:
 
     async def settled(self, model: str, timeout_s: float) -> State:
         """The model's state once it is no longer loading, or at the end of the wait."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while (state := self.state(model)) == "loading":
-            left = deadline - asyncio.get_running_loop().time()
-            if left <= 0:
-                break
-            try:
-                await asyncio.wait_for(self._changed.wait(), left)
-            except TimeoutError:
-                break
-        return state
+        await self._until(lambda: self.state(model) != "loading", timeout_s)
+        return self.state(model)
+
+    async def reached(self, sequence: int, timeout_s: float) -> None:
+        """Returns once the board's change of this number is known here, or at the end of the wait."""
+        await self._until(lambda: self._sequence >= sequence, timeout_s)
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await self._changed.wait()
 
     @contextmanager
     def subscribe(self) -> Iterator[asyncio.Queue[Replica]]:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
-from serve.environment import is_free
+from serve.environment import first_free
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 150.0
@@ -25,7 +25,7 @@ READY_S = 150.0
 
 def free_port() -> int:
     """One that neither the system nor Ray nor Serve gives to others before it is used."""
-    return next(port for port in random.sample(range(20_000, 30_000), 100) if is_free("127.0.0.1", port))
+    return first_free(random.sample(range(20_000, 30_000), 100), "127.0.0.1")
 
 
 def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:

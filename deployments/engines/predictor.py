@@ -133,7 +133,7 @@ class Predictor:
             ids[row, : len(item.ids)] = torch.tensor(item.ids)
         # Padding comes last, where nothing before it sees it.
         read = self.model.base_model(ids.to(self.model.device), use_cache=True)
-        last = read.last_hidden_state[torch.arange(len(items)), lengths - 1]
+        last = read.last_hidden_state[torch.arange(len(items), device=lengths.device), lengths - 1]
         logits = torch.cat([self._logits(rows) for rows in torch.split(last, HEAD_ROWS)])
         searches = [Search(item, self._candidates(item, row)) for item, row in zip(items, logits, strict=True)]
         self._grow(searches, lengths, read.past_key_values)
@@ -145,7 +145,8 @@ class Predictor:
         return logits
 
     def _candidates(self, item: Prefix, logits: torch.Tensor) -> list[Candidate]:
-        probabilities = torch.softmax((logits - logits.max()) / item.prompt.temperature, dim=-1)
+        # In double precision, as a temperature of 1e-300 is none in single.
+        probabilities = torch.softmax((logits - logits.max()).double() / item.prompt.temperature, dim=-1)
         if item.begins_word:
             logits = logits.masked_fill(~self.begins_word, -torch.inf)
         first = torch.topk(logits, min(3 * item.prompt.top_k, MAX_FIRST_TOKENS, len(logits)))
@@ -201,7 +202,7 @@ class Predictor:
                     candidate.ids.append(token)
                     candidate.confidence *= probability
                 if ends or len(candidate.ids) == MAX_WORD_TOKENS:
-                    search.end(self._text(candidate), candidate.confidence)
+                    search.end("".join(self._appended(candidate).split()), candidate.confidence)
                 else:
                     growing.append(candidate)
             search.growing = growing
@@ -224,13 +225,13 @@ class Predictor:
             probabilities += torch.exp(best - torch.logsumexp(logits, dim=-1)).tolist()
         return tokens, probabilities
 
-    def _text(self, candidate: Candidate) -> str:
-        return "".join("".join(self.tokens[id] for id in candidate.ids).replace(WORD_START, " ").split())
+    def _appended(self, candidate: Candidate) -> str:
+        return "".join(self.tokens[id] for id in candidate.ids).replace(WORD_START, " ")
 
     def _best(self, search: Search) -> list[Word]:
         best: dict[str, Word] = {}
         for candidate in search.candidates:
-            append = "".join(self.tokens[id] for id in candidate.ids).replace(WORD_START, " ")
+            append = self._appended(candidate)
             if search.item.begins_word:
                 append = append.lstrip()
             text = "".join(append.split())

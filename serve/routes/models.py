@@ -112,11 +112,13 @@ async def reload(name: str, body: ReloadRequest, graph: GraphDep) -> JSONRespons
     deadline = time.monotonic() + graph.settings.request_timeout_s
     while body.wait and time.monotonic() < deadline:
         await asyncio.sleep(POLL_S)
-        latest = await _asked(actor.reload.remote(name))
+        latest, change = await _asked(actor.reload.remote(name))
         if latest is None or latest.order.number != order.number or latest.state == "failed":
             reason = latest.reason if latest else "it was deployed anew meanwhile"
+            await graph.watch.reached(change, BOARD_S)
             raise errors.invalid(f"{name} could not be reloaded and serves on as before: {reason}")
         if latest.state == "done":
+            await graph.watch.reached(change, BOARD_S)
             return JSONResponse(await get_model(name, graph))
     return JSONResponse(await get_model(name, graph), 202)
 

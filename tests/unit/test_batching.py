@@ -44,7 +44,8 @@ class Tens:
 class Counting:
     """Answers ten times an item, which is as long as it is large, and remembers its batches.
 
-    Negative items fail, `None` is refused, and above `room` padded tokens there is no memory.
+    Negative items fail, `None` is refused, for 13 there is no answer at all, and above `room` padded tokens there is no
+    memory.
     """
 
     facts = Facts("cpu", "fp32", False, 0)
@@ -74,7 +75,7 @@ class Counting:
             raise RuntimeError("a negative item")
         if max(map(self.cost, items)) * len(items) > self.room:
             raise MemoryError
-        tens = [item * 10 for item in items]
+        tens = [item * 10 for item in items if item != 13]
         return Tens(np.array(tens)) if self.arrays else tens
 
 
@@ -190,6 +191,17 @@ def test_a_bad_item_fails_alone() -> None:
         bench.batcher.check()
 
     run(scenario)
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_an_engine_that_leaves_out_a_result_harms_no_neighbour(arrays: bool) -> None:
+    async def scenario(bench: Bench) -> None:
+        first, second = await asyncio.gather(bench.submit(1, 13), bench.submit(2, 3))
+        assert first.refusals == {1: Refusal(FAILED, "failed")}
+        assert not second.refusals
+        assert list(second.results.values if arrays else second.results) == [20, 30]
+
+    run(scenario, arrays=arrays)
 
 
 def test_memory_that_runs_out_is_seen_by_no_caller() -> None:

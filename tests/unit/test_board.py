@@ -1,32 +1,37 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from deployments.progress import LoadEvent, LoadProgress
 from serve import board as board_module
-from serve.board import Board, Replica
+from serve.board import Board, Replica, Report
 from serve.watch import CONSTRUCTOR_TRIES, Watch
 
 
-def at(status: Any, progress: float = 50.0, replica: str = "r1", step: int = 0, message: str = "") -> Replica:
-    return Replica("m", replica, LoadEvent(status, progress, message, message), None, step)
+def at(status: Any, progress: float = 50.0, replica: str = "r1", message: str = "") -> Replica:
+    return Replica("m", replica, LoadEvent(status, progress, message, message))
+
+
+def said(*states: Replica, step: int = 0) -> Report:
+    return Report("m", states[0].replica, step=step, states={state.replica: state for state in states})
 
 
 def test_a_late_listener_gets_all_there_is_and_then_only_changes() -> None:
     async def scenario() -> None:
         board = Board()
-        await board.report(at("preparing", 15, step=0))
-        await board.report(at("loading_checkpoint", 40, step=1))
+        await board.report(said(at("preparing", 15), step=0))
+        await board.report(said(at("loading_checkpoint", 40), step=1))
         first = await board.listen("", 0)
         assert first.whole
         assert [replica.event.progress for _, replica in first.states if replica] == [40]
         waiting = asyncio.create_task(board.listen(first.epoch, first.sequence))
         await asyncio.sleep(0.01)
-        await board.report(at("ready", 100, step=2))
-        await board.report(at("ready", 100, step=2))
+        await board.report(said(at("ready", 100), step=2))
+        await board.report(said(at("ready", 100), step=2))
         changes = await waiting
         assert not changes.whole
         assert [replica.event.status for _, replica in changes.states if replica] == ["ready"]
@@ -38,9 +43,38 @@ def test_a_late_listener_gets_all_there_is_and_then_only_changes() -> None:
 def test_a_report_that_arrives_late_is_not_believed() -> None:
     async def scenario() -> None:
         board = Board()
-        await board.report(at("loading_checkpoint", 60, step=5))
-        await board.report(at("loading_checkpoint", 40, step=4))
+        await board.report(said(at("loading_checkpoint", 60), step=5))
+        await board.report(said(at("loading_checkpoint", 40), step=4))
         assert board.replicas["m", "r1"].event.progress == 60
+
+    asyncio.run(scenario())
+
+
+def test_a_copy_is_gone_once_it_serves_in_whatever_order_reports_arrive() -> None:
+    async def scenario() -> None:
+        board = Board()
+        await board.report(said(at("ready", 100), at("loading_checkpoint", 60, "r1/1"), step=1))
+        assert set(board.replicas) == {("m", "r1"), ("m", "r1/1")}
+        await board.report(said(at("ready", 100), step=3))
+        await board.report(said(at("ready", 100), at("ready", 100, "r1/1"), step=2))
+        assert set(board.replicas) == {("m", "r1")}
+
+    asyncio.run(scenario())
+
+
+def test_what_a_process_could_not_carry_out_is_heard_once() -> None:
+    async def scenario() -> None:
+        board = Board()
+        await board.report(said(at("ready", 100)))
+        order = await board.order("m", {"precision": "fp32"})
+        refusal = replace(said(at("ready", 100), step=1), refused=(order, "no memory"))
+        for _ in range(2):
+            await board.report(refusal)
+        latest, _ = await board.reload("m")
+        assert latest
+        assert (latest.state, latest.reason) == ("failed", "no memory")
+        again = await board.order("m", {"precision": "fp32"})
+        assert await board.report(refusal) == again
 
     asyncio.run(scenario())
 
@@ -51,8 +85,8 @@ def test_silent_replicas_are_gone_and_those_that_were_loading_have_failed(monkey
 
     async def scenario() -> None:
         board = Board()
-        await board.report(at("ready", 100, "served"))
-        await board.report(at("loading_checkpoint", 40, "loading"))
+        await board.report(said(at("ready", 100, "served")))
+        await board.report(said(at("loading_checkpoint", 40, "loading")))
         await asyncio.sleep(0.3)
         assert ("m", "served") not in board.replicas
         failed = board.replicas["m", "loading"].event
@@ -65,8 +99,8 @@ def test_silent_replicas_are_gone_and_those_that_were_loading_have_failed(monkey
 def test_a_ready_replica_forgives_those_that_failed_before() -> None:
     async def scenario() -> None:
         board = Board()
-        await board.report(at("failed", 15, "first"))
-        await board.report(at("ready", 100, "second"))
+        await board.report(said(at("failed", 15, "first")))
+        await board.report(said(at("ready", 100, "second")))
         assert set(board.replicas) == {("m", "second")}
 
     asyncio.run(scenario())

@@ -203,7 +203,7 @@ def test_answers_do_not_wait_for_the_rest_of_their_call() -> None:
     assert run(scenario).calls[2] == [3, 4, 5, 6]
 
 
-def test_the_second_call_fills_up_while_the_first_is_far_from_done() -> None:
+def test_requests_wait_for_one_call_where_two_in_turn_would_be_slower() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         replica.pause_s = 0.05
         for number in range(3):  # learns what an item takes

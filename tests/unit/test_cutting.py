@@ -27,6 +27,13 @@ def test_the_oldest_goes_first_whatever_its_length() -> None:
         assert batch == sorted(set(batch))
 
 
+def test_few_sizes_are_cut_while_others_wait() -> None:
+    assert len(cut([10] * 21 + [200], 50, 32, 10_000)) == 16
+    assert len(cut([10] * 21, 50, 32, 10_000)) == 21
+    assert len(cut([10] * 21, 50, 12, 10_000)) == 12
+    assert len(cut([10] * 5 + [200], 50, 32, 10_000)) == 5
+
+
 def test_limits_hold() -> None:
     rng = random.Random(1)
     for _ in range(200):

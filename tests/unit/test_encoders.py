@@ -83,6 +83,13 @@ def test_an_answer_does_not_depend_on_its_batch(embedder: Any) -> None:
         assert vectors(embedder, text)[0] @ row > 0.9995
 
 
+def test_texts_of_any_length_are_those_of_torch() -> None:
+    torch_engine, engine = (load(Embedder, MODEL, runtime, "fp32") for runtime in ("torch", "openvino"))
+    for count in (*range(1, 11), 253, 254, 300):
+        text = "lease " * count
+        assert vectors(engine, text)[0] @ vectors(torch_engine, text)[0] > 0.9999
+
+
 def test_openvino_holds_one_copy_of_half_the_bytes(embedder: Any) -> None:
     original = load(Embedder, MODEL, "torch", "fp32").facts.weights_bytes
     assert embedder.facts.weights_bytes < 0.51 * original

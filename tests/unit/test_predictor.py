@@ -105,3 +105,10 @@ def test_any_text_has_an_answer(predictor: Predictor, text: str) -> None:
     [words] = ask(predictor, Prompt(text))
     assert len(words) <= 5
     assert all(word.text and 0 < word.confidence <= 1 for word in words)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 10])
+def test_any_temperature_has_an_answer(predictor: Predictor, temperature: float) -> None:
+    [words] = ask(predictor, Prompt("오늘 날씨가 ", temperature=temperature))
+    assert words[0].text == "좋아서"
+    assert all(0 <= word.confidence <= 1 for word in words)

@@ -36,7 +36,7 @@ def test_what_cannot_be_carried_out_changes_nothing() -> None:
     reloads.ready("a", first, {"a"})
     bad = reloads.order("d", {"source": "nowhere"})
     assert reloads.ready("a", first, {"a"}) == bad
-    reloads.refused(bad.number, "there is no folder nowhere")
+    reloads.refused(bad, "there is no folder nowhere")
     assert reloads.latest
     assert (reloads.latest.state, reloads.latest.reason) == ("failed", "there is no folder nowhere")
     assert reloads.ready("a", first, {"a"}) is None
@@ -49,7 +49,7 @@ def test_an_order_that_the_second_replica_cannot_carry_out_is_taken_back_from_th
     order = reloads.order("d", FP32)
     reloads.ready("a", order, BOTH)
     assert reloads.ready("b", None, BOTH) == order
-    reloads.refused(order.number, "no memory")
+    reloads.refused(order, "no memory")
     back = reloads.ready("a", order, BOTH)
     assert back is not None
     assert back.changes == {}
