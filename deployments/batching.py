@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,10 @@ from deployments.engines import Engine
 from deployments.memory import Memory, device_memory
 from deployments.metrics import BATCH_ITEMS, BATCH_PADDED, BATCH_SECONDS, BATCH_TOKENS, DROPPED, QUEUE
 from deployments.pace import BatchCost, Linger
-from deployments.running import FAILED, EngineDead, Outcome, Runner
+from deployments.running import FAILED, EngineDead, Outcome, runner_of
 from deployments.spec import ModelSpec, Refusal
+
+logger = logging.getLogger("ray.serve")
 
 LATE = Refusal("its deadline passed before its turn came", "late")
 
@@ -53,10 +57,11 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """One item of a call."""
+    """One item of a call that has not been answered."""
 
     item: Any
     tokens: int
+    """That its next step reads, where the engine works in steps."""
     deadline: float
     """On the clock of time.monotonic."""
     call: Call
@@ -69,6 +74,8 @@ class Batcher:
     Left to itself `@serve.batch` closes the next batch while the last one runs: at its timeout, nearly empty. So it is
     given a batch as a whole, with its size set to match and no timeout. What it hands back per item says only that the
     item has been run; results go to their calls, batch by batch, as the arrays that the engine made.
+
+    Where the engine works in steps, those that begin join those that are on their way.
     """
 
     def __init__(
@@ -81,12 +88,14 @@ class Batcher:
         memory = memory or device_memory(engine.facts.device)
         self.engine = engine
         self.thread = thread
-        self.runner = Runner(engine, memory)
+        self.runner = runner_of(engine, memory)
         self.budget = Budget(spec.max_batch_tokens, memory)
         self.cost = BatchCost()
         self.linger = Linger(self.cost)
         self.max_items = spec.max_batch_items
         self.waiting: list[Waiting] = []
+        self.running: list[Waiting] = []
+        """On their way, between two steps."""
         self.items = 0
         """Waiting or running."""
         self._arrived = asyncio.Event()
@@ -138,10 +147,12 @@ class Batcher:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            while self.waiting:
-                await self._wait_for_more()
+            while self.waiting or self.running:
+                if not self.runner.in_steps:
+                    await self._wait_for_more()
+                self._drop_unwanted()
                 batch = self._next_batch()
-                if batch:
+                if batch or self.running:
                     await self._serve(batch)
 
     async def _wait_for_more(self) -> None:
@@ -155,17 +166,23 @@ class Batcher:
                 await asyncio.wait_for(self._arrived.wait(), wait_s)
 
     def _next_batch(self) -> list[Waiting]:
-        self._drop_unwanted()
-        if not self.waiting:
+        room = self.max_items - len(self.running)
+        tokens = self.budget.tokens() - sum(running.tokens for running in self.running)
+        if not self.waiting or room <= 0 or (self.running and self.waiting[0].tokens > tokens):
             return []
         lengths = [waiting.tokens for waiting in self.waiting]
-        places = cut(lengths, self.cost.overhead_tokens, self.max_items, self.budget.tokens())
+        # Steps pad nothing, so items of all lengths go well together.
+        overhead = math.inf if self.runner.in_steps else self.cost.overhead_tokens
+        places = cut(lengths, overhead, room, tokens)
         batch = [self.waiting[place] for place in places]
         chosen = set(places)
         self.waiting = [waiting for place, waiting in enumerate(self.waiting) if place not in chosen]
         return batch
 
     def _drop_unwanted(self) -> None:
+        still = [running for running in self.running if not running.call.gone]
+        DROPPED.inc(len(self.running) - len(still))
+        self.running = still
         now = time.monotonic()
         wanted = []
         for waiting in self.waiting:
@@ -179,35 +196,51 @@ class Batcher:
         self.waiting = wanted
 
     async def _serve(self, batch: list[Waiting]) -> None:
+        rows = [*self.running, *batch]
+        padded = self.runner.padded([row.tokens for row in rows])
         started = time.monotonic()
-        self._batched.set_max_batch_size(len(batch))
-        outcomes = await asyncio.gather(*(self._batched(waiting) for waiting in batch), return_exceptions=True)
-        for waiting, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                waiting.call.refuse({waiting.place: Refusal(FAILED, "failed")})
+        try:
+            if batch:
+                self._batched.set_max_batch_size(len(batch))
+                await asyncio.gather(*(self._batched(waiting) for waiting in batch))
+            else:
+                await self._run([])
+        except Exception:
+            logger.exception("a batch of %d was lost", len(rows))
+            self.running = []
+            for row in rows:
+                row.call.refuse({row.place: Refusal(FAILED, "failed")})
         seconds = time.monotonic() - started
-        padded = max(1, *(waiting.tokens for waiting in batch)) * len(batch)
         self.cost.observe(padded, seconds)
         self.budget.observe(padded, seconds, full=bool(self.waiting))
-        self.linger.ended(len(batch), seconds)
+        if not self.runner.in_steps:
+            self.linger.ended(len(batch), seconds)
 
     async def _run(self, batch: list[Waiting]) -> list[None]:
-        BATCH_ITEMS.observe(len(batch))
-        BATCH_TOKENS.observe(sum(waiting.tokens for waiting in batch))
-        BATCH_PADDED.observe(max(waiting.tokens for waiting in batch) * len(batch))
+        """Run those that begin, with those that are on their way."""
+        for waiting in batch:
+            waiting.item = self.runner.begin(waiting.item)
+        rows = [*self.running, *batch]
+        tokens = [row.tokens for row in rows]
+        BATCH_ITEMS.observe(len(rows))
+        BATCH_TOKENS.observe(sum(tokens))
+        BATCH_PADDED.observe(self.runner.padded(tokens))
         started = time.monotonic()
-        items = [waiting.item for waiting in batch]
+        items = [row.item for row in rows]
         outcome = await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, items)
         BATCH_SECONDS.observe(time.monotonic() - started)
-        self._deliver(batch, outcome)
+        self._deliver(rows, outcome)
+        self.running = [rows[row] for row in outcome.unfinished]
+        for row in self.running:
+            row.tokens = row.item.cost
         return [None] * len(batch)
 
     def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:
         for rows in outcome.did_not_fit:
-            self.budget.out_of_memory(max(batch[row].tokens for row in rows) * len(rows))
-        for rows, results in outcome.pieces:
+            self.budget.out_of_memory(self.runner.padded([batch[row].tokens for row in rows]))
+        for done, results in outcome.pieces:
             shares = Shares()
-            for at, row in enumerate(rows):
+            for at, row in enumerate(done):
                 shares.add(batch[row].call, batch[row].place, at)
             for call, (places, taken) in shares.of.items():
                 call.put(Piece(places, take(results, taken), {}))

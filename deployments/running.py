@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.answers import count
 from deployments.engines import Engine
+from deployments.engines.stepping import Stepping
 from deployments.memory import Memory
 from deployments.metrics import OUT_OF_MEMORY
 from deployments.spec import ItemError, Refusal
@@ -31,16 +33,21 @@ class EngineDead(Exception):
 class Outcome:
     """What became of a batch."""
 
-    pieces: list[tuple[range, Any]] = field(default_factory=list)
+    pieces: list[tuple[Sequence[int], Any]] = field(default_factory=list)
     """Rows of the batch that ran together, and their results."""
     refusals: dict[int, Refusal] = field(default_factory=dict)
     """By row."""
+    unfinished: list[int] = field(default_factory=list)
+    """Rows that have further steps to take."""
     did_not_fit: list[range] = field(default_factory=list)
     """Rows that ran out of memory together."""
 
 
 class Runner:
     """Runs batches on an engine. A batch that fails is run again in halves, down to the item at fault."""
+
+    in_steps = False
+    """Are there items on their way between two batches, which others join?"""
 
     def __init__(self, engine: Engine[Any, Any, Any], memory: Memory) -> None:
         self.engine = engine
@@ -50,7 +57,7 @@ class Runner:
         self.busy_since: float | None = None
 
     def run(self, items: list[Any]) -> Outcome:
-        """Every row is in a piece or refused."""
+        """Every row is in a piece, refused or unfinished."""
         outcome = Outcome()
         self.busy_since = time.monotonic()
         try:
@@ -58,6 +65,14 @@ class Runner:
         finally:
             self.busy_since = None
         return outcome
+
+    def begin(self, item: Any) -> Any:
+        """What a batch takes for this item."""
+        return item
+
+    def padded(self, tokens: list[int]) -> int:
+        """Tokens that a batch of items of so many tokens computes."""
+        return max(1, *tokens) * len(tokens)
 
     def check(self) -> None:
         """Raises EngineDead where the engine hangs, or fails even what it warmed up with."""
@@ -70,10 +85,7 @@ class Runner:
     def _run(self, items: list[Any], rows: range, outcome: Outcome) -> None:
         try:
             self.memory.begin()
-            results = self.engine.run([items[row] for row in rows])
-            if count(results) != len(rows):
-                raise RuntimeError(f"the engine answered {len(rows)} items with {count(results)} results")
-            outcome.pieces.append((rows, results))
+            self._attempt(items, rows, outcome)
             self.failures = 0
             return
         except Exception as error:  # an engine may trip over anything; its neighbours must not
@@ -92,6 +104,12 @@ class Runner:
         self._run(items, rows[:half], outcome)
         self._run(items, rows[half:], outcome)
 
+    def _attempt(self, items: list[Any], rows: range, outcome: Outcome) -> None:
+        results = self.engine.run([items[row] for row in rows])
+        if count(results) != len(rows):
+            raise RuntimeError(f"the engine answered {len(rows)} items with {count(results)} results")
+        outcome.pieces.append((rows, results))
+
     def _refuse(self, error: Exception, no_memory: bool) -> Refusal:
         if isinstance(error, ItemError):
             return Refusal(str(error), "invalid", error.field)
@@ -107,6 +125,32 @@ class Runner:
             self.failures = 0
         except Exception as error:
             self.dead = repr(error)
+
+
+class StepRunner(Runner):
+    """Takes all items that are on their way one step further, with those that have just begun."""
+
+    in_steps = True
+
+    def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory) -> None:
+        super().__init__(engine, memory)
+        self.steps = engine
+
+    def begin(self, item: Any) -> Any:
+        return self.steps.begin(item)
+
+    def padded(self, tokens: list[int]) -> int:
+        return max(1, sum(tokens))
+
+    def _attempt(self, items: list[Any], rows: range, outcome: Outcome) -> None:
+        self.steps.step([items[row] for row in rows])
+        done = [row for row in rows if items[row].result is not None]
+        outcome.pieces.append((done, [items[row].result for row in done]))
+        outcome.unfinished += [row for row in rows if items[row].result is None]
+
+
+def runner_of(engine: Engine[Any, Any, Any], memory: Memory) -> Runner:
+    return StepRunner(engine, memory) if isinstance(engine, Stepping) else Runner(engine, memory)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -22,13 +22,14 @@ TUNE_S = 1.0
 class Bare:
     """An engine of Dure without a server. Items of like length share a batch."""
 
-    def __init__(self, task: str, source: str, precision: str) -> None:
+    def __init__(self, task: str, source: str, precision: str, runtime: str) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         self.engine = load_engine(
-            ModelSpec(name="bare", task=task, source=source, precision=precision), LoadProgress(lambda event: None)
+            ModelSpec(name="bare", task=task, source=source, precision=precision, runtime=runtime),
+            LoadProgress(lambda event: None),
         )
         self.engine.warm_up()
-        self.precision = self.engine.facts.precision
+        self.precision, self.runtime = precision, runtime
         self.batches: dict[str, int] = {}
 
     def tune(self, workload: Workload, requests: list[Any]) -> None:

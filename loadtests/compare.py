@@ -21,7 +21,7 @@ from loadtests.bare import Bare
 from loadtests.check import WrongAnswers
 from loadtests.load import Measure, Workload, load
 from loadtests.report import Report, Result
-from loadtests.servers import NotStarted, Server, alone, versions
+from loadtests.servers import NotStarted, Server, alone, served_as, versions
 
 TUNE_S = 3
 """Seconds of each workload for each choice of a peer's settings, to find its best."""
@@ -46,7 +46,8 @@ class Benchmark:
     peers: dict[str, Callable[[], list[Server]]]
     """The choices of settings of each peer; made only when it is asked for, as that may install it."""
     check: Callable[[], Callable[[Server], None]]
-    bare: Callable[[], Bare]
+    bare: Callable[[str, str], Bare]
+    """The bare engine in a precision on a runtime."""
 
 
 def main(benchmark: Benchmark) -> None:
@@ -94,7 +95,6 @@ def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.
     peers = [_best(benchmark, each, workloads, check, min(TUNE_S, options.seconds), report) for each in variants]
     dure = benchmark.dure()
     contenders: list[Choices] = [dict.fromkeys((workload.name for workload in workloads), dure), *peers]
-    bare = _bare(benchmark, workloads, report) if "bare" in options.only else None
     processes: dict[Server, subprocess.Popen[bytes]] = {}
     with ExitStack() as running:
         for server in dict.fromkeys(server for choices in contenders for server in choices.values()):
@@ -103,13 +103,18 @@ def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.
             with alone(server, processes):
                 check(server)
             report.took_part(server.name, versions(server) | server.details)
+        precision, runtime = served_as(dure)
+        dure_settings = f"{dure.settings}: {runtime} {precision}"
+        with alone(dure, processes):
+            bare = _bare(benchmark, workloads, precision, runtime) if "bare" in options.only else None
         for number in range(options.rounds):
             for workload in workloads:
                 for choices in contenders:
                     server = choices[workload.name]
                     with alone(server, processes):
                         measure = load(server.url, benchmark.body(workload), workload, options.seconds)
-                    report.add(workload, Result(server.name, server.settings, measure))
+                    settings = dure_settings if server is dure else server.settings
+                    report.add(workload, Result(server.name, settings, measure))
                 if bare:
                     with alone(dure, processes):
                         results = _bare_results(bare, workload, benchmark, number, options.seconds)
@@ -144,16 +149,15 @@ def _best(
     return {name: max(each, key=lambda pair: pair[0])[1] for name, each in tried.items()}
 
 
-def _bare(benchmark: Benchmark, workloads: list[Workload], report: Report) -> Bare:
-    bare = benchmark.bare()
+def _bare(benchmark: Benchmark, workloads: list[Workload], precision: str, runtime: str) -> Bare:
+    bare = benchmark.bare(precision, runtime)
     for workload in workloads:
         bare.tune(workload, benchmark.requests(workload, 0))
-    report.took_part("bare engine", {"precision": bare.precision})
     return bare
 
 
 def _bare_results(bare: Bare, workload: Workload, benchmark: Benchmark, number: int, seconds: float) -> list[Result]:
     measures: tuple[Measure, Measure] = bare.measure(workload, benchmark.requests(workload, number), seconds)
-    settings = f"{bare.precision}, batch {bare.batches[workload.name]}"
+    settings = f"{bare.runtime} {bare.precision}, batch {bare.batches[workload.name]}"
     names = ("bare engine, tokens ready", "bare engine")
     return [Result(name, settings, measure) for name, measure in zip(names, measures, strict=True)]

@@ -70,7 +70,7 @@ BENCHMARK = Benchmark(
         "fastapi": lambda: [servers.fastapi("embedding", FOLDER, precision) for precision in PRECISIONS],
     },
     check=lambda: EmbeddingCheck(FOLDER),
-    bare=lambda: Bare("embedding", SOURCE, DURE["precision"]),
+    bare=lambda precision, runtime: Bare("embedding", SOURCE, precision, runtime),
 )
 
 if __name__ == "__main__":

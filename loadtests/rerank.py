@@ -72,7 +72,7 @@ BENCHMARK = Benchmark(
         "fastapi": lambda: [servers.fastapi("rerank", FOLDER, precision) for precision in PRECISIONS],
     },
     check=lambda: RerankCheck(FOLDER, DOCUMENTS),
-    bare=lambda: Bare("rerank", SOURCE, DURE["precision"]),
+    bare=lambda precision, runtime: Bare("rerank", SOURCE, precision, runtime),
 )
 
 if __name__ == "__main__":

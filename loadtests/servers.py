@@ -195,6 +195,12 @@ def _own(
     return Server(name, told, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
 
 
+def served_as(dure: Server) -> tuple[str, str]:
+    """The precision and the runtime that Dure chose for its model."""
+    model = httpx.get(f"http://127.0.0.1:{dure.port}/v1/models/model", timeout=30).raise_for_status().json()
+    return model["precision"], model["runtime"]
+
+
 def versions(server: Server) -> dict[str, str]:
     """The versions of the packages that matter where the server runs."""
     packages = {"Dure": "ray", "Infinity": "infinity-emb", "LitServe": "litserve", "FastAPI": "fastapi"}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from deployments import calibration
+from deployments.engines.prefixes import Prefixes
+from deployments.engines.sequences import Reader, Sequence, Turn
+from deployments.engines.stepping import Stepping
 from deployments.items import Prompt, Word
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
@@ -24,6 +27,8 @@ MAX_INPUT_CHARS = 16 * MAX_INPUT_TOKENS
 """More than 128 tokens' worth of any text: what lies before it is never tokenised."""
 MAX_WORD_TOKENS = 10
 MAX_FIRST_TOKENS = 50
+COLDEST = 1e-30
+"""A lower temperature gives the likeliest token all there is, and would be zero in single precision."""
 HEAD_ROWS = 256
 """Rows whose probabilities over the whole vocabulary are worked out at once."""
 
@@ -54,18 +59,40 @@ class Candidate:
     ids: list[int]
     confidence: float
     places: list[int] = field(default_factory=list)
-    """Of its tokens in its item's row of the key-value cache."""
+    """Of its tokens in its search's sequence."""
 
 
 class Search:
-    """The candidates of one item: those that still grow, and the words of those that have ended."""
+    """The work on one item: candidates that grow side by side behind the prefix, each seeing it and its own tokens."""
 
-    def __init__(self, item: Prefix, candidates: list[Candidate]) -> None:
+    def __init__(self, item: Prefix) -> None:
         self.item = item
-        self.candidates = candidates
-        self.growing = candidates if item.prompt.complete_word else []
+        self.sequence: Sequence | None = None
+        self.candidates: list[Candidate] = []
+        self.growing: list[Candidate] = []
         self.ended: dict[str, float] = {}
         """Confidence by text; the larger one where two candidates became the same word."""
+        self.result: list[Word] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it reads next."""
+        return len(self.growing) or len(self.item.ids)
+
+    def turn(self, prefixes: Prefixes) -> Turn:
+        """What is not known of the prefix, or else the last token of each growing candidate."""
+        if self.sequence is None:
+            self.sequence = prefixes.sequence(self.item.ids)
+        prefix, length = len(self.item.ids), self.sequence.length
+        if not self.candidates:
+            return Turn(self.sequence, self.item.ids[length:], list(range(length, prefix)))
+        count = len(self.growing)
+        visible = np.zeros((count, length + count), bool)
+        visible[:, :prefix] = True
+        for row, candidate in enumerate(self.growing):
+            visible[row, candidate.places] = visible[row, length + row] = True
+        at = prefix + len(self.growing[0].ids) - 1
+        return Turn(self.sequence, [candidate.ids[-1] for candidate in self.growing], [at] * count, visible)
 
     def end(self, text: str, confidence: float) -> None:
         if text:
@@ -78,12 +105,11 @@ class Search:
             self.growing = [candidate for candidate in self.growing if candidate.confidence >= bar]
 
 
-class Predictor:
+class Predictor(Stepping[Prompt, Prefix, Search]):
     """Candidates are the likeliest first tokens, each continued greedily until the word ends.
 
-    The prefixes of a batch are read together, then all candidates of all items take their next token in one step.
-    Those of one item stand side by side in its row of the key-value cache, where each sees the prefix and its own
-    tokens: so the prefix is kept once, not once per candidate.
+    A step reads, in one pass, the prefixes of the searches that have just begun and a token of each candidate of the
+    others. A candidate adds one token's keys and values to its search's: the prefix is kept once, not once for each.
     """
 
     runtimes = ("torch",)
@@ -96,12 +122,15 @@ class Predictor:
         device = model.device
         vocabulary = model.config.vocab_size
         self.begins_word = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self.special = torch.ones(vocabulary, dtype=torch.bool, device=device)
+        special = torch.ones(vocabulary, dtype=torch.bool, device=device)
         known = min(vocabulary, len(self.tokens))
         self.begins_word[:known] = torch.tensor([token.startswith(WORD_START) for token in self.tokens[:known]])
-        self.special[:known] = False
-        self.special[[id for id in tokenizer.all_special_ids if id < vocabulary]] = True
-        self.ends_word: list[bool] = (self.begins_word | self.special).tolist()
+        special[:known] = False
+        special[[id for id in tokenizer.all_special_ids if id < vocabulary]] = True
+        self.special: list[bool] = special.tolist()
+        self.ends_word: list[bool] = (self.begins_word | special).tolist()
+        self.reader = Reader(model)
+        self.prefixes = Prefixes(model)
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Predictor:
@@ -125,96 +154,75 @@ class Predictor:
     def cost(self, item: Prefix) -> int:
         return len(item.ids)
 
+    def begin(self, item: Prefix) -> Search:
+        return Search(item)
+
     @torch.inference_mode()
-    def run(self, items: list[Prefix]) -> list[list[Word]]:
-        lengths = torch.tensor([len(item.ids) for item in items], device=self.model.device)
-        ids = torch.zeros(len(items), int(lengths.max()), dtype=torch.long)
-        for row, item in enumerate(items):
-            ids[row, : len(item.ids)] = torch.tensor(item.ids)
-        # Padding comes last, where nothing before it sees it.
-        read = self.model.base_model(ids.to(self.model.device), use_cache=True)
-        last = read.last_hidden_state[torch.arange(len(items), device=lengths.device), lengths - 1]
-        logits = torch.cat([self._logits(rows) for rows in torch.split(last, HEAD_ROWS)])
-        searches = [Search(item, self._candidates(item, row)) for item, row in zip(items, logits, strict=True)]
-        self._grow(searches, lengths, read.past_key_values)
-        return [self._best(search) for search in searches]
+    def step(self, works: list[Search]) -> None:
+        begun = [search for search in works if not search.candidates]
+        grown = [search for search in works if search.candidates]
+        turns = [search.turn(self.prefixes) for search in (*begun, *grown)]
+        hidden = self.reader.read(turns)
+        ends = np.cumsum([0, *(len(turn.ids) for turn in turns[: len(begun)])])
+        candidates = self._candidates([search.item for search in begun], hidden[ends[1:] - 1]) if begun else []
+        following = self._likeliest(hidden[ends[-1] :])
+        for search, turn in zip(begun, turns, strict=False):
+            self.prefixes.keep(search.item.ids, turn.sequence)
+        # Only from here on searches change: a step that ran out of memory can be taken again.
+        for turn in turns:
+            turn.sequence.length += len(turn.ids)
+        for search, found in zip(begun, candidates, strict=True):
+            search.candidates = found
+            search.growing = found if search.item.prompt.complete_word else []
+        for search, turn in zip(grown, turns[len(begun) :], strict=True):
+            self._grow(search, turn, following)
+        for search in works:
+            if not search.growing:
+                search.result = self._best(search)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32, shape (rows, vocabulary)."""
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden).float()
         return logits
 
-    def _candidates(self, item: Prefix, logits: torch.Tensor) -> list[Candidate]:
-        # In double precision, as a temperature of 1e-300 is none in single.
-        probabilities = torch.softmax((logits - logits.max()).double() / item.prompt.temperature, dim=-1)
-        if item.begins_word:
-            logits = logits.masked_fill(~self.begins_word, -torch.inf)
-        first = torch.topk(logits, min(3 * item.prompt.top_k, MAX_FIRST_TOKENS, len(logits)))
-        confidences = probabilities[first.indices].tolist()
+    def _candidates(self, items: list[Prefix], hidden: torch.Tensor) -> list[list[Candidate]]:
+        """The first tokens of each item's words; `hidden` is what the last token of each item came to."""
+        logits = torch.cat([self._logits(rows) for rows in torch.split(hidden, HEAD_ROWS)])
+        temperatures = torch.tensor([max(item.prompt.temperature, COLDEST) for item in items], device=logits.device)
+        scaled = (logits - logits.max(-1, keepdim=True).values) / temperatures[:, None]
+        begins = torch.tensor([item.begins_word for item in items], device=logits.device)
+        allowed = logits.masked_fill(begins[:, None] & ~self.begins_word, -torch.inf)
+        counts = [min(3 * item.prompt.top_k, MAX_FIRST_TOKENS, logits.shape[-1]) for item in items]
+        first = torch.topk(allowed, max(counts))
+        probabilities = torch.exp(scaled.gather(-1, first.indices) - scaled.logsumexp(-1, keepdim=True))
+        lists = zip(counts, first.indices.tolist(), first.values.tolist(), probabilities.tolist(), strict=True)
         return [
-            Candidate([token], confidence)
-            for token, logit, confidence in zip(first.indices.tolist(), first.values.tolist(), confidences, strict=True)
-            if logit > -torch.inf and not self.special[token]
+            [
+                Candidate([token], probability)
+                for token, logit, probability in zip(tokens[:count], values[:count], found[:count], strict=True)
+                if logit > -torch.inf and not self.special[token]
+            ]
+            for count, tokens, values, found in lists
         ]
 
-    def _grow(self, searches: list[Search], lengths: torch.Tensor, cache: Any) -> None:
-        """Append to each candidate its likeliest next tokens until it ends, and multiply their probabilities."""
-        width = int(lengths.max())
-        prefix = torch.arange(width, device=lengths.device) < lengths[:, None]
-        for step in range(MAX_WORD_TOKENS - 1):
-            rows = [row for row, search in enumerate(searches) if search.growing]
-            if not rows:
-                return
-            if len(rows) < len(searches):
-                searches = [searches[row] for row in rows]
-                cache.batch_select_indices(torch.tensor(rows, device=lengths.device))
-                lengths, prefix = lengths[rows], prefix[rows]
-            self._step(searches, lengths + step, prefix, cache)
-
-    def _step(self, searches: list[Search], positions: torch.Tensor, prefix: torch.Tensor, cache: Any) -> None:
+    def _grow(self, search: Search, turn: Turn, following: Iterator[tuple[int, float]]) -> None:
         """Give each growing candidate its next token, or end it."""
-        begin = cache.get_seq_length()
-        most = max(len(search.growing) for search in searches)
-        ids = np.zeros((len(searches), most), np.int64)
-        visible = np.zeros((len(searches), most, begin + most), bool)
-        visible[:, :, : prefix.shape[1]] = prefix.cpu().numpy()[:, None]
-        for row, search in enumerate(searches):
-            for column, candidate in enumerate(search.growing):
-                ids[row, column] = candidate.ids[-1]
-                candidate.places.append(begin + column)
-                visible[row, column, candidate.places] = True
-        hidden = self.model.base_model(
-            torch.from_numpy(ids).to(prefix.device),
-            attention_mask=self._bias(visible),
-            position_ids=positions[:, None].expand(-1, most),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        grew = [(row, column) for row, search in enumerate(searches) for column in range(len(search.growing))]
-        tokens, probabilities = self._likeliest(hidden[tuple(zip(*grew, strict=True))])
-        taken = iter(zip(tokens, probabilities, strict=True))
-        for search in searches:
-            growing = []
-            for candidate in search.growing:
-                token, probability = next(taken)
-                ends = self.ends_word[token]
-                if not ends:
-                    candidate.ids.append(token)
-                    candidate.confidence *= probability
-                if ends or len(candidate.ids) == MAX_WORD_TOKENS:
-                    search.end("".join(self._appended(candidate).split()), candidate.confidence)
-                else:
-                    growing.append(candidate)
-            search.growing = growing
-            search.give_up_hopeless()
+        growing = []
+        for place, candidate in enumerate(search.growing, turn.sequence.length - len(turn.ids)):
+            candidate.places.append(place)
+            token, probability = next(following)
+            ends = self.ends_word[token]
+            if not ends:
+                candidate.ids.append(token)
+                candidate.confidence *= probability
+            if ends or len(candidate.ids) == MAX_WORD_TOKENS:
+                search.end("".join(self._appended(candidate).split()), candidate.confidence)
+            else:
+                growing.append(candidate)
+        search.growing = growing
+        search.give_up_hopeless()
 
-    def _bias(self, visible: np.ndarray) -> torch.Tensor:
-        """What attention adds to its scores, shape (items, 1, tokens, tokens in the cache)."""
-        dtype = self.model.dtype
-        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
-        return bias[:, None].to(self.model.device)
-
-    def _likeliest(self, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
+    def _likeliest(self, hidden: torch.Tensor) -> Iterator[tuple[int, float]]:
         """The likeliest token after each row, and its probability."""
         tokens: list[int] = []
         probabilities: list[float] = []
@@ -223,7 +231,7 @@ class Predictor:
             best, token = logits.max(dim=-1)
             tokens += token.tolist()
             probabilities += torch.exp(best - torch.logsumexp(logits, dim=-1)).tolist()
-        return tokens, probabilities
+        return iter(zip(tokens, probabilities, strict=True))
 
     def _appended(self, candidate: Candidate) -> str:
         return "".join(self.tokens[id] for id in candidate.ids).replace(WORD_START, " ")

@@ -19,6 +19,7 @@ from ray.serve.schema import ReplicaRank
 from deployments import running
 from deployments.answers import Answers, Collector
 from deployments.batching import LATE, Batcher
+from deployments.engines.stepping import Stepping
 from deployments.running import FAILED, FAILURES_BEFORE_TEST, TOO_LARGE, EngineDead
 from deployments.spec import Facts, ItemError, ModelSpec, Refusal
 
@@ -79,6 +80,33 @@ class Counting:
         return Tens(np.array(tens)) if self.arrays else tens
 
 
+@dataclass
+class Countdown:
+    """Takes as many steps as its item is large."""
+
+    item: int
+    left: int
+    result: int | None = None
+
+    @property
+    def cost(self) -> int:
+        return 1
+
+
+class Counter(Counting, Stepping[int, int, Countdown]):
+    """The same in steps."""
+
+    def begin(self, item: int) -> Countdown:
+        return Countdown(item, abs(item))
+
+    def step(self, works: list[Countdown]) -> None:
+        Counting.run(self, [work.item for work in works])
+        for work in works:
+            work.left -= 1
+            if not work.left:
+                work.result = work.item * 10
+
+
 class Bench:
     """A batcher over a counting engine, whose batches can be held up."""
 
@@ -110,10 +138,14 @@ class Bench:
 
 
 def run(
-    scenario: Callable[[Bench], Coroutine[Any, Any, None]], max_items: int = 4, max_tokens: int = 1000, **engine: Any
+    scenario: Callable[[Bench], Coroutine[Any, Any, None]],
+    max_items: int = 4,
+    max_tokens: int = 1000,
+    kind: type[Counting] = Counting,
+    **engine: Any,
 ) -> list[list[Any]]:
     """The batches that were made."""
-    counting = Counting(**engine)
+    counting = kind(**engine)
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as thread:
@@ -260,3 +292,45 @@ def test_an_engine_that_hangs_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     run(scenario)
     assert time.monotonic() - started < 5
+
+
+def test_items_join_at_the_next_step_and_leave_when_they_are_done() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.engine.go.clear()
+        first = bench.submit(3)
+        await asyncio.sleep(0.05)
+        more = bench.submit(2, 1)
+        await bench.go()
+        assert (await first).results == [30]
+        assert (await more).results == [20, 10]
+
+    assert run(scenario, kind=Counter) == [[3], [3, 2, 1], [3, 2]]
+
+
+def test_an_item_whose_client_left_takes_no_further_step() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.engine.go.clear()
+        left, stays = bench.submit(5), bench.submit(3)
+        await asyncio.sleep(0.05)
+        left.cancel()
+        await bench.go()
+        assert (await stays).results == [30]
+
+    assert run(scenario, kind=Counter) == [[5, 3], [3], [3]]
+
+
+def test_no_more_items_are_on_their_way_than_a_batch_may_hold() -> None:
+    async def scenario(bench: Bench) -> None:
+        answers = await bench.submit(*[2] * 5, *[3] * 5)
+        assert answers.results == [20] * 5 + [30] * 5
+
+    assert max(map(len, run(scenario, kind=Counter, max_items=4))) == 4
+
+
+def test_an_item_that_fails_a_step_harms_no_other() -> None:
+    async def scenario(bench: Bench) -> None:
+        answers = await bench.submit(2, -3, 4)
+        assert answers.refusals == {1: Refusal(FAILED, "failed")}
+        assert answers.results == [20, None, 40]
+
+    run(scenario, kind=Counter)

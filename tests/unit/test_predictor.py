@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from demo.next_word.check import heldout
 from deployments.engines import load_engine
 from deployments.engines.predictor import Predictor
+from deployments.engines.prefixes import Prefixes
+from deployments.engines.sequences import Sequence
 from deployments.items import Prompt, Word
 from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
@@ -26,13 +30,18 @@ def predictor() -> Predictor:
     return engine
 
 
+@functools.cache
+def plain_model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained("demo/next_word/checkpoint", dtype=torch.float32).eval()
+
+
 def ask(predictor: Predictor, *prompts: Prompt) -> list[list[Word]]:
     return predictor.run([predictor.prepare(prompt) for prompt in prompts])
 
 
 def reference(predictor: Predictor, prompt: Prompt) -> list[tuple[str, float]]:
     """The definition of a next word, a full forward pass for every token."""
-    tokenizer, model = predictor.tokenizer, predictor.model
+    tokenizer, model = predictor.tokenizer, plain_model()
     text = prompt.text.rstrip()
     ids = tokenizer.encode(text, add_special_tokens=False)[-128:] if text else [tokenizer.bos_token_id]
     begins = text != prompt.text or not text
@@ -85,6 +94,41 @@ def test_held_out_prompts_follow_it_whatever_batch_they_are_in(predictor: Predic
         batch = [rest.pop() for _ in range(min(len(rest), draw.randint(1, 16)))]
         for prompt, words in zip(batch, ask(predictor, *batch), strict=True):
             assert_as_defined(predictor, prompt, words)
+
+
+def test_those_that_join_and_leave_between_steps_change_nothing_for_others(predictor: Predictor) -> None:
+    prompts = [Prompt(text) for text in ("오늘 날씨가", "임대인은 ", "보증금을 돌려", "계약을 ")]
+    searches = []
+    for prompt in prompts:
+        searches.append(predictor.begin(predictor.prepare(prompt)))
+        predictor.step([search for search in searches if search.result is None])
+    del searches[1]
+    while left := [search for search in searches if search.result is None]:
+        predictor.step(left)
+    for search in searches:
+        assert search.result
+        assert_as_defined(predictor, search.item.prompt, search.result)
+
+
+def test_typing_on_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
+    text = " ".join(prefix for prefix, _ in heldout()[:3])
+    prompts = [Prompt(text[:end], top_k=2) for end in range(10, len(text))]
+    for prompt, [words] in [(prompt, ask(predictor, prompt)) for prompt in prompts]:
+        assert_as_defined(predictor, prompt, words)
+
+
+def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: Predictor) -> None:
+    prefixes = Prefixes(predictor.model, max_bytes=10**6)
+    kept = Sequence(predictor.model)
+    kept.make_room(40)
+    kept.length = 40
+    for start in range(200):
+        prefixes.keep(list(range(start, start + 40)), kept)
+        assert prefixes.nbytes <= 10**6
+        prefixes.sequence(list(range(41)))
+    assert prefixes.sequence(list(range(41))).length == 40
+    assert prefixes.sequence(list(range(199, 220))).length == 20, "the last is left to read"
+    assert prefixes.sequence(list(range(100, 141))).length == 0
 
 
 def test_single_tokens_and_whole_words_share_a_batch(predictor: Predictor) -> None:

@@ -1,0 +1,68 @@
+"""What was read for one prompt, for the next one that begins alike: people type on."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from transformers import PreTrainedModel
+
+from deployments.engines.sequences import Sequence
+
+MAX_BYTES = 256 * 2**20
+"""A token of KoGPT2 takes 36 kB in 16 bit."""
+SHORTEST = 8
+"""Tokens that prompts must share: fewer are read as fast as they are copied and looked up."""
+
+Ids = tuple[int, ...]
+
+
+class Prefixes:
+    """The prompts read last, in `max_bytes`; the one that has not been used for the longest time goes first."""
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int = MAX_BYTES) -> None:
+        self.model = model
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._kept: OrderedDict[Ids, Sequence] = OrderedDict()
+        self._by_start: dict[Ids, set[Ids]] = {}
+
+    def sequence(self, ids: list[int]) -> Sequence:
+        """A sequence that has read as many of the first `ids` as are known, and leaves the last one to read."""
+        best, shared = None, SHORTEST - 1
+        for other in self._by_start.get(tuple(ids[:SHORTEST]), ()):
+            common = _common(ids, other)
+            if common > shared:
+                best, shared = other, common
+        shared = min(shared, len(ids) - 1)
+        if best is None or shared < SHORTEST:
+            return Sequence(self.model)
+        self._kept.move_to_end(best)
+        return self._kept[best].copy_of_first(shared)
+
+    def keep(self, ids: list[int], sequence: Sequence) -> None:
+        """The first tokens of the sequence are these."""
+        key = tuple(ids)
+        if len(key) < SHORTEST:
+            return
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return
+        kept = sequence.copy_of_first(len(key))
+        self._kept[key] = kept
+        self._by_start.setdefault(key[:SHORTEST], set()).add(key)
+        self.nbytes += kept.nbytes
+        while self.nbytes > self.max_bytes:
+            oldest, gone = self._kept.popitem(last=False)
+            self.nbytes -= gone.nbytes
+            alike = self._by_start[oldest[:SHORTEST]]
+            alike.discard(oldest)
+            if not alike:
+                del self._by_start[oldest[:SHORTEST]]
+
+
+def _common(ids: list[int], others: Ids) -> int:
+    """How many of the first ids are the same."""
+    for place, (one, other) in enumerate(zip(ids, others, strict=False)):
+        if one != other:
+            return place
+    return min(len(ids), len(others))
