@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -37,6 +37,12 @@ bench-rerank: $(INSTALLED)
 
 bench-batching: $(INSTALLED)
 	$(BIN)/python -m loadtests.batching $(ARGS)
+
+bench-predict: $(INSTALLED)
+	$(BIN)/python -m loadtests.predict $(ARGS)
+
+bench-typing: $(INSTALLED)
+	$(BIN)/python -m loadtests.typing_clients $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml

@@ -120,5 +120,11 @@ class ModelReplica:
             import torch
 
             GPU_MEMORY.set_function(torch.cuda.memory_allocated)
-        told = {"source": self.live.spec.source, "load_seconds": round(self.live.load_seconds, 2), "pid": os.getpid()}
+        told = {
+            "source": self.live.spec.source,
+            "load_seconds": round(self.live.load_seconds, 2),
+            "pid": os.getpid(),
+            "in_steps": self.live.batcher.runner.in_steps,
+            "version": f"{self.spec.deploy}.{order.number if order else 0}.{facts.runtime}.{facts.precision}",
+        }
         self.outlet.facts(asdict(facts) | told, order)

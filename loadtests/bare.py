@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
 from loadtests.load import Measure, Workload
 
+Draw = Callable[[int], list[Any]]
+"""A set of requests from a seed."""
+SETS = 24
+"""Sets of requests that are run in turn: servers too are given texts, and with them shapes, that they have not seen."""
 BATCHES = (8, 16, 32, 64, 128)
 TUNE_S = 1.0
 
@@ -32,20 +37,21 @@ class Bare:
         self.precision, self.runtime = precision, runtime
         self.batches: dict[str, int] = {}
 
-    def tune(self, workload: Workload, requests: list[Any]) -> None:
+    def tune(self, workload: Workload, draw: Draw) -> None:
         """Find the batch size that is best for these requests. A lone client's requests run one by one."""
         if workload.clients == 1:
             self.batches[workload.name] = workload.items
             return
-        items = self._prepared(requests)
-        self.batches[workload.name] = max(BATCHES, key=lambda batch: _rate(self._run(items, batch), TUNE_S))
+        sets = [self._prepared(draw(seed)) for seed in range(SETS)]
+        self.batches[workload.name] = max(BATCHES, key=lambda batch: _rate(self._run(sets, batch), TUNE_S))
 
-    def measure(self, workload: Workload, requests: list[Any], seconds: float) -> tuple[Measure, Measure]:
+    def measure(self, workload: Workload, draw: Draw, seconds: float) -> tuple[Measure, Measure]:
         """Items a second when all are tokenised beforehand, and when tokenising is part of the loop."""
         batch = self.batches[workload.name]
-        ready = self._prepared(requests)
+        sets = [draw(seed) for seed in range(SETS)]
+        ready = [self._prepared(requests) for requests in sets]
         measures = []
-        for passes in (self._run(ready, batch), self._prepare_and_run(requests, batch)):
+        for passes in (self._run(ready, batch), self._prepare_and_run(sets, batch)):
             rate = _rate(passes, seconds / 2)
             p50 = 1000 * workload.items / rate if workload.clients == 1 else None
             measures.append(Measure(rate, rate / workload.items, p50))
@@ -54,15 +60,18 @@ class Bare:
     def _prepared(self, requests: list[Any]) -> list[Any]:
         return sorted((self.engine.prepare(request) for request in requests), key=self.engine.cost)
 
-    def _run(self, items: list[Any], batch: int) -> Iterator[int]:
-        while True:
-            for start in range(0, len(items), batch):
-                self.engine.run(items[start : start + batch])
-            yield len(items)
+    def _run(self, sets: list[list[Any]], batch: int) -> Iterator[int]:
+        for items in itertools.cycle(sets):
+            yield self._pass(items, batch)
 
-    def _prepare_and_run(self, requests: list[Any], batch: int) -> Iterator[int]:
-        while True:
-            yield next(self._run(self._prepared(requests), batch))
+    def _prepare_and_run(self, sets: list[list[Any]], batch: int) -> Iterator[int]:
+        for requests in itertools.cycle(sets):
+            yield self._pass(self._prepared(requests), batch)
+
+    def _pass(self, items: list[Any], batch: int) -> int:
+        for start in range(0, len(items), batch):
+            self.engine.run(items[start : start + batch])
+        return len(items)
 
 
 def _rate(passes: Iterator[int], seconds: float) -> float:

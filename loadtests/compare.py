@@ -152,12 +152,14 @@ def _best(
 def _bare(benchmark: Benchmark, workloads: list[Workload], precision: str, runtime: str) -> Bare:
     bare = benchmark.bare(precision, runtime)
     for workload in workloads:
-        bare.tune(workload, benchmark.requests(workload, 0))
+        bare.tune(workload, lambda seed, workload=workload: benchmark.requests(workload, seed))  # type: ignore[misc]
     return bare
 
 
 def _bare_results(bare: Bare, workload: Workload, benchmark: Benchmark, number: int, seconds: float) -> list[Result]:
-    measures: tuple[Measure, Measure] = bare.measure(workload, benchmark.requests(workload, number), seconds)
+    measures: tuple[Measure, Measure] = bare.measure(
+        workload, lambda seed: benchmark.requests(workload, 1000 * number + seed), seconds
+    )
     settings = f"{bare.runtime} {bare.precision}, batch {bare.batches[workload.name]}"
     names = ("bare engine, tokens ready", "bare engine")
     return [Result(name, settings, measure) for name, measure in zip(names, measures, strict=True)]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WORDS_FILE = HERE / "words.txt"
-WORDS = WORDS_FILE.read_text().split()
 WARM_UP_S = 1
 SETTLE_S = 1.0
 """After a run, for the requests that wrk left behind: servers that don't see a client go still answer them."""
@@ -30,10 +29,11 @@ class Workload:
     items: int
     shortest: int
     longest: int
+    words: Path = WORDS_FILE
 
     def texts(self, count: int, seed: int) -> list[str]:
-        """Texts of the lengths that wrk sends."""
-        return texts(count, self.shortest, self.longest, seed)
+        """Texts of the words and lengths that wrk sends."""
+        return texts(count, self.shortest, self.longest, seed, self.words)
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Measure:
     failed: int = 0
 
 
-def texts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
+def texts(count: int, shortest: int, longest: int, seed: int, words: Path = WORDS_FILE) -> list[str]:
     """Seeded texts of `shortest` to `longest` words."""
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(shortest, longest))) for _ in range(count)]
+    draw, known = random.Random(seed), words.read_text().split()
+    return [" ".join(draw.choices(known, k=draw.randint(shortest, longest))) for _ in range(count)]
 
 
 def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
@@ -72,7 +72,7 @@ def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
 def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
     command = ["wrk", "-t1", f"-c{workload.clients}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(HERE / "fresh.lua"), url, "--", body]
-    command += [str(WORDS_FILE), str(workload.shortest), str(workload.longest)]
+    command += [str(workload.words), str(workload.shortest), str(workload.longest)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE_S, check=True)
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     requests, microseconds, p50, p99, failed = line.split()[1:]

@@ -133,13 +133,14 @@ def dure_with(
     path: str,
     told: str = "",
     details: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Server:
-    """Dure with these models; `name` is for its config file."""
+    """Dure with these models and `more` settings; `name` is for its config file."""
     port = _free_port()
     document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
-    document["applications"][0]["args"] |= {"models": models, "ingress": ingress}
+    document["applications"][0]["args"] |= {"models": models, "ingress": ingress, **(more or {})}
     config = BENCH / f"dure/{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(document, sort_keys=False))

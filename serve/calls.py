@@ -130,7 +130,9 @@ class Model(Deployment):
         self.task = settings.task
         self.watch = watch
         self.load_wait_s = load_wait_s
-        self.coalescer = Coalescer(self._send, settings.max_batch_items, lambda: watch.ready(name))
+        self.coalescer = Coalescer(
+            self._send, settings.max_batch_items, lambda: watch.ready(name), lambda: watch.in_steps(name)
+        )
 
     async def ask(self, requests: list[Any], timeout_s: float) -> Answers:
         """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""

@@ -48,6 +48,10 @@ Send = Callable[[list[Any], list[float], int, Callable[[Piece], None]], Awaitabl
 """Calls a replica with items, the seconds left for each, and how many more wait here; hands on answers as they come."""
 
 
+GATHER_S = 0.005
+"""Between two calls to an engine that works in steps: a fraction of a step, and at most 200 calls a second."""
+
+
 class Coalescer:
     """Sends what waits for a model as one call, and no more calls than keep its replicas busy.
 
@@ -56,13 +60,23 @@ class Coalescer:
     turn are faster than one for which all clients have to be back. What comes later waits here, where its client can
     still take it back for nothing. Answers come back batch by batch, so that nobody waits for the slowest in a call.
 
+    Where the engine works in steps, and takes newcomers at each, a call leaves at once, as long as there is room for it
+    in what the replicas may have on their way.
+
     Room in a call is dealt out evenly among the requests that wait, so that a long list does not hold up short ones.
     """
 
-    def __init__(self, send: Send, max_call_items: int, replicas: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        send: Send,
+        max_call_items: int,
+        replicas: Callable[[], int],
+        in_steps: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.send = send
         self.max_call_items = max_call_items
         self.replicas = replicas
+        self.in_steps = in_steps
         self.waiting = 0
         """Items that have not been sent."""
         self.cost = BatchCost()
@@ -70,6 +84,8 @@ class Coalescer:
         self._parcels: deque[Parcel] = deque()
         self._calls: list[Call] = []
         """In the order in which they left."""
+        self._left_at = 0.0
+        """When the last one did."""
         self._wake = asyncio.Event()
         self._pumping: asyncio.Task[None] | None = None
 
@@ -110,6 +126,8 @@ class Coalescer:
         if not self.waiting:
             return None
         replicas = max(1, self.replicas())
+        if self.in_steps():
+            return max(0.0, self._left_at + GATHER_S - time.monotonic()) if self._room() > 0 else None
         if len(self._calls) < replicas:
             return self.linger.wait_s(self.waiting, self.waiting, self.max_call_items)
         if len(self._calls) < 2 * replicas:
@@ -119,6 +137,13 @@ class Coalescer:
             if self.waiting >= under_way and self._is_faster_apart(under_way):
                 return 0.0
         return None
+
+    def _room(self) -> int:
+        """For how many items the next call has room."""
+        if not self.in_steps():
+            return self.max_call_items
+        under_way = sum(call.left for call in self._calls)
+        return min(self.max_call_items, self.max_call_items * max(1, self.replicas()) - under_way)
 
     def _is_faster_apart(self, under_way: int) -> bool:
         """Are two calls, one right after the other, faster than one for which all clients have to be back?"""
@@ -138,6 +163,7 @@ class Coalescer:
             if pause_s is not None and pause_s <= 0:
                 call = self._take()
                 self._calls.append(call)
+                self._left_at = time.monotonic()
                 self._begin()
                 call.task = asyncio.get_running_loop().create_task(self._run(call))
                 # Not in `_run` itself, which never begins where all clients leave before its first step.
@@ -149,10 +175,11 @@ class Coalescer:
 
     def _take(self) -> Call:
         call = Call()
-        while call.left < self.max_call_items and self._parcels:
+        room = self._room()
+        while call.left < room and self._parcels:
             parcel = self._parcels.popleft()
-            room = max(1, (self.max_call_items - call.left) // (len(self._parcels) + 1))
-            places = range(parcel.sent, min(parcel.sent + room, len(parcel.items)))
+            share = max(1, (room - call.left) // (len(self._parcels) + 1))
+            places = range(parcel.sent, min(parcel.sent + share, len(parcel.items)))
             call.owners += ((parcel, place) for place in places)
             call.left += len(places)
             parcel.sent = places.stop
@@ -195,3 +222,5 @@ class Coalescer:
         self.linger.ended(len(piece), seconds)
         call.left -= len(piece)
         call.since = now
+        if self.waiting and self.in_steps():
+            self._wake.set()

@@ -10,8 +10,10 @@ from ray.serve.handle import DeploymentHandle
 from deployments.loopback import keep_to_loopback
 from serve import errors
 from serve.board import Reporter
+from serve.cache import cache_of
 from serve.calls import Deployment, Model
 from serve.metrics import REGISTRY
+from serve.predictions import Predictions
 from serve.settings import Settings
 from serve.watch import Watch
 
@@ -24,6 +26,7 @@ class Graph:
     watch: Watch
     models: dict[str, Model]
     services: dict[str, Deployment]
+    predictions: Predictions
 
     @classmethod
     def of(
@@ -45,6 +48,7 @@ class Graph:
                 for name, handle in models.items()
             },
             {name: Deployment(name, handle, settings.search.max_queue) for name, handle in services.items()},
+            Predictions(cache_of(settings.cache)),
         )
 
     def start(self) -> None:

@@ -20,10 +20,10 @@ from serve.direct import DirectApp
 from serve.errors import DureError
 from serve.graph import Graph
 from serve.middleware import BodyLimit, RequestCount
-from serve.routes import embeddings, health, metrics, models, predict, progress, rerank, search, vision
+from serve.routes import embeddings, health, metrics, models, predict, progress, rerank, search, vision, ws
 from serve.settings import Settings
 
-ROUTERS = (health, models, progress, predict, embeddings, rerank, search, vision, metrics)
+ROUTERS = (health, models, progress, predict, embeddings, rerank, search, vision, ws, metrics)
 OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 
 

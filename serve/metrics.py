@@ -25,6 +25,13 @@ DURATION = Histogram(
 )
 QUEUE_ITEMS = Gauge("dure_queue_items", "Items waiting or running, per deployment", ["name"], registry=REGISTRY)
 REJECTED = Counter("dure_rejected", "Requests refused because a queue was full", ["name"], registry=REGISTRY)
+CACHE = Counter(
+    "dure_cache_lookups",
+    "Lookups of predictions: hit, miss, joined (the same was under way), error (Redis failed)",
+    ["result"],
+    registry=REGISTRY,
+)
+CONNECTIONS = Gauge("dure_websocket_connections", "Clients connected over WebSocket", registry=REGISTRY)
 REQUESTS = Counter("dure_http_requests", "HTTP responses", ["method", "route", "status"], registry=REGISTRY)
 
 

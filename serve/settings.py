@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deployments.spec import ModelSpec, Precision, Runtime
 
+CACHES = ("memory", "redis", "rediss", "unix")
 TASKS = ("next_word", "vision", "embedding", "rerank")
 
 
@@ -119,6 +120,30 @@ class IngressSettings(Strict):
     cors_origins: list[str] = []
 
 
+class CacheSettings(Strict):
+    """Where predictions are kept. With Redis, all ingresses share them."""
+
+    url: str = Field("memory://", description="memory://, redis://HOST:PORT/DB, rediss:// or unix://")
+    ttl_s: float = Field(60, ge=0, description="how long a prediction is kept; 0: no cache")
+    max_mb: float = Field(64, gt=0, description="what memory:// may hold, per ingress replica")
+    timeout_s: float = Field(0.1, gt=0, description="for one answer of Redis; a slower one is done without")
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        scheme = url.partition("://")[0]
+        if scheme not in CACHES or (scheme != "memory" and len(url) <= len(scheme) + 3):
+            raise ValueError(f"a cache is {', '.join(f'{scheme}://...' for scheme in CACHES)}")
+        return url
+
+
+class WebSocketSettings(Strict):
+    """Bounds on clients that type."""
+
+    max_connections: int = Field(3000, ge=1, description="per ingress replica; over it a client is told to come back")
+    max_messages_per_s: float = Field(50, gt=0, description="of one connection; faster ones are read more slowly")
+
+
 class Settings(Strict):
     """`applications[0].args` of a config file."""
 
@@ -128,6 +153,8 @@ class Settings(Strict):
     ingress: IngressSettings = IngressSettings()
     search: ServiceSettings = ServiceSettings()
     limits: Limits = Limits()
+    cache: CacheSettings = CacheSettings()
+    websocket: WebSocketSettings = WebSocketSettings()
     request_timeout_s: float = Field(120, gt=0, description="a request's deadline; over it 504")
     load_wait_s: float = Field(
         60, ge=0, description="how long a request waits for a model that is loading; over it 503"

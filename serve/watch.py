@@ -47,6 +47,16 @@ class Watch:
         """How many replicas take requests."""
         return sum(replica.event.status == "ready" and not replica.process for replica in self.of(model))
 
+    def version(self, model: str) -> str | None:
+        """What tells answers of this model from those of another; None while its replicas differ or are unknown."""
+        serving = [replica for replica in self.of(model) if replica.event.status == "ready" and not replica.process]
+        versions = {(replica.facts or {}).get("version") for replica in serving}
+        return versions.pop() if len(versions) == 1 else None
+
+    def in_steps(self, model: str) -> bool:
+        """Does the model's engine work in steps, at each of which it takes newcomers?"""
+        return any((replica.facts or {}).get("in_steps") for replica in self.of(model))
+
     def reason(self, model: str) -> str:
         """Why a model failed."""
         failures = [r.event.message for r in self.of(model) if r.event.status == "failed"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import orjson
 from fastapi import APIRouter, Response
 from pydantic import Field
 
 from deployments.items import Prompt
+from serve.graph import Graph
 from serve.metrics import measured
 from serve.routes.common import Body, GraphDep, answer, check_text
 
@@ -25,9 +27,15 @@ class PredictRequest(Body):
 @router.post("/predict")
 async def predict(body: PredictRequest, graph: GraphDep) -> Response:
     """The likeliest next words, best first; with `complete_word: false`, single tokens."""
-    check_text(body.text, "text", graph.settings.limits)
-    model = graph.model("next_word", body.model)
-    prompt = Prompt(body.text, body.top_k, body.temperature, body.complete_word)
+    model, words = await next_words(body, graph)
+    return answer({"predictions": words, "model": model})
+
+
+async def next_words(asked: PredictRequest, graph: Graph) -> tuple[str, orjson.Fragment]:
+    """The name of the model that was asked, and its answer as JSON."""
+    check_text(asked.text, "text", graph.settings.limits)
+    model = graph.model("next_word", asked.model)
+    prompt = Prompt(asked.text, asked.top_k, asked.temperature, asked.complete_word)
     with measured(model.name):
-        [words] = await model.results([prompt], graph.settings.request_timeout_s, "text")
-    return answer({"predictions": words, "model": model.name})
+        words = await graph.predictions.of(model, prompt, graph.settings.request_timeout_s)
+    return model.name, orjson.Fragment(words)

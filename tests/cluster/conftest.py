@@ -12,6 +12,7 @@ import yaml
 from tests.dure import ROOT, Dure, config_file, free_port
 
 ORIGIN = "https://app.example.org"
+MAX_CONNECTIONS = 12
 MODELS = ["predictor", "vision", "embedder", "reranker", "shout", "growing"]
 
 
@@ -41,6 +42,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
         port,
         ingress={"cors_origins": [ORIGIN]},
         limits={"max_body_mb": 6, "max_image_mb": 2, "max_text_chars": 120_000, "max_image_megapixels": 20},
+        websocket={"max_connections": MAX_CONNECTIONS},
         request_timeout_s=10,
     )
     running = Dure(config, folder / "state", port)

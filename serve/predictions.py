@@ -1,0 +1,84 @@
+"""Next words, asked of a model as seldom as possible: not while somebody else asks the same, nor within a minute."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import asdict, dataclass
+
+import orjson
+
+from deployments.items import Prompt
+from serve.cache import Cache
+from serve.calls import Model
+from serve.metrics import CACHE
+
+WRITES = 64
+"""Answers on their way into the cache at once; more are let go."""
+
+
+@dataclass(eq=False)
+class Shared:
+    """An answer that is being worked out, and how many wait for it."""
+
+    task: asyncio.Task[bytes]
+    waiting: int = 0
+
+
+class Predictions:
+    """Answers as JSON: a list of objects with `text`, `append` and `confidence`."""
+
+    def __init__(self, cache: Cache | None) -> None:
+        self.cache = cache
+        self._shared: dict[str, Shared] = {}
+        self._writing: set[asyncio.Task[None]] = set()
+
+    async def of(self, model: Model, prompt: Prompt, timeout_s: float) -> bytes:
+        """The model's next words. Raises DureError as the model does."""
+        version = model.watch.version(model.name)
+        if version is None:  # it is being loaded anew: who answers is not known
+            return await _asked(model, prompt, timeout_s)
+        key = _key(model.name, version, prompt)
+        shared = self._shared.get(key)
+        if shared is None:
+            task = asyncio.get_running_loop().create_task(self._find(key, version, model, prompt, timeout_s))
+            shared = self._shared[key] = Shared(task)
+            task.add_done_callback(lambda _: self._over(key, task))
+        else:
+            CACHE.labels("joined").inc()
+        shared.waiting += 1
+        try:
+            return await asyncio.shield(shared.task)
+        finally:
+            shared.waiting -= 1
+            if not shared.waiting and not shared.task.done():
+                self._over(key, shared.task)
+                shared.task.cancel()
+
+    def _over(self, key: str, task: asyncio.Task[bytes]) -> None:
+        if key in self._shared and self._shared[key].task is task:
+            del self._shared[key]
+
+    async def _find(self, key: str, version: str, model: Model, prompt: Prompt, timeout_s: float) -> bytes:
+        if self.cache is None:
+            return await _asked(model, prompt, timeout_s)
+        known = await self.cache.get(key)
+        CACHE.labels("hit" if known else "miss").inc()
+        if known:
+            return known
+        found = await _asked(model, prompt, timeout_s)
+        if model.watch.version(model.name) == version and len(self._writing) < WRITES:
+            writing = asyncio.get_running_loop().create_task(self.cache.set(key, found))
+            self._writing.add(writing)
+            writing.add_done_callback(self._writing.discard)
+        return found
+
+
+async def _asked(model: Model, prompt: Prompt, timeout_s: float) -> bytes:
+    [words] = await model.results([prompt], timeout_s, "text")
+    return orjson.dumps(words)
+
+
+def _key(model: str, version: str, prompt: Prompt) -> str:
+    told = orjson.dumps([model, version, asdict(prompt)])
+    return f"next:{hashlib.blake2b(told, digest_size=24).hexdigest()}"
