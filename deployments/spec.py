@@ -24,6 +24,8 @@ class ModelSpec:
     """What multiplies: torch, or OpenVINO on a CPU; with `auto` what measures faster."""
     threads: int | None = None
     """CPU threads for one batch; all cores where left out."""
+    own_cores: bool = False
+    """There are enough cores for the threads of all models at once."""
     max_batch_items: int = 32
     max_batch_tokens: int = 16384
     """Padded tokens of one batch: its items times the longest."""

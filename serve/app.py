@@ -63,7 +63,7 @@ def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> 
         ),
         **_lifecycle(settings),
     )
-    return deployment.bind(replace(model.spec(name), deploy=deploy), Reporter)
+    return deployment.bind(replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores), Reporter)
 
 
 def _lifecycle(settings: Settings) -> dict[str, float]:

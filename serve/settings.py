@@ -161,6 +161,13 @@ class Settings(Strict):
     )
     drain_s: float = Field(30, ge=0, description="how long a replica that stops may finish its requests")
 
+    @property
+    def own_cores(self) -> bool:
+        """Has this machine a core for every thread of every model that runs on the CPU?"""
+        cores = os.cpu_count() or 1
+        on_cpu = [model for model in self.models.values() if not model.num_gpus]
+        return sum((model.threads or cores) * model.autoscaling.max_replicas for model in on_cpu) <= cores
+
     @model_validator(mode="after")
     def _reserved_names(self) -> "Settings":
         taken = sorted({"ingress", "search"} & set(self.models))

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from serve.environment import local_environment
 from tests.dure import ROOT, Dure, config_file, free_port
@@ -47,11 +49,16 @@ def is_over(dure: Dure, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def test_a_signal_to_the_whole_group_leaves_nothing(start: Start) -> None:
+def test_a_signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(start: Start) -> None:
     dure = start().wait_ready()
     names = {process.name() for process in dure.processes()}
     assert "haproxy" in names
-    os.killpg(dure.process.pid, signal.SIGTERM)
+    with connect(f"{dure.url.replace('http', 'ws')}/ws/somebody") as connected:
+        os.killpg(dure.process.pid, signal.SIGTERM)
+        with pytest.raises(ConnectionClosed) as closed:
+            connected.recv(timeout=15)
+    assert closed.value.rcvd
+    assert closed.value.rcvd.code == 1012, "service restart"
     is_over(dure, 15)
     assert dure.ended(1) == 0
 
@@ -152,18 +159,17 @@ def test_progress_of_a_load_is_seen_live_and_never_goes_back(start: Start, tmp_p
     assert '"status":"ready"' in seen[-1]
 
 
-def test_status_and_predict_commands(start: Start) -> None:
-    dure = start().wait_ready()
+def test_status_and_predict_commands(dure: Dure) -> None:
     table = dure.command("status")
     assert table.returncode == 0
     assert "shout" in table.stdout
     assert "ready" in table.stdout
-    refused = dure.command("predict", "오늘 날씨가")
+    words = dure.command("predict", "오늘 날씨가")
+    assert words.returncode == 0
+    assert "좋아서" in words.stdout
+    refused = dure.command("predict", "a" * 120_001)
     assert refused.returncode == 1
-    assert "no model with task next_word" in refused.stderr
-    stopped = dure.command("stop")
-    assert stopped.stdout.strip() == "Stopped 1", stopped.stderr
-    is_over(dure, 15)
+    assert "120001 characters" in refused.stderr
 
 
 def test_commands_say_when_nothing_runs(start: Start, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from serve.settings import SettingsError, read_config
+from serve.settings import Settings, SettingsError, read_config
 from tests.dure import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -85,3 +86,17 @@ def test_use_optimized_models_forces_fp32(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("USE_OPTIMIZED_MODELS", "perhaps")
     with pytest.raises(SettingsError, match="perhaps"):
         model.spec("predictor")
+
+
+def test_models_have_cores_of_their_own_where_threads_are_no_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+
+    def own(*models: dict[str, Any]) -> bool:
+        named = {f"m{number}": {"task": "embedding", "source": "x", **model} for number, model in enumerate(models)}
+        return Settings.model_validate({"models": named}).own_cores
+
+    assert own({})
+    assert not own({}, {})
+    assert own({"threads": 2}, {"threads": 2})
+    assert not own({"threads": 2}, {"threads": 2, "autoscaling": {"max_replicas": 2}})
+    assert own({"threads": 4}, {"num_gpus": 0.5})
