@@ -90,10 +90,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--idle", type=int, default=2000, help="connections that nobody types on")
+    parser.add_argument("--ttl-s", type=float, default=60, help="how long the server keeps predictions; 0: no cache")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = {"task": "next_word", "source": "demo/next_word/checkpoint", "threads": 1, "max_queue": 1024}
-    server = servers.dure_with("typing", {"predictor": model}, {"replicas": 1}, "/ws")
+    server = servers.dure_with(
+        "typing", {"predictor": model}, {"replicas": 1}, "/ws", more={"cache": {"ttl_s": options.ttl_s}}
+    )
     print(machine())
     with server.running():
         url = server.url.replace("http", "ws")
