@@ -79,3 +79,7 @@ class Question:
 class Answer:
     json: str
     tokens: int
+    steps: int = 0
+    """Passes of the model that it took."""
+    forced: int = 0
+    """Of the tokens, those that the schema left no choice about."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Status = Literal["preparing", "loading_tokenizer", "loading_checkpoint", "loaded", "ready", "failed"]
@@ -24,6 +24,10 @@ class LoadEvent:
     message_ko: str
     shard: int | None = None
     shards: int | None = None
+
+    def as_ready(self) -> LoadEvent:
+        """The last event of the load that this one is of."""
+        return replace(self, status="ready", progress=READY, message="Ready", message_ko="준비 완료")
 
 
 class LoadProgress:

@@ -145,7 +145,6 @@ def _limits(workloads: list[Workload]) -> None:
     spec = ModelSpec("m", "next_word", DURE["source"], precision=PRECISION)
     engine = load_engine(spec, LoadProgress(lambda event: None))
     assert isinstance(engine, Predictor)
-    engine.prefixes.max_bytes = 0  # as for prompts that nobody has begun to type
     head = engine.model.get_output_embeddings().weight
     layers = sum(each.numel() for each in engine.model.base_model.h.parameters())
     bandwidth, rate = _bandwidth(), _matrix_rate(head.dtype)

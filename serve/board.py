@@ -63,6 +63,8 @@ class Report:
     """By name: the replica itself, and the copy that it loads."""
     order: Order | None = None
     """The last order to reload that it has carried out."""
+    begun: int = 0
+    """Number of the last order that it has begun to carry out."""
     refused: tuple[Order, str] | None = None
     """The last order that it could not carry out, and why; it serves on as before."""
 
@@ -113,8 +115,9 @@ class Board:
 
     async def order(self, model: str, changes: dict[str, Any]) -> Order:
         """Have all replicas of a model reload, one after the other. Raises ValueError while they do already."""
-        deploys = [report.deploy for report in self.reports.values() if report.model == model]
-        return self.reloads[model].order(deploys[-1] if deploys else "", changes)
+        reports = [report for report in self.reports.values() if report.model == model]
+        deploy = reports[-1].deploy if reports else ""
+        return self.reloads[model].order(deploy, changes, max((report.begun for report in reports), default=0))
 
     async def reload(self, model: str) -> tuple[Reload | None, int]:
         """How the model's last order is getting on, and the number of the last change until now."""
@@ -147,6 +150,9 @@ class Board:
     def _take(self, report: Report, before: dict[str, Replica]) -> None:
         self.reports[report.model, report.process] = report
         for name in before.keys() - report.states.keys():
+            last = before[name]
+            if last.event.status not in ("ready", "failed"):  # the report that it was ready has been overtaken
+                self._note((report.model, name), replace(last, event=last.event.as_ready()))
             self._note((report.model, name), None)
         for name, state in report.states.items():
             if before.get(name) != state:
@@ -235,7 +241,7 @@ class Reporter:
             else:
                 name, kept, process = said.process, said.states, ""
             state = said.states.get(name) or Replica(said.model, name, event, None, process)
-            self._say(states=kept | {name: replace(state, event=event)})
+            self._say(states=kept | {name: replace(state, event=event)}, begun=max(said.begun, copy))
 
     def facts(self, facts: dict[str, Any], order: Order | None = None) -> None:
         """What became of the model that serves now, and the order that it was loaded by; there is no copy any more."""

@@ -17,7 +17,7 @@ from typing import Protocol
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
 
 from serve.metrics import CACHE
 from serve.settings import CacheSettings
@@ -114,6 +114,8 @@ class RedisCache:
     async def _answer(self, command: Callable[[], Awaitable[object]]) -> object:
         try:
             return await command()
+        except MaxConnectionsError:  # a rush, which says nothing of Redis
+            pass
         except ResponseError as error:  # it is there, but refuses this: its memory is full
             CACHE.labels("error").inc()
             logger.warning("Redis refuses: %s", error)

@@ -127,6 +127,8 @@ class Coalescer:
             return None
         replicas = max(1, self.replicas())
         if self.in_steps():
+            if not self._calls:
+                return 0.0
             return max(0.0, self._left_at + GATHER_S - time.monotonic()) if self._room() > 0 else None
         if len(self._calls) < replicas:
             return self.linger.wait_s(self.waiting, self.waiting, self.max_call_items)

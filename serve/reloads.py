@@ -34,12 +34,15 @@ class Reloads:
     applied: dict[str, int] = field(default_factory=dict)
     """By replica: the number of the last order that it has carried out."""
 
-    def order(self, deploy: str, changes: dict[str, Any]) -> Order:
-        """A new order. Raises ValueError while an earlier one is under way."""
+    def order(self, deploy: str, changes: dict[str, Any], begun: int = 0) -> Order:
+        """A new order. Raises ValueError while an earlier one is under way.
+
+        `begun` is the largest number of an order that a replica has begun, perhaps of a board before this one.
+        """
         self._of(deploy)
         if self.latest and self.latest.state == "running":
             raise ValueError(NOT_YET)
-        number = 1 + max([0, *self.applied.values(), self.latest.order.number if self.latest else 0])
+        number = 1 + max([begun, *self.applied.values(), self.latest.order.number if self.latest else 0])
         self.latest = Reload(Order(number, deploy, changes))
         return self.latest.order
 

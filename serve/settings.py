@@ -141,7 +141,9 @@ class WebSocketSettings(Strict):
     """Bounds on clients that type."""
 
     max_connections: int = Field(3000, ge=1, description="per ingress replica; over it a client is told to come back")
-    max_messages_per_s: float = Field(50, gt=0, description="of one connection; faster ones are read more slowly")
+    max_messages_per_s: float = Field(
+        50, gt=0, description="of one connection; a client that goes on faster is disconnected"
+    )
 
 
 class Settings(Strict):

@@ -154,6 +154,14 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
     def cost(self, item: Prefix) -> int:
         return len(item.ids)
 
+    def run(self, items: list[Prefix]) -> list[list[Word]]:
+        """The items' results, all read from nothing: it is by runs of the same items that engines are measured."""
+        kept, self.prefixes = self.prefixes, Prefixes(self.model, max_bytes=0)
+        try:
+            return super().run(items)
+        finally:
+            self.prefixes = kept
+
     def begin(self, item: Prefix) -> Search:
         return Search(item)
 
@@ -162,16 +170,19 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         begun = [search for search in works if not search.candidates]
         grown = [search for search in works if search.candidates]
         turns = [search.turn(self.prefixes) for search in (*begun, *grown)]
-        hidden = self.reader.read(turns)
+        try:
+            hidden = self.reader.read(turns)
+        except Exception:  # perhaps for want of memory
+            self.prefixes.clear()
+            raise
         ends = np.cumsum([0, *(len(turn.ids) for turn in turns[: len(begun)])])
         candidates = self._candidates([search.item for search in begun], hidden[ends[1:] - 1]) if begun else []
         following = self._likeliest(hidden[ends[-1] :])
-        for search, turn in zip(begun, turns, strict=False):
-            self.prefixes.keep(search.item.ids, turn.sequence)
         # Only from here on searches change: a step that ran out of memory can be taken again.
         for turn in turns:
             turn.sequence.length += len(turn.ids)
-        for search, found in zip(begun, candidates, strict=True):
+        for search, turn, found in zip(begun, turns, candidates, strict=False):
+            self.prefixes.keep(search.item.ids, turn.sequence)
             search.candidates = found
             search.growing = found if search.item.prompt.complete_word else []
         for search, turn in zip(grown, turns[len(begun) :], strict=True):

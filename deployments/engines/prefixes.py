@@ -42,12 +42,16 @@ class Prefixes:
     def keep(self, ids: list[int], sequence: Sequence) -> None:
         """The first tokens of the sequence are these."""
         key = tuple(ids)
-        if len(key) < SHORTEST:
+        if len(key) < SHORTEST or not self.max_bytes:
             return
         if key in self._kept:
             self._kept.move_to_end(key)
             return
-        kept = sequence.copy_of_first(len(key))
+        try:
+            kept = sequence.copy_of_first(len(key))
+        except RuntimeError:  # no memory for what is only a convenience
+            self.clear()
+            return
         self._kept[key] = kept
         self._by_start.setdefault(key[:SHORTEST], set()).add(key)
         self.nbytes += kept.nbytes
@@ -58,6 +62,11 @@ class Prefixes:
             alike.discard(oldest)
             if not alike:
                 del self._by_start[oldest[:SHORTEST]]
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._by_start.clear()
+        self.nbytes = 0
 
 
 def _common(ids: list[int], others: Ids) -> int:

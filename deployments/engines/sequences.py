@@ -15,9 +15,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from deployments.spec import CheckpointError
+
 ATTENTION = "dure_sequences"
 ROOM = 64
-"""Tokens that a sequence has room for beyond those it reads first."""
+"""Tokens that a sequence has room for beyond those it has just read."""
 
 
 class Sequence:
@@ -28,7 +30,8 @@ class Sequence:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.length = 0
-        self.kept = torch.empty(config.num_hidden_layers, 2, heads, 0, width, dtype=model.dtype, device=model.device)
+        like = model.get_input_embeddings().weight  # never quantised
+        self.kept = like.new_empty(config.num_hidden_layers, 2, heads, 0, width)
         """Shape (layers, 2, heads, room, width)."""
 
     def make_room(self, tokens: int) -> None:
@@ -36,7 +39,7 @@ class Sequence:
         room = self.kept.shape[3]
         if self.length + tokens > room:
             layers, two, heads, _, width = self.kept.shape
-            kept = self.kept.new_empty(layers, two, heads, max(self.length + tokens + ROOM, 2 * room), width)
+            kept = self.kept.new_empty(layers, two, heads, self.length + tokens + ROOM, width)
             kept[:, :, :, : self.length] = self.kept[:, :, :, : self.length]
             self.kept = kept
 
@@ -49,7 +52,7 @@ class Sequence:
 
     @property
     def nbytes(self) -> int:
-        return self.kept.nbytes
+        return int(self.kept.nbytes)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Turn:
     visible: np.ndarray | None = None
     """Which tokens of the sequence, these included, each of these sees: bool, shape (ids, length + ids). None: all
     that come before it, and itself."""
+    embeddings: torch.Tensor | None = None
+    """What is read in the place of the ids' own embeddings, shape (ids, width)."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,14 @@ class Span:
 
 
 class Reader:
-    """Reads turns with a causal language model of transformers whose attention is one of its interface's."""
+    """Reads turns with a causal language model of transformers that takes its attention from AttentionInterface.
+
+    Raises CheckpointError for one that does not.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if not model._supports_attention_backend:
+            raise CheckpointError(f"{type(model).__name__} has an attention of its own, which can't be read in steps")
         self.model = model
         model.set_attn_implementation(ATTENTION)
 
@@ -94,12 +104,18 @@ class Reader:
             begin += len(turn.ids)
         device = self.model.device
         hidden: torch.Tensor = self.model.base_model(
-            torch.tensor([[id for turn in turns for id in turn.ids]], device=device),
+            inputs_embeds=torch.cat([self._embeddings(turn) for turn in turns])[None],
             position_ids=torch.tensor([[at for turn in turns for at in turn.positions]], device=device),
             use_cache=False,
             spans=spans,
         ).last_hidden_state[0]
         return hidden
+
+    def _embeddings(self, turn: Turn) -> torch.Tensor:
+        if turn.embeddings is not None:
+            return turn.embeddings
+        embeddings: torch.Tensor = self.model.get_input_embeddings()(torch.tensor(turn.ids, device=self.model.device))
+        return embeddings
 
     def _bias(self, turn: Turn) -> torch.Tensor | None:
         visible = turn.visible
@@ -107,7 +123,7 @@ class Reader:
             if len(turn.ids) == 1 or turn.sequence.length == 0:
                 return None
             visible = np.tri(len(turn.ids), turn.sequence.length + len(turn.ids), turn.sequence.length, bool)
-        dtype = self.model.dtype
+        dtype = turn.sequence.kept.dtype
         bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
         return bias.to(self.model.device)
 
@@ -121,9 +137,11 @@ def _attend(
     *,
     spans: list[Span],
     scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface; query, key and value have shape (1, heads, tokens, width)."""
+    if more.get("softcap") or more.get("s_aux") is not None:
+        raise CheckpointError(f"{type(module).__name__} caps its scores or has sinks, which can't be read in steps")
     result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     gqa = query.shape[1] != key.shape[1]
     for span in spans:

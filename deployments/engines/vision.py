@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from llguidance import LLMatcher
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LogitsProcessor, ProcessorMixin
+from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
 
+from deployments.engines.sequences import Reader, Sequence, Turn
+from deployments.engines.stepping import Stepping
+from deployments.engines.writing import Writing, choose
 from deployments.items import Answer, Question
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
@@ -37,8 +40,26 @@ class Seen:
     grammar: str
 
 
-class Vision:
-    """Greedy decoding under a grammar made from the schema, so even a bad model answers in the schema."""
+class Look:
+    """The work on one item."""
+
+    def __init__(self, item: Seen) -> None:
+        self.item = item
+        self.writing: Writing | None = None
+        self.steps = 0
+        self.result: Answer | Refusal | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it reads next."""
+        return len(self.writing.to_read) if self.writing else len(self.item.ids)
+
+
+class Vision(Stepping[Question, Seen, Look]):
+    """Greedy decoding under a grammar made from the schema.
+
+    A step reads, in one pass, the images and prompts that have just come and what was last written of other answers.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: ProcessorMixin, facts: Facts) -> None:
         self.model = model
@@ -49,6 +70,7 @@ class Vision:
         self.grammar_tokens = llguidance.hf.from_tokenizer(self.tokenizer)
         self.specials = [token for token in self.tokenizer.all_special_tokens if token.strip()]
         self.specials += [processor.image_token]
+        self.reader = Reader(model.model.language_model)
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Vision:
@@ -84,57 +106,63 @@ class Vision:
     def cost(self, item: Seen) -> int:
         return len(item.ids)
 
-    @torch.inference_mode()
-    def run(self, items: list[Seen]) -> list[Answer | Refusal]:
-        longest = max(len(item.ids) for item in items)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos
-        ids = torch.tensor([[pad] * (longest - len(item.ids)) + item.ids for item in items])
-        mask = torch.tensor([[0] * (longest - len(item.ids)) + [1] * len(item.ids) for item in items])
-        device = self.model.device
-        written = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            pixel_values=torch.stack([item.pixels for item in items]).to(device, self.model.dtype),
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=self.eos,
-            logits_processor=[Constraint([LLMatcher(self.grammar_tokens, item.grammar) for item in items], self.eos)],
-        )[:, longest:]
-        return [self._answer(row[row != pad].tolist()) for row in written]
+    def begin(self, item: Seen) -> Look:
+        return Look(item)
 
-    def _answer(self, ids: list[int]) -> Answer | Refusal:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+    @torch.inference_mode()
+    def step(self, works: list[Look]) -> None:
+        begun = [look for look in works if look.writing is None]
+        started = dict(zip(begun, self._start(begun), strict=True))
+        writings: list[Writing] = []
+        turns: list[Turn] = []
+        for look in works:
+            writing, turn = started[look] if look in started else self._turn(look)
+            writings.append(writing)
+            turns.append(turn)
+        hidden = self.reader.read(turns)
+        last = np.cumsum([len(turn.ids) for turn in turns]) - 1
+        chosen = choose(self.model.lm_head(hidden[last]).float(), writings)
+        # Only from here on works change: a step that ran out of memory can be taken again.
+        for look, writing, turn, token in zip(works, writings, turns, chosen, strict=True):
+            turn.sequence.length += len(turn.ids)
+            writing.write(token)
+            look.writing = writing
+            look.steps += 1
+            if writing.ended or len(writing.written) >= MAX_ANSWER_TOKENS:
+                look.result = self._answer(look, writing)
+
+    def _start(self, looks: list[Look]) -> list[tuple[Writing, Turn]]:
+        """First the prompt is read with the image in it, and what the grammar makes each answer begin with."""
+        if not looks:
+            return []
+        pixels = torch.stack([look.item.pixels for look in looks]).to(self.model.device, self.model.dtype)
+        images = self.model.model.get_image_features(pixels).pooler_output
+        embed = self.model.get_input_embeddings()
+        started = []
+        for look, image in zip(looks, images, strict=True):
+            matcher = LLMatcher(self.grammar_tokens, look.item.grammar)
+            writing = Writing(Sequence(self.reader.model), matcher, self.eos)
+            ids = [*look.item.ids, *writing.to_read]
+            at = torch.tensor(ids, device=self.model.device)
+            embeddings = embed(at)
+            embeddings[at == self.model.config.image_token_id] = image.to(embeddings.dtype)
+            started.append((writing, Turn(writing.sequence, ids, list(range(len(ids))), embeddings=embeddings)))
+        return started
+
+    def _turn(self, look: Look) -> tuple[Writing, Turn]:
+        assert look.writing
+        sequence, ids = look.writing.sequence, look.writing.to_read
+        return look.writing, Turn(sequence, ids, list(range(sequence.length, sequence.length + len(ids))))
+
+    def _answer(self, look: Look, writing: Writing) -> Answer | Refusal:
+        text = self.tokenizer.decode(writing.written, skip_special_tokens=True)
         try:
             json.loads(text)
         except ValueError:
+            if writing.matcher.is_error():
+                return Refusal(f"the schema is too much for its grammar: {writing.matcher.get_error()}", "failed")
             return Refusal(f"the answer did not end within {MAX_ANSWER_TOKENS} tokens", "failed")
-        return Answer(text, len(ids))
-
-
-class Constraint(LogitsProcessor):  # type: ignore[misc]
-    """Lets each row go on only with tokens that its grammar allows, and ends it when its grammar ends."""
-
-    def __init__(self, matchers: list[LLMatcher], eos: int) -> None:
-        self.matchers = matchers
-        self.eos = eos
-        self.started = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.started:
-            for matcher, token in zip(self.matchers, input_ids[:, -1].tolist(), strict=True):
-                if not matcher.is_stopped():
-                    matcher.consume_token(token)
-        self.started = True
-        allowed = np.zeros(scores.shape, dtype=bool)
-        for row, matcher in enumerate(self.matchers):
-            if matcher.is_stopped():
-                allowed[row, self.eos] = True
-                continue
-            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-            width = min(bits.size, scores.shape[1])
-            allowed[row, :width] = bits[:width]
-        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+        return Answer(text, len(writing.written), look.steps, writing.forced)
 
 
 def _read(encoded: bytes) -> Image.Image:

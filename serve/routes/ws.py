@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -26,15 +27,18 @@ router = APIRouter(tags=["next word"])
 
 SEND_S = 10.0
 """A client that takes nothing for so long is disconnected."""
-REPLIES = 16
-"""Errors and pongs that may wait to be sent; nothing more is read from a client that leaves them lying."""
+CLOSE_S = 5.0
+REPLIES = 128
+"""Errors and pongs that may wait to be sent; a client that leaves more lying is disconnected."""
+ESCAPED, OTHER_FIELDS = 6, 4096
+"""Characters of JSON that a character of text may take, and that the rest of a message may."""
 
 
 class Input(PredictRequest):
     """What has been typed so far."""
 
     type: Literal["input"]
-    id: str | int | None = None
+    id: str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Comes back with the answer."""
 
 
@@ -53,123 +57,143 @@ MESSAGES: TypeAdapter[Input | Ping] = TypeAdapter(Annotated[Input | Ping, Field(
 async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_length=128)]) -> None:
     """Answers each `{"type": "input", "text": ...}` that no newer one has overtaken."""
     graph: Graph = socket.app.state.graph
-    if not _welcome(socket, graph.settings.ingress.cors_origins):
-        await socket.close(status.WS_1008_POLICY_VIOLATION, "this origin is not among the config's cors_origins")
-        return
-    await socket.accept()
-    if len(CONNECTED) >= graph.settings.websocket.max_connections:
-        await socket.close(status.WS_1013_TRY_AGAIN_LATER, "too many connections; come back in a minute")
-        return
-    connection = Connection(socket, graph)
-    CONNECTED.add(connection)
-    try:
-        await connection.run()
-    finally:
-        CONNECTED.discard(connection)
+    with contextlib.suppress(WebSocketDisconnect):  # clients may leave at any moment
+        if not _welcome(socket, graph.settings.ingress.cors_origins):
+            await socket.close(status.WS_1008_POLICY_VIOLATION, "this origin is not among the config's cors_origins")
+            return
+        await socket.accept()
+        if len(CONNECTED) >= graph.settings.websocket.max_connections:
+            await socket.close(status.WS_1013_TRY_AGAIN_LATER, "too many connections; come back in a minute")
+            return
+        connection = Connection(socket, graph)
+        CONNECTED.add(connection)
+        try:
+            await connection.run()
+        finally:
+            CONNECTED.discard(connection)
 
 
 def _welcome(socket: WebSocket, origins: list[str]) -> bool:
     """Browsers ask nobody before they connect, so the pages that may are the server's to tell."""
     origin = socket.headers.get("origin")
-    own = urlsplit(origin).netloc == socket.headers.get("host") if origin else True
-    return own or "*" in origins or origin in origins
+    if origin is None or "*" in origins or origin in origins:
+        return True
+    try:
+        return urlsplit(origin).netloc == socket.headers.get("host")
+    except ValueError:
+        return False
+
+
+class NotKept(Exception):
+    """The connection is closed because the client goes beyond what one may."""
 
 
 class Connection:
-    """Two loops: one reads, one answers. All that is sent is sent by the second, so nothing is sent twice at once."""
+    """Two loops: one reads, one sends, so nothing is sent twice at once. What is sent never waits for the model.
+
+    Serve reads a socket ahead without a bound, so a client that sends too fast can't be slowed down, only sent away.
+    """
 
     def __init__(self, socket: WebSocket, graph: Graph) -> None:
         self.socket = socket
         self.graph = graph
         self.newest: Input | None = None
         """Read and not yet taken up."""
-        self.answering: asyncio.Task[tuple[str, orjson.Fragment]] | None = None
-        self.replies: asyncio.Queue[dict[str, Any]] = asyncio.Queue(REPLIES)
+        self.answering: asyncio.Task[dict[str, Any]] | None = None
+        """The answer to the newest input that was taken up."""
+        self.replies: deque[dict[str, Any]] = deque()
         self.news = asyncio.Event()
 
     async def run(self) -> None:
-        """Until the client leaves."""
-        loops = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._answer())]
+        """Until the client leaves or is sent away."""
+        loops = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._send_all())]
         try:
             await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for loop in loops:
-                loop.cancel()
-            if self.answering:
-                self.answering.cancel()
-            for ended in await asyncio.gather(*loops, return_exceptions=True):
-                if isinstance(ended, Exception) and not isinstance(ended, WebSocketDisconnect | TimeoutError):
-                    logger.error("a connection failed", exc_info=ended)
-            with contextlib.suppress(RuntimeError):  # it is closed already
-                await self.socket.close(status.WS_1011_INTERNAL_ERROR)
+            for task in (*loops, self.answering):
+                if task:
+                    task.cancel()
+            ends = await asyncio.gather(*loops, return_exceptions=True)
+            await self._close([end for end in ends if isinstance(end, Exception)])
+
+    async def _close(self, ends: list[Exception]) -> None:
+        code, reason = status.WS_1011_INTERNAL_ERROR, ""
+        for end in ends:
+            if isinstance(end, NotKept | TimeoutError):
+                code, reason = status.WS_1008_POLICY_VIOLATION, str(end) or "answers are not taken"
+            elif not isinstance(end, WebSocketDisconnect):
+                logger.error("a connection failed", exc_info=end)
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it may be closed already
+            await asyncio.wait_for(self.socket.close(code, reason), CLOSE_S)
 
     async def _read(self) -> None:
         rate = self.graph.settings.websocket.max_messages_per_s
-        allowed, since = rate, time.monotonic()
+        allowed, since = 2 * rate, time.monotonic()
         while True:
             message = await self.socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
-            await self._take(message.get("text"))
-            # A second's worth of messages may come at once.
             now = time.monotonic()
-            allowed, since = min(rate, allowed + (now - since) * rate) - 1, now
+            allowed, since = min(2 * rate, allowed + (now - since) * rate) - 1, now
             if allowed < 0:
-                await asyncio.sleep(-allowed / rate)
+                raise NotKept(f"more than {rate:g} messages a second")
+            self._take(message.get("text"))
+            if len(self.replies) > REPLIES:
+                raise NotKept("answers are not taken")
 
-    async def _take(self, text: str | None) -> None:
+    def _take(self, text: str | None) -> None:
         try:
-            if text is None:
-                raise errors.invalid("send text, not bytes")
-            read = MESSAGES.validate_json(text)
+            read = self._parsed(text)
         except ValidationError as error:
-            await self._reply({"type": "error", "message": _told(error)})
+            self._reply({"type": "error", "message": _told(error)})
         except DureError as error:
-            await self._reply({"type": "error", "message": error.message})
+            self._reply({"type": "error", "message": error.message})
         else:
             if isinstance(read, Ping):
-                await self._reply({"type": "pong"})
+                self._reply({"type": "pong"})
                 return
             self.newest = read
             if self.answering:
                 self.answering.cancel()
             self.news.set()
 
-    async def _reply(self, reply: dict[str, Any]) -> None:
-        await self.replies.put(reply)
+    def _parsed(self, text: str | None) -> Input | Ping:
+        if text is None:
+            raise errors.invalid("send text, not bytes")
+        most = ESCAPED * self.graph.settings.limits.max_text_chars + OTHER_FIELDS
+        if len(text) > most:
+            raise errors.invalid(f"the message has {len(text)} characters, more than {most}")
+        return MESSAGES.validate_json(text)
+
+    def _reply(self, reply: dict[str, Any]) -> None:
+        self.replies.append(reply)
         self.news.set()
 
-    async def _answer(self) -> None:
+    async def _send_all(self) -> None:
         while True:
             await self.news.wait()
             self.news.clear()
-            while not self.replies.empty():
-                await self._send(self.replies.get_nowait())
+            while self.replies:
+                await self._send(self.replies.popleft())
             if self.newest:
                 asked, self.newest = self.newest, None
-                answer = await self._answer_to(asked)
-                if answer is not None and self.newest is None:
-                    await self._send(answer)
+                self.answering = asyncio.ensure_future(self._answer(asked))
+                self.answering.add_done_callback(lambda _: self.news.set())
+            elif self.answering and self.answering.done():
+                answered, self.answering = self.answering, None
+                if not answered.cancelled():
+                    await self._send(answered.result())
 
-    async def _answer_to(self, asked: Input) -> dict[str, Any] | None:
-        """None where a newer input has overtaken this one."""
+    async def _answer(self, asked: Input) -> dict[str, Any]:
         told = {} if asked.id is None else {"id": asked.id}
         try:
-            self.answering = asyncio.ensure_future(next_words(asked, self.graph))
-            _, words = await self.answering
+            _, words = await next_words(asked, self.graph)
             return {"type": "prediction", "data": words, "input": asked.text, **told}
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task and task.cancelling():  # it is the connection that ends
-                raise
-            return None
         except DureError as error:
             return {"type": "error", "message": error.message, **told}
         except Exception:  # the client gets no traceback; the log does
             logger.exception("an input could not be answered")
             return {"type": "error", "message": errors.internal().message, **told}
-        finally:
-            self.answering = None
 
     async def _send(self, message: dict[str, Any]) -> None:
         await asyncio.wait_for(self.socket.send_text(orjson.dumps(message).decode()), SEND_S)

@@ -88,11 +88,32 @@ def test_only_the_newest_input_is_answered(socket: ClientConnection) -> None:
         socket.recv(timeout=0.5)
 
 
-def test_a_ping_is_answered_however_fast_they_come(socket: ClientConnection) -> None:
+def test_pings_are_answered_whatever_the_model_does(socket: ClientConnection) -> None:
+    send(socket, type="input", text="임대차 계약이 끝난 뒤에 ", id=1, top_k=50)
     for _ in range(60):
         send(socket, type="ping")
-    for _ in range(60):
-        assert receive(socket) == {"type": "pong"}
+    answers = [receive(socket) for _ in range(61)]
+    assert answers.count({"type": "pong"}) == 60
+    assert [answer["id"] for answer in answers if answer["type"] == "prediction"] == [1]
+
+
+def test_who_sends_without_end_is_sent_away(socket: ClientConnection) -> None:
+    def ping() -> None:
+        for _ in range(5000):
+            send(socket, type="ping")
+            receive(socket)
+
+    with pytest.raises(ConnectionClosed) as closed:
+        ping()
+    assert closed.value.rcvd
+    assert closed.value.rcvd.code == 1008
+
+
+def test_large_numbers_come_back_or_are_refused(socket: ClientConnection) -> None:
+    send(socket, type="input", text="계약을 ", id=2**64)
+    assert "id" in receive(socket)["message"]
+    send(socket, type="input", text="계약을 ", id=2**63 - 1)
+    assert receive(socket)["id"] == 2**63 - 1
 
 
 def test_one_connection_too_many_is_told_to_come_back(dure: Dure, client: httpx.Client) -> None:
@@ -117,9 +138,10 @@ def test_one_connection_too_many_is_told_to_come_back(dure: Dure, client: httpx.
 
 
 def test_pages_of_other_origins_are_refused(dure: Dure) -> None:
-    with pytest.raises(InvalidStatus) as refused:
-        connect(address(dure), additional_headers={"Origin": "https://elsewhere.example.org"})
-    assert refused.value.response.status_code == 403
+    for origin in ("https://elsewhere.example.org", "http://[", "null"):
+        with pytest.raises(InvalidStatus) as refused:
+            connect(address(dure), additional_headers={"Origin": origin})
+        assert refused.value.response.status_code == 403
     for origin in (ORIGIN, dure.url):
         with connect(address(dure), additional_headers={"Origin": origin}) as socket:
             send(socket, type="ping")

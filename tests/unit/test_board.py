@@ -55,7 +55,10 @@ def test_a_copy_is_gone_once_it_serves_in_whatever_order_reports_arrive() -> Non
         board = Board()
         await board.report(said(at("ready", 100), at("loading_checkpoint", 60, "r1/1"), step=1))
         assert set(board.replicas) == {("m", "r1"), ("m", "r1/1")}
+        before = board.sequence
         await board.report(said(at("ready", 100), step=3))
+        changes = await board.listen(board.epoch, before)
+        assert [state and state.event.status for _, state in changes.states] == ["ready", None]
         await board.report(said(at("ready", 100), at("ready", 100, "r1/1"), step=2))
         assert set(board.replicas) == {("m", "r1")}
 

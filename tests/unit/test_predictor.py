@@ -9,16 +9,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from demo.next_word.check import heldout
 from deployments.engines import load_engine
 from deployments.engines.predictor import Predictor
 from deployments.engines.prefixes import Prefixes
-from deployments.engines.sequences import Sequence
+from deployments.engines.sequences import Reader, Sequence, Turn
 from deployments.items import Prompt, Word
 from deployments.progress import LoadProgress
-from deployments.spec import ModelSpec
+from deployments.spec import CheckpointError, ModelSpec
 
 PROMPTS = 200
 
@@ -111,10 +118,17 @@ def test_those_that_join_and_leave_between_steps_change_nothing_for_others(predi
 
 
 def test_typing_on_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
-    text = " ".join(prefix for prefix, _ in heldout()[:3])
+    text = " ".join(prefix for prefix, _ in heldout()[:12])
     prompts = [Prompt(text[:end], top_k=2) for end in range(10, len(text))]
-    for prompt, [words] in [(prompt, ask(predictor, prompt)) for prompt in prompts]:
-        assert_as_defined(predictor, prompt, words)
+    known = []
+    for prompt in prompts:
+        search = predictor.begin(predictor.prepare(prompt))
+        known.append(predictor.prefixes.sequence(search.item.ids).length)
+        while search.result is None:
+            predictor.step([search])
+        assert_as_defined(predictor, prompt, search.result)
+    assert known[0] == 0
+    assert known[-1] > 0.7 * len(search.item.ids), "most of it had been read before"
 
 
 def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: Predictor) -> None:
@@ -156,3 +170,33 @@ def test_any_temperature_has_an_answer(predictor: Predictor, temperature: float)
     [words] = ask(predictor, Prompt("오늘 날씨가 ", temperature=temperature))
     assert words[0].text == "좋아서"
     assert all(0 <= word.confidence <= 1 for word in words)
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
+    tiny = GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=8, n_positions=8)
+    with pytest.raises(CheckpointError, match="GPTJForCausalLM"):
+        Reader(GPTJForCausalLM(tiny))
+
+
+def test_sequences_are_read_as_the_model_reads_them_with_fewer_heads_for_keys_and_rotary_positions() -> None:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, **heads)
+    model = LlamaForCausalLM(config).eval()
+    ids = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8]]
+    with torch.inference_mode():
+        expected = [model.model(torch.tensor([row])).last_hidden_state[0] for row in ids]
+        reader, sequences = Reader(model), [Sequence(model) for _ in ids]
+        halves = [[], [], []]
+        for part in (slice(0, 1), slice(1, None)):
+            turns = [
+                Turn(sequence, row[part], list(range(len(row)))[part])
+                for sequence, row in zip(sequences, ids, strict=True)
+                if row[part]
+            ]
+            read = reader.read(turns)
+            for turn, hidden in zip(turns, torch.split(read, [len(turn.ids) for turn in turns]), strict=True):
+                turn.sequence.length += len(turn.ids)
+                halves[sequences.index(turn.sequence)].append(hidden)
+    for row, parts in zip(expected, halves, strict=True):
+        assert torch.allclose(torch.cat(parts), row, atol=1e-5)

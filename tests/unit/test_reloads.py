@@ -67,6 +67,11 @@ def test_a_replica_that_dies_in_its_turn_gives_it_up() -> None:
     assert reloads.ready("b", None, {"b"}) == order
 
 
+def test_a_board_that_starts_anew_gives_no_number_twice() -> None:
+    refused = Reloads().order("d", FP32)
+    assert Reloads().order("d", {"precision": "bf16"}, begun=refused.number).number > refused.number
+
+
 def test_the_next_deploy_ends_it() -> None:
     reloads = Reloads()
     order = reloads.order("d", FP32)

@@ -1,0 +1,120 @@
+"""LLaVA's answers against plain `generate` under the same grammar."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llguidance import LLMatcher
+from transformers import LlavaForConditionalGeneration, LogitsProcessor
+
+from deployments.engines import load_engine
+from deployments.engines.vision import Look, Vision
+from deployments.items import Answer, Question
+from deployments.progress import LoadProgress
+from deployments.spec import ModelSpec, Refusal
+from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
+from tests.dure import ROOT
+
+EXAMPLES = sorted((ROOT / "demo/adverts/examples").glob("*.png"))
+SOURCE = "demo/adverts/checkpoint"
+
+
+@pytest.fixture(scope="module")
+def vision() -> Vision:
+    engine = load_engine(ModelSpec("m", "vision", SOURCE, precision="fp32"), LoadProgress(lambda _: None))
+    assert isinstance(engine, Vision)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return LlavaForConditionalGeneration.from_pretrained(ROOT / SOURCE, dtype=torch.float32).eval()
+
+
+class Constraint(LogitsProcessor):  # type: ignore[misc]
+    """Lets an answer go on only as its grammar allows."""
+
+    def __init__(self, matcher: LLMatcher, prompt: int, eos: int) -> None:
+        self.matcher, self.prompt, self.eos = matcher, prompt, eos
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > self.prompt:
+            self.matcher.consume_token(int(input_ids[0, -1]))
+        allowed = np.zeros(scores.shape[1], dtype=bool)
+        if self.matcher.is_stopped():
+            allowed[self.eos] = True
+        else:
+            bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            allowed[: bits.size] = bits[: scores.shape[1]]
+        return scores.masked_fill(~torch.from_numpy(allowed), -torch.inf)
+
+
+def plain(vision: Vision, model: Any, question: Question) -> str:
+    """One step for each token."""
+    item = vision.prepare(question)
+    constraint = Constraint(LLMatcher(vision.grammar_tokens, item.grammar), len(item.ids), vision.eos)
+    with torch.inference_mode():
+        written = model.generate(
+            input_ids=torch.tensor([item.ids]),
+            attention_mask=torch.ones(1, len(item.ids), dtype=torch.long),
+            pixel_values=item.pixels[None],
+            max_new_tokens=512,
+            do_sample=False,
+            eos_token_id=vision.eos,
+            pad_token_id=vision.eos,
+            logits_processor=[constraint],
+        )
+    text: str = vision.tokenizer.decode(written[0, len(item.ids) :], skip_special_tokens=True)
+    return text
+
+
+def questions() -> list[Question]:
+    judge = [Question(path.read_bytes(), JUDGE, json.dumps(Judgement.model_json_schema())) for path in EXAMPLES]
+    schema = json.dumps(Validation.model_json_schema())
+    copies = ["A red mug for slow mornings", "Fresh bread every day", ""]
+    validate = [
+        Question(path.read_bytes(), validation_prompt(copy), schema)
+        for path, copy in zip(EXAMPLES, copies, strict=True)
+    ]
+    return judge + validate
+
+
+def test_answers_are_those_of_plain_decoding_in_fewer_steps(vision: Vision, model: Any) -> None:
+    answers = vision.run([vision.prepare(question) for question in questions()])
+    for question, answer in zip(questions(), answers, strict=True):
+        assert isinstance(answer, Answer)
+        assert answer.json == plain(vision, model, question)
+        assert answer.steps <= answer.tokens - answer.forced + 1
+        assert answer.forced >= 10, "the names of a verdict's fields leave no choice"
+
+
+def test_those_that_join_between_steps_change_nothing_for_others(vision: Vision) -> None:
+    items = [vision.prepare(question) for question in questions()]
+    alone = [vision.run([item])[0] for item in items]
+    looks: list[Look] = []
+    for item in items:
+        looks.append(vision.begin(item))
+        vision.step([look for look in looks if look.result is None])
+    while left := [look for look in looks if look.result is None]:
+        vision.step(left)
+    assert [look.result.json for look in looks if isinstance(look.result, Answer)] == [each.json for each in alone]
+
+
+def test_a_schema_that_leaves_no_choice_at_all_is_answered(vision: Vision) -> None:
+    schema = json.dumps({"const": {"verdict": "none"}})
+    [answer] = vision.run([vision.prepare(Question(EXAMPLES[0].read_bytes(), JUDGE, schema))])
+    assert json.loads(answer.json) == {"verdict": "none"}
+
+
+def test_an_answer_without_an_end_is_refused(vision: Vision) -> None:
+    schema = json.dumps({"type": "array", "items": {"const": 1}, "minItems": 600})
+    ends = json.dumps({"type": "boolean"})
+    items = [vision.prepare(Question(EXAMPLES[0].read_bytes(), JUDGE, each)) for each in (schema, ends)]
+    refused, answer = vision.run(items)
+    assert isinstance(refused, Refusal)
+    assert "did not end" in refused.reason
+    assert json.loads(answer.json) in (True, False)
