@@ -81,12 +81,15 @@ class Changes:
     sequence: int
     whole: bool
     states: list[tuple[Key, Replica | None]]
+    stops: int = 0
+    """How often the application has been about to stop."""
 
 
 class Board:
     def __init__(self) -> None:
         self.epoch = uuid.uuid4().hex
         self.sequence = 0
+        self.stops = 0
         self.replicas: dict[Key, Replica] = {}
         self.reports: dict[Key, Report] = {}
         self.heard: dict[Key, float] = {}
@@ -123,6 +126,11 @@ class Board:
         """How the model's last order is getting on, and the number of the last change until now."""
         return self.reloads[model].latest, self.sequence
 
+    async def stop(self) -> None:
+        """The application is about to stop: tell all who listen."""
+        self.stops += 1
+        self._wake()
+
     async def measure(self, model: str, replica: str, families: Any) -> None:
         """Take a process's metrics: prometheus_client's families as it collected them."""
         self.measured[model, replica] = (time.monotonic(), families)
@@ -135,13 +143,14 @@ class Board:
     async def listen(self, epoch: str, since: int) -> Changes:
         """What has changed since a sequence number of this epoch; waits a few seconds for something to change."""
         if epoch != self.epoch or self.sequence - since > len(self.history):
-            return Changes(self.epoch, self.sequence, True, list(self.replicas.items()))
+            return Changes(self.epoch, self.sequence, True, list(self.replicas.items()), self.stops)
         if since == self.sequence:
             changed = self.changed
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), LISTEN_S)
         missed = self.sequence - since
-        return Changes(self.epoch, self.sequence, False, list(self.history)[len(self.history) - missed :])
+        states = list(self.history)[len(self.history) - missed :]
+        return Changes(self.epoch, self.sequence, False, states, self.stops)
 
     def _serving(self, model: str) -> set[str]:
         """The model's replicas that are ready."""
@@ -169,6 +178,9 @@ class Board:
             self.replicas[key] = state
         self.sequence += 1
         self.history.append((key, state))
+        self._wake()
+
+    def _wake(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
 

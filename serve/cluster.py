@@ -25,6 +25,8 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Requests travel between replicas by gRPC; Ray's object store holds next to nothing."""
 POLL_S = 0.5
 STATUS_S = 0.5
+ANNOUNCE_S, LEAVE_S = 2.0, 0.5
+"""How long telling the ingresses of a stop may take, and what they have for taking leave."""
 LONGEST_REASON = 1000
 
 
@@ -117,6 +119,7 @@ def follow(config: ConfigFile) -> Iterator[Event]:
 def stop() -> None:
     """Let requests finish as long as the config allows, then end Serve and Ray."""
     try:
+        _announce_stop()
         serve.shutdown()
     finally:
         ray.shutdown()
@@ -126,10 +129,18 @@ def delete() -> bool:
     """Take Dure off a cluster that it shares with others; False where it is not there."""
     found = "dure" in serve.status().applications
     if found:
+        _announce_stop()
         serve.delete("dure")
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(NAME, NAMESPACE))
     return found
+
+
+def _announce_stop() -> None:
+    """Let ingresses take leave of those who are connected, as long as there is a way to them."""
+    with contextlib.suppress(Exception):  # a board that can't be reached must not hold up the end
+        ray.get(ray.get_actor(NAME, NAMESPACE).stop.remote(), timeout=ANNOUNCE_S)
+        time.sleep(LEAVE_S)
 
 
 def _application() -> tuple[str, str]:

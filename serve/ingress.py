@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -58,6 +59,7 @@ class Ingress:
     ) -> None:
         self.graph = Graph.of(settings, models, services)
         self.graph.start()
+        self.ending = asyncio.get_running_loop().create_task(ws.end_all(self.graph.watch.stopping))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self.graph)

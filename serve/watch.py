@@ -22,6 +22,9 @@ State = Literal["loading", "ready", "failed"]
 class Watch:
     def __init__(self) -> None:
         self.replicas: dict[Key, Replica] = {}
+        self.stopping = asyncio.Event()
+        """Set once the application is about to stop."""
+        self._stops: int | None = None
         self._subscribers: set[asyncio.Queue[Replica]] = set()
         self._changed = asyncio.Event()
         self._epoch, self._sequence = "", 0
@@ -100,7 +103,9 @@ class Watch:
                 await asyncio.sleep(0.5)
 
     def _take(self, changes: Changes) -> None:
-        self._epoch, self._sequence = changes.epoch, changes.sequence
+        if changes.epoch == self._epoch and self._stops is not None and changes.stops > self._stops:
+            self.stopping.set()
+        self._epoch, self._sequence, self._stops = changes.epoch, changes.sequence, changes.stops
         if changes.whole:
             self.replicas = {}
         for key, replica in changes.states:

@@ -28,6 +28,7 @@ router = APIRouter(tags=["next word"])
 SEND_S = 10.0
 """A client that takes nothing for so long is disconnected."""
 CLOSE_S = 5.0
+STOPPING = "the server is restarted; connect again"
 REPLIES = 128
 """Errors and pongs that may wait to be sent; a client that leaves more lying is disconnected."""
 ESCAPED, OTHER_FIELDS = 6, 4096
@@ -62,6 +63,9 @@ async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_lengt
             await socket.close(status.WS_1008_POLICY_VIOLATION, "this origin is not among the config's cors_origins")
             return
         await socket.accept()
+        if graph.watch.stopping.is_set():
+            await socket.close(status.WS_1012_SERVICE_RESTART, STOPPING)
+            return
         if len(CONNECTED) >= graph.settings.websocket.max_connections:
             await socket.close(status.WS_1013_TRY_AGAIN_LATER, "too many connections; come back in a minute")
             return
@@ -71,6 +75,13 @@ async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_lengt
             await connection.run()
         finally:
             CONNECTED.discard(connection)
+
+
+async def end_all(stopping: asyncio.Event) -> None:
+    """Once the server is about to stop, tell all who are connected to come back."""
+    await stopping.wait()
+    for connection in list(CONNECTED):
+        connection.stop()
 
 
 def _welcome(socket: WebSocket, origins: list[str]) -> bool:
@@ -103,10 +114,17 @@ class Connection:
         """The answer to the newest input that was taken up."""
         self.replies: deque[dict[str, Any]] = deque()
         self.news = asyncio.Event()
+        self.reading = asyncio.ensure_future(self._read())
+        self.stopped = False
+
+    def stop(self) -> None:
+        """End it, as the server stops."""
+        self.stopped = True
+        self.reading.cancel()
 
     async def run(self) -> None:
-        """Until the client leaves or is sent away."""
-        loops = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._send_all())]
+        """Until the client leaves or is sent away, or the server stops."""
+        loops = [self.reading, asyncio.ensure_future(self._send_all())]
         try:
             await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -118,13 +136,16 @@ class Connection:
 
     async def _close(self, ends: list[Exception]) -> None:
         code, reason = status.WS_1011_INTERNAL_ERROR, ""
+        if self.stopped:
+            code, reason = status.WS_1012_SERVICE_RESTART, STOPPING
         for end in ends:
             if isinstance(end, NotKept | TimeoutError):
                 code, reason = status.WS_1008_POLICY_VIOLATION, str(end) or "answers are not taken"
             elif not isinstance(end, WebSocketDisconnect):
                 logger.error("a connection failed", exc_info=end)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it may be closed already
-            await asyncio.wait_for(self.socket.close(code, reason), CLOSE_S)
+            async with asyncio.timeout(CLOSE_S):
+                await self.socket.close(code, reason)
 
     async def _read(self) -> None:
         rate = self.graph.settings.websocket.max_messages_per_s
@@ -196,7 +217,9 @@ class Connection:
             return {"type": "error", "message": errors.internal().message, **told}
 
     async def _send(self, message: dict[str, Any]) -> None:
-        await asyncio.wait_for(self.socket.send_text(orjson.dumps(message).decode()), SEND_S)
+        # Not wait_for, which in Python 3.11 forgets that it was cancelled where the text has just been sent.
+        async with asyncio.timeout(SEND_S):
+            await self.socket.send_text(orjson.dumps(message).decode())
 
 
 def _told(error: ValidationError) -> str:

@@ -101,6 +101,7 @@ def test_who_sends_without_end_is_sent_away(socket: ClientConnection) -> None:
     def ping() -> None:
         for _ in range(5000):
             send(socket, type="ping")
+        for _ in range(5000):
             receive(socket)
 
     with pytest.raises(ConnectionClosed) as closed:
