@@ -49,8 +49,7 @@ def is_over(dure: Dure, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def test_a_signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(start: Start) -> None:
-    dure = start().wait_ready()
+def signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(dure: Dure) -> None:
     names = {process.name() for process in dure.processes()}
     assert "haproxy" in names
     with connect(f"{dure.url.replace('http', 'ws')}/ws/somebody") as connected:
@@ -115,7 +114,7 @@ def test_wrong_settings_are_refused_before_anything_starts(start: Start, tmp_pat
     assert "'precision'" in dure.said
 
 
-def test_a_request_waits_for_a_loading_model(start: Start, tmp_path: Path) -> None:
+def test_a_request_waits_for_a_loading_model_and_a_signal_ends_all_in_good_order(start: Start, tmp_path: Path) -> None:
     (tmp_path / "seconds_per_shard").write_text("1.5")
     dure = start(load_wait_s=60)
     url = f"{dure.url}/v1/models/shout/run"
@@ -129,6 +128,7 @@ def test_a_request_waits_for_a_loading_model(start: Start, tmp_path: Path) -> No
     assert answer.status_code == 200
     with httpx.stream("GET", f"{dure.url}/model/upload-stream", timeout=30) as stream:
         assert '"status":"ready"' in stream.read().decode()
+    signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(dure.wait_ready())
 
 
 def test_progress_of_a_load_is_seen_live_and_never_goes_back(start: Start, tmp_path: Path) -> None:

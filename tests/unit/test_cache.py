@@ -102,12 +102,12 @@ def test_no_cache_where_nothing_is_kept() -> None:
 
 def test_redis_keeps_what_it_was_given_for_its_time(server: Server) -> None:
     async def scenario() -> None:
-        cache = redis(server, ttl_s=3)
+        cache = redis(server, ttl_s=1.5)
         await cache.set("a", "값".encode())
         assert await cache.get("a") == "값".encode()
         assert await redis(server).get("a") == "값".encode(), "another process has it too"
         assert await cache.get("b") is None
-        await asyncio.sleep(3.1)
+        await asyncio.sleep(1.6)
         assert await cache.get("a") is None
 
     run(scenario())
