@@ -140,11 +140,14 @@ class Board:
         self.measured = {key: value for key, value in self.measured.items() if now - value[0] < SILENCE_S}
         return {key: families for key, (_, families) in self.measured.items()}
 
-    async def listen(self, epoch: str, since: int) -> Changes:
-        """What has changed since a sequence number of this epoch; waits a few seconds for something to change."""
+    async def listen(self, epoch: str, since: int, stops: int = 0) -> Changes:
+        """What has changed since a sequence number of this epoch; waits a few seconds for something to change.
+
+        `stops` is what the listener knows of them.
+        """
         if epoch != self.epoch or self.sequence - since > len(self.history):
             return Changes(self.epoch, self.sequence, True, list(self.replicas.items()), self.stops)
-        if since == self.sequence:
+        if since == self.sequence and stops == self.stops:
             changed = self.changed
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), LISTEN_S)

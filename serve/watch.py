@@ -95,7 +95,7 @@ class Watch:
         while True:
             try:
                 actor = actor or await asyncio.to_thread(board)
-                heard = actor.listen.remote(self._epoch, self._sequence)
+                heard = actor.listen.remote(self._epoch, self._sequence, self._stops or 0)
                 self._take(await asyncio.wait_for(heard, LISTEN_S + 5))
             except Exception as error:  # the board restarts by itself; until then the last copy holds
                 logger.warning("the board can't be heard: %r", error)

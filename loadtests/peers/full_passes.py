@@ -9,13 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-SPECIALS = {
-    "bos_token": "</s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
-    "mask_token": "<mask>",
-}
+from deployments.engines.predictor import SPECIALS
 
 
 class FullPasses:

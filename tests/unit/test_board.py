@@ -82,6 +82,17 @@ def test_what_a_process_could_not_carry_out_is_heard_once() -> None:
     asyncio.run(scenario())
 
 
+def test_a_stop_is_heard_by_those_who_were_not_listening_just_then() -> None:
+    async def scenario() -> None:
+        board = Board()
+        first = await board.listen("", 0)
+        await board.stop()
+        changes = await asyncio.wait_for(board.listen(first.epoch, first.sequence, first.stops), 1)
+        assert changes.stops > first.stops
+
+    asyncio.run(scenario())
+
+
 def test_silent_replicas_are_gone_and_those_that_were_loading_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "BEAT_S", 0.01)
     monkeypatch.setattr(board_module, "SILENCE_S", 0.1)

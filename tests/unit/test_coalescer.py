@@ -48,10 +48,12 @@ class Replica:
             await asyncio.sleep(self.pause_s)
 
 
-def run(scenario: Callable[[Coalescer, Replica], Coroutine[Any, Any, None]], replicas: int = 1) -> Replica:
+def run(
+    scenario: Callable[[Coalescer, Replica], Coroutine[Any, Any, None]], replicas: int = 1, in_steps: bool = False
+) -> Replica:
     async def main() -> Replica:
         replica = Replica()
-        coalescer = Coalescer(replica, 8, lambda: replicas)
+        coalescer = Coalescer(replica, 8, lambda: replicas, lambda: in_steps)
         coalescer.start()
         await scenario(coalescer, replica)
         await asyncio.sleep(0.01)
@@ -217,3 +219,38 @@ def test_requests_wait_for_one_call_where_two_in_turn_would_be_slower() -> None:
     calls = run(scenario).calls
     assert len(calls) == 5
     assert sorted(number for call in calls[3:] for number in call) == [3, 4, 5, 6, 7]
+
+
+def test_calls_to_an_engine_in_steps_leave_at_once_while_there_is_room() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3,), (4, 5))
+        assert replica.calls == [[1], [2], [3], [4, 5]], "no call waits for another"
+        tasks += [ask(coalescer, *range(10, 15)), ask(coalescer, 20)]
+        await asyncio.sleep(0.05)
+        assert sum(map(len, replica.calls)) == 8, "no more under way than a batch holds"
+        assert coalescer.waiting == 3
+        replica.go.set()
+        assert [len((await task).results) for task in tasks] == [1, 1, 1, 2, 5, 1]
+
+    run(scenario, in_steps=True)
+
+
+def test_what_comes_at_once_leaves_in_few_calls_to_an_engine_in_steps() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = [ask(coalescer, number) for number in range(40)]
+        assert [(await task).results for task in tasks] == [[10 * number] for number in range(40)]
+        assert len(replica.calls) <= 12
+
+    run(scenario, in_steps=True)
+
+
+def test_an_overtaken_request_to_an_engine_in_steps_is_taken_back() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, (3,))
+        tasks[2].cancel()
+        await asyncio.sleep(0.01)
+        assert replica.cancelled == 1
+        replica.go.set()
+        assert (await tasks[0]).results == [10]
+
+    run(scenario, in_steps=True)
