@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -43,6 +43,9 @@ bench-predict: $(INSTALLED)
 
 bench-typing: $(INSTALLED)
 	$(BIN)/python -m loadtests.typing_clients $(ARGS)
+
+bench-cache: $(INSTALLED)
+	$(BIN)/python -m loadtests.cache_hits $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml

@@ -8,7 +8,7 @@ pieces together again without touching single items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,16 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class News:
+    """How far an item is that has no answer yet."""
+
+    ahead: int | None = None
+    """Items before it, while it waits."""
+    tokens: int | None = None
+    """Written so far, while it runs."""
+
+
+@dataclass(frozen=True)
 class Piece:
     """Answers to some of the requests of a call: results for those at `places`, in that order."""
 
@@ -33,6 +43,8 @@ class Piece:
     results: Any
     refusals: dict[int, Refusal]
     """By the request's place."""
+    news: dict[int, News] = field(default_factory=dict)
+    """Of requests that are followed and have no answer yet, by place."""
 
     def __len__(self) -> int:
         return len(self.places) + len(self.refusals)

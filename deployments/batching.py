@@ -7,14 +7,14 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
 
-from deployments.answers import Piece, Shares, take
+from deployments.answers import News, Piece, Shares, take
 from deployments.budget import Budget
 from deployments.cutting import cut
 from deployments.engines import Engine
@@ -27,6 +27,9 @@ from deployments.spec import ModelSpec, Refusal
 logger = logging.getLogger("ray.serve")
 
 LATE = Refusal("its deadline passed before its turn came", "late")
+TAKEN_BACK = Refusal("nobody waits for it any more", "late")
+NEWS_S = 0.25
+"""Between two pieces of news to those who follow."""
 
 
 @dataclass(eq=False)
@@ -66,6 +69,10 @@ class Waiting:
     """On the clock of time.monotonic."""
     call: Call
     place: int
+    number: int
+    followed: bool = False
+    taken_back: bool = False
+    """Nobody waits for it any more, though somebody may for others of its call."""
 
 
 class Batcher:
@@ -95,17 +102,21 @@ class Batcher:
         self.max_items = spec.max_batch_items
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
-        """On their way, between two steps."""
+        """In the engine, or between two of its steps."""
         self.items = 0
         """Waiting or running."""
+        self._told_at = 0.0
         self._arrived = asyncio.Event()
         self._batched = serve.batch(max_batch_size=spec.max_batch_items, batch_wait_timeout_s=0)(self._run)
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
-    async def submit(self, items: list[Any], timeouts_s: list[float]) -> AsyncGenerator[Piece, None]:
+    async def submit(
+        self, items: list[Any], timeouts_s: list[float], numbers: list[int], followed: Sequence[int] = ()
+    ) -> AsyncGenerator[Piece, None]:
         """The items' results, as they come; those that are Refusals already stay so.
 
         An item that has not begun to run within its timeout is refused, and one whose caller has gone never runs.
+        `numbers` are those that `take_back` goes by; of those that are `followed` there is news now and then.
         """
         call = Call(len(items))
         now = time.monotonic()
@@ -114,8 +125,8 @@ class Batcher:
             call.refuse(refused)
         count = call.left
         self.waiting += (
-            Waiting(item, self.engine.cost(item), now + timeout_s, call, place)
-            for place, (item, timeout_s) in enumerate(zip(items, timeouts_s, strict=True))
+            Waiting(item, self.engine.cost(item), now + timeout_s, call, place, number, number in followed)
+            for place, (item, timeout_s, number) in enumerate(zip(items, timeouts_s, numbers, strict=True))
             if place not in refused
         )
         self._count(count)
@@ -128,6 +139,13 @@ class Batcher:
         finally:
             call.gone = True
             self._count(-count)
+
+    def take_back(self, numbers: list[int]) -> None:
+        """Nobody waits any more for the items with these numbers, if they are here."""
+        unwanted = set(numbers)
+        for item in (*self.waiting, *self.running):
+            if item.number in unwanted:
+                item.taken_back = True
 
     def check(self) -> None:
         """Raises EngineDead where no batches are made any more or the engine can't run them."""
@@ -180,20 +198,18 @@ class Batcher:
         return batch
 
     def _drop_unwanted(self) -> None:
-        still = [running for running in self.running if not running.call.gone]
-        DROPPED.inc(len(self.running) - len(still))
-        self.running = still
         now = time.monotonic()
-        wanted = []
-        for waiting in self.waiting:
-            if waiting.call.gone:
-                DROPPED.inc()
-            elif waiting.deadline < now:
-                DROPPED.inc()
-                waiting.call.refuse({waiting.place: LATE})
-            else:
-                wanted.append(waiting)
-        self.waiting = wanted
+        self.running = [running for running in self.running if self._is_wanted(running)]
+        self.waiting = [waiting for waiting in self.waiting if self._is_wanted(waiting, now)]
+
+    def _is_wanted(self, item: Waiting, now: float = 0) -> bool:
+        """Does anybody wait for it, and had it begun by its deadline? Else it is refused."""
+        late = item.deadline < now
+        if not (item.call.gone or item.taken_back or late):
+            return True
+        DROPPED.inc()
+        item.call.refuse({item.place: LATE if late else TAKEN_BACK})
+        return False
 
     async def _serve(self, batch: list[Waiting]) -> None:
         rows = [*self.running, *batch]
@@ -215,12 +231,29 @@ class Batcher:
         self.budget.observe(padded, seconds, full=bool(self.waiting))
         if not self.runner.in_steps:
             self.linger.ended(len(batch), seconds)
+        self._tell_followers()
+
+    def _tell_followers(self) -> None:
+        """How far those are that are followed."""
+        now = time.monotonic()
+        if now - self._told_at < NEWS_S:
+            return
+        self._told_at = now
+        news: dict[Call, dict[int, News]] = {}
+        for running in self.running:
+            if running.followed:
+                news.setdefault(running.call, {})[running.place] = News(tokens=running.item.written)
+        for ahead, waiting in enumerate(self.waiting, len(self.running)):
+            if waiting.followed:
+                news.setdefault(waiting.call, {})[waiting.place] = News(ahead=ahead)
+        for call, its in news.items():
+            call.put(Piece((), [], {}, its))
 
     async def _run(self, batch: list[Waiting]) -> list[None]:
         """Run those that begin, with those that are on their way."""
         for waiting in batch:
             waiting.item = self.runner.begin(waiting.item)
-        rows = [*self.running, *batch]
+        self.running = rows = [*self.running, *batch]
         tokens = [row.tokens for row in rows]
         BATCH_ITEMS.observe(len(rows))
         BATCH_TOKENS.observe(sum(tokens))

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests of many clients that go to a replica as one call."""
+
+    items: list[Any]
+    timeouts_s: list[float]
+    """Of each, in which it has to have begun."""
+    numbers: list[int]
+    """Of each, by which a later call may take it back."""
+    taken_back: list[int] = field(default_factory=list)
+    """Numbers of requests in calls under way that nobody waits for any more."""
+    followed: list[int] = field(default_factory=list)
+    """Numbers of those of which it is to be told how far they are."""
+    backlog: int = 0
+    """How many more the caller holds back."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 from deployments.answers import Piece
 from deployments.batching import Batcher
 from deployments.engines import Engine, load_engine
+from deployments.items import Requests
 from deployments.progress import LoadProgress
 from deployments.running import FAILED
 from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal
@@ -55,13 +56,16 @@ class Live:
         progress.ready()
         return cls(spec, engine, thread, time.monotonic() - started)
 
-    async def run(self, requests: list[Any], timeouts_s: list[float]) -> AsyncGenerator[Piece, None]:
+    async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
         """A result or a Refusal per request, batch by batch."""
+        if requests.taken_back:
+            self.batcher.take_back(requests.taken_back)
         self.calls += 1
         self._idle.clear()
         try:
-            items = await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, requests)
-            async with contextlib.aclosing(self.batcher.submit(items, timeouts_s)) as pieces:
+            items = await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, requests.items)
+            submitted = self.batcher.submit(items, requests.timeouts_s, requests.numbers, requests.followed)
+            async with contextlib.aclosing(submitted) as pieces:
                 async for piece in pieces:
                     yield piece
         finally:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ray import serve
 
 from deployments.answers import Piece
+from deployments.items import Requests
 from deployments.live import Live, reason
 from deployments.loopback import keep_to_loopback
 from deployments.metrics import GPU_MEMORY, LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
@@ -83,10 +84,10 @@ class ModelReplica:
             raise
         self._tell(order)
 
-    async def run(self, requests: list[Any], timeouts_s: list[float], backlog: int = 0) -> AsyncGenerator[Piece, None]:
-        """A result or a Refusal per request, batch by batch; `backlog` is how many more the caller holds back."""
-        self.backlog, self.backlog_at = backlog, time.monotonic()
-        async with contextlib.aclosing(self.live.run(requests, timeouts_s)) as pieces:
+    async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
+        """A result or a Refusal per request, batch by batch."""
+        self.backlog, self.backlog_at = requests.backlog, time.monotonic()
+        async with contextlib.aclosing(self.live.run(requests)) as pieces:
             async for piece in pieces:
                 yield piece
 

@@ -93,7 +93,11 @@ def main() -> None:
                 report.add(workload, Result("full passes", dtype, _one_by_one(peer, workload, number)))
     report.finish()
     del peer
-    _limits(workloads)
+    spec = ModelSpec("m", "next_word", DURE["source"], precision=PRECISION)
+    engine = load_engine(spec, LoadProgress(lambda event: None))
+    assert isinstance(engine, Predictor)
+    _limits(engine, workloads)
+    _typed_on(engine, workloads)
 
 
 def _fastest(workload: Workload) -> tuple[FullPasses, str]:
@@ -140,11 +144,8 @@ class Pass:
     """Tokens of which the next one's probabilities were worked out."""
 
 
-def _limits(workloads: list[Workload]) -> None:
+def _limits(engine: Predictor, workloads: list[Workload]) -> None:
     """How far the engine's steps are from what memory and arithmetic allow."""
-    spec = ModelSpec("m", "next_word", DURE["source"], precision=PRECISION)
-    engine = load_engine(spec, LoadProgress(lambda event: None))
-    assert isinstance(engine, Predictor)
     head = engine.model.get_output_embeddings().weight
     layers = sum(each.numel() for each in engine.model.base_model.h.parameters())
     bandwidth, rate = _bandwidth(), _matrix_rate(head.dtype)
@@ -170,6 +171,32 @@ def _limits(workloads: list[Workload]) -> None:
         tokens = sum(each.read for each in passes)
         print(f"{workload.title}: {tokens / seconds:.0f} tokens/s, {1000 * seconds / len(passes):.1f} ms a step, "
               f"{seconds / sum(limits):.2f} times the limit of {1000 * sum(limits) / len(passes):.1f} ms")  # fmt: skip
+
+
+def _typed_on(engine: Predictor, workloads: list[Workload]) -> None:
+    """What is gained where a prompt goes on from one that was read before, by a word."""
+    for workload in workloads:
+        fresh: list[float] = []
+        further: list[float] = []
+        for number in range(1 + 8 // workload.clients):
+            texts = [text.rsplit(" ", 1) for text in workload.texts(workload.clients, 100 + number)]
+            before = [engine.prepare(Prompt(begun)) for begun, _ in texts]
+            after = [engine.prepare(Prompt(" ".join(text))) for text in texts]
+            engine.prefixes.clear()
+            fresh.append(_timed(lambda after=after: _stepped(engine, after)))  # type: ignore[misc]
+            engine.prefixes.clear()
+            _stepped(engine, before)
+            further.append(_timed(lambda after=after: _stepped(engine, after)))  # type: ignore[misc]
+        ratio = statistics.median(fresh) / statistics.median(further)
+        print(f"{workload.title}: read anew {1000 * statistics.median(fresh):.0f} ms, typed on by a word "
+              f"{1000 * statistics.median(further):.0f} ms, {ratio:.2f} times as fast")  # fmt: skip
+
+
+def _stepped(engine: Predictor, items: list[Any]) -> None:
+    """As a replica does it; `run` reads everything from nothing."""
+    works = [engine.begin(item) for item in items]
+    while left := [work for work in works if work.result is None]:
+        engine.step(left)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def dure_with(
     more: dict[str, Any] | None = None,
 ) -> Server:
     """Dure with these models and `more` settings; `name` is for its config file."""
-    port = _free_port()
+    port = free_port()
     document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
@@ -159,7 +159,7 @@ def dure_with(
 
 def infinity(task: str, model: Path, precision: str, batch: int) -> Server:
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    port = _free_port()
+    port = free_port()
     command = [str(_python("infinity")), "-m", "infinity_emb.cli", "v2", "--model-id", str(model)]
     command += [
         "--engine",
@@ -191,7 +191,7 @@ def _own(
     name: str, peer: str, script: str, task: str, model: Path, precision: str, told: str, more: list[str]
 ) -> Server:
     """A server whose source lies in `peers`."""
-    port = _free_port()
+    port = free_port()
     command = [str(_python(peer)), str(PEERS / script), "--task", task, "--model", str(model)]
     return Server(name, told, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
 
@@ -228,6 +228,6 @@ def _python(peer: str) -> Path:
     return python
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One that neither the system nor Ray nor Serve gives to others before it is used."""
     return first_free(random.sample(range(20_000, 30_000), 100), "127.0.0.1")

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from grpc.aio import AioRpcError  # type: ignore[import-untyped]
@@ -16,9 +17,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from deployments.answers import Answers, Piece
+from deployments.items import Requests
 from deployments.spec import Refusal
 from serve import errors
-from serve.coalescer import Coalescer
+from serve.coalescer import Coalescer, Following
 from serve.errors import DureError
 from serve.metrics import QUEUE_ITEMS, REJECTED
 from serve.settings import ModelSettings
@@ -87,10 +89,11 @@ class Deployment:
         self.gate = Gate(name, max_queue)
         self.patient = patient
 
-    async def call(self, *arguments: Any, timeout_s: float) -> Any:
-        """Call `run` within the deadline. Raises DureError for everything that can go wrong."""
+    async def call(self, *arguments: Any, timeout_s: float, method: str = "run") -> Any:
+        """Call a method within the deadline. Raises DureError for everything that can go wrong."""
+        called = getattr(self.handle, method)
         async with self.gate.admitted(1, timeout_s if self.patient else 0):
-            return await self._tried(lambda: _result(self.handle.run.remote(*arguments)), 1, timeout_s)
+            return await self._tried(lambda: _result(called.remote(*arguments)), 1, timeout_s)
 
     async def _tried(self, attempt: Callable[[], Awaitable[Any]], items: int, timeout_s: float) -> Any:
         """What `attempt` returns, which is made again where a replica died over it."""
@@ -134,7 +137,7 @@ class Model(Deployment):
             self._send, settings.max_batch_items, lambda: watch.ready(name), lambda: watch.in_steps(name)
         )
 
-    async def ask(self, requests: list[Any], timeout_s: float) -> Answers:
+    async def ask(self, requests: list[Any], timeout_s: float, following: Following | None = None) -> Answers:
         """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""
         deadline = time.monotonic() + timeout_s
         async with self.gate.admitted(len(requests), timeout_s if self.patient else 0):
@@ -144,16 +147,18 @@ class Model(Deployment):
             if state == "loading":
                 raise errors.loading(self.name, 5)
             try:
-                return await self.coalescer.ask(requests, max(0.001, deadline - time.monotonic()))
+                return await self.coalescer.ask(requests, max(0.001, deadline - time.monotonic()), following)
             except TimeoutError as error:
                 raise errors.too_late(self.name, timeout_s) from error
 
-    async def results(self, requests: list[Any], timeout_s: float, param: str) -> Any:
-        """One result per request, a list or a dataclass of arrays.
+    async def results(
+        self, requests: list[Any], timeout_s: float, param: str, following: Following | None = None
+    ) -> Any:
+        """One result per request, a list or a dataclass of arrays; `following` says meanwhile how far they are.
 
         Raises DureError for the first that was refused; `param` is the field that holds the requests.
         """
-        answers = await self.ask(requests, timeout_s)
+        answers = await self.ask(requests, timeout_s, following)
         if answers.refusals:
             number = min(answers.refusals)
             raise refused(answers.refusals[number], f"{param}.{number}" if len(requests) > 1 else param)
@@ -163,19 +168,23 @@ class Model(Deployment):
     def stream(self) -> DeploymentHandle:
         return self.handle.options(stream=True)
 
-    async def _send(
-        self, items: list[Any], timeouts_s: list[float], backlog: int, deliver: Callable[[Piece], None]
-    ) -> None:
-        left = dict(enumerate(items))
+    async def _send(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
+        left = dict.fromkeys(range(len(requests.items)))
 
         async def ask_for_the_rest() -> None:
             places = list(left)
-            timeouts_left_s = [timeouts_s[place] for place in places]
-            response = self.stream.run.remote([*left.values()], timeouts_left_s, backlog)
+            rest = replace(
+                requests,
+                items=[requests.items[place] for place in places],
+                timeouts_s=[requests.timeouts_s[place] for place in places],
+                numbers=[requests.numbers[place] for place in places],
+            )
+            response = self.stream.run.remote(rest)
             try:
                 async for piece in response:
                     refusals = {places[at]: refusal for at, refusal in piece.refusals.items()}
-                    answered = Piece([places[at] for at in piece.places], piece.results, refusals)
+                    news = {places[at]: news for at, news in piece.news.items()}
+                    answered = Piece([places[at] for at in piece.places], piece.results, refusals, news)
                     for place in (*answered.places, *refusals):
                         del left[place]
                     deliver(answered)
@@ -183,7 +192,7 @@ class Model(Deployment):
                 response.cancel()
                 raise
 
-        await self._tried(ask_for_the_rest, len(items), max(timeouts_s))
+        await self._tried(ask_for_the_rest, len(requests.items), max(requests.timeouts_s))
         if left:
             raise errors.internal()
 
@@ -193,7 +202,7 @@ def refused(refusal: Refusal, param: str) -> DureError:
     if refusal.kind == "too_large":
         return errors.too_large(refusal.reason, param)
     if refusal.kind == "late":
-        return DureError(504, "deadline_exceeded", refusal.reason, param)
+        return DureError(504, errors.LATE, refusal.reason, param)
     if refusal.kind == "failed":
         return DureError(500, "model_failed", refusal.reason, param)
     return errors.invalid(refusal.reason, param)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
+import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import Answers, Collector, Piece, Shares
+from deployments.answers import Answers, Collector, News, Piece, Shares
+from deployments.items import Requests
 from deployments.pace import BatchCost, Linger
+
+
+class Following:
+    """How far a request is, as far as is known."""
+
+    def __init__(self) -> None:
+        self.news: News | None = None
+        """None before it has come to a queue."""
 
 
 @dataclass(eq=False)
@@ -25,6 +36,7 @@ class Parcel:
     collector: Collector
     done: asyncio.Future[None]
     """Fails with the call that failed; cancelled where the client has gone."""
+    following: Following | None = None
     sent: int = 0
 
     def settle(self) -> None:
@@ -38,14 +50,21 @@ class Call:
 
     owners: list[tuple[Parcel, int]] = field(default_factory=list)
     """Of each item: its parcel, and its place there."""
+    numbers: list[int] = field(default_factory=list)
+    """Of each item, by which it is taken back."""
     left: int = 0
     since: float | None = None
     """When the replica began with what is left of it (time.monotonic); None while others come before it."""
     task: asyncio.Task[None] | None = None
 
+    def unwanted(self) -> list[int]:
+        """Numbers of items that nobody waits for any more; whether they have been answered is not asked."""
+        pairs = zip(self.owners, self.numbers, strict=True)
+        return [number for (parcel, _), number in pairs if parcel.done.cancelled()]
 
-Send = Callable[[list[Any], list[float], int, Callable[[Piece], None]], Awaitable[None]]
-"""Calls a replica with items, the seconds left for each, and how many more wait here; hands on answers as they come."""
+
+Send = Callable[[Requests, Callable[[Piece], None]], Awaitable[None]]
+"""Calls a replica and hands on answers as they come."""
 
 
 GATHER_S = 0.005
@@ -84,6 +103,7 @@ class Coalescer:
         self._parcels: deque[Parcel] = deque()
         self._calls: list[Call] = []
         """In the order in which they left."""
+        self._numbers = itertools.count(secrets.randbits(62))  # no other caller's
         self._left_at = 0.0
         """When the last one did."""
         self._wake = asyncio.Event()
@@ -93,10 +113,12 @@ class Coalescer:
         """Begin to send; needs a running event loop."""
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
-    async def ask(self, items: list[Any], timeout_s: float) -> Answers:
+    async def ask(self, items: list[Any], timeout_s: float, following: Following | None = None) -> Answers:
         """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done)
+        parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following)
+        if following is not None:
+            following.news = News(ahead=self.waiting + sum(call.left for call in self._calls))
         self._parcels.append(parcel)
         self.waiting += len(items)
         self.linger.arrived(len(items))
@@ -183,6 +205,7 @@ class Coalescer:
             share = max(1, (room - call.left) // (len(self._parcels) + 1))
             places = range(parcel.sent, min(parcel.sent + share, len(parcel.items)))
             call.owners += ((parcel, place) for place in places)
+            call.numbers += itertools.islice(self._numbers, len(places))
             call.left += len(places)
             parcel.sent = places.stop
             if parcel.sent < len(parcel.items):
@@ -192,10 +215,16 @@ class Coalescer:
 
     async def _run(self, call: Call) -> None:
         now = time.monotonic()
-        items = [parcel.items[place] for parcel, place in call.owners]
-        timeouts_s = [max(0.0, parcel.deadline - now) for parcel, _ in call.owners]
+        requests = Requests(
+            [parcel.items[place] for parcel, place in call.owners],
+            [max(0.0, parcel.deadline - now) for parcel, _ in call.owners],
+            call.numbers,
+            [number for other in self._calls for number in other.unwanted()],
+            [number for (parcel, _), number in zip(call.owners, call.numbers, strict=True) if parcel.following],
+            self.waiting,
+        )
         try:
-            await self.send(items, timeouts_s, self.waiting, lambda piece: self._deliver(call, piece))
+            await self.send(requests, lambda piece: self._deliver(call, piece))
         except Exception as error:
             for parcel, _ in call.owners:
                 if not parcel.done.done():
@@ -218,6 +247,11 @@ class Coalescer:
             parcel, own = call.owners[place]
             parcel.collector.refuse(own, refusal)
             parcel.settle()
+        for place, news in piece.news.items():
+            if following := call.owners[place][0].following:
+                following.news = news
+        if not len(piece):
+            return
         now = time.monotonic()
         seconds = now - (call.since or now)
         self.cost.observe(len(piece), seconds)

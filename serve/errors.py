@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+LATE = "deadline_exceeded"
+
 
 class DureError(Exception):
     """Carries an HTTP status and what the client is told. Survives the way between processes."""
@@ -41,6 +43,14 @@ def not_found(message: str, param: str | None = None) -> DureError:
     return DureError(404, "not_found", message, param)
 
 
+def conflict(message: str, param: str | None = None, retry_after_s: float | None = None) -> DureError:
+    return DureError(409, "conflict", message, param, retry_after_s)
+
+
+def no_files() -> DureError:
+    return DureError(503, "files_unavailable", "image files can't be reached now; send the request again", None, 2)
+
+
 def too_large(message: str, param: str | None = None) -> DureError:
     return DureError(413, "too_large", message, param)
 
@@ -64,7 +74,7 @@ def unavailable(name: str) -> DureError:
 
 
 def too_late(name: str, timeout_s: float) -> DureError:
-    return DureError(504, "deadline_exceeded", f"{name} did not answer within {timeout_s:g} s")
+    return DureError(504, LATE, f"{name} did not answer within {timeout_s:g} s")
 
 
 def internal() -> DureError:

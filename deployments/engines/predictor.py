@@ -79,6 +79,11 @@ class Search:
         """Tokens that it reads next."""
         return len(self.growing) or len(self.item.ids)
 
+    @property
+    def written(self) -> int:
+        """Of the longest candidate."""
+        return max((len(candidate.ids) for candidate in self.candidates), default=0)
+
     def turn(self, prefixes: Prefixes) -> Turn:
         """What is not known of the prefix, or else the last token of each growing candidate."""
         if self.sequence is None:

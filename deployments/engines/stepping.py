@@ -18,6 +18,10 @@ class Work(Protocol):
     def cost(self) -> int:
         """Tokens that its next step reads."""
 
+    @property
+    def written(self) -> int:
+        """Tokens that it has come to so far."""
+
 
 AnyWork = TypeVar("AnyWork", bound=Work)
 

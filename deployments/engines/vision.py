@@ -54,6 +54,10 @@ class Look:
         """Tokens that it reads next."""
         return len(self.writing.to_read) if self.writing else len(self.item.ids)
 
+    @property
+    def written(self) -> int:
+        return len(self.writing.written) if self.writing else 0
+
 
 class Vision(Stepping[Question, Seen, Look]):
     """Greedy decoding under a grammar made from the schema.

@@ -118,7 +118,7 @@ class Bench:
 
     async def _answers(self, items: list[Any], timeout_s: float) -> Answers:
         collector = Collector(len(items))
-        async with contextlib.aclosing(self.batcher.submit(items, [timeout_s] * len(items))) as pieces:
+        async with contextlib.aclosing(self.batcher.submit(items, [timeout_s] * len(items), items)) as pieces:
             async for piece in pieces:
                 collector.put(piece.places, piece.results, range(len(piece.places)))
                 for place, refusal in piece.refusals.items():
@@ -317,6 +317,21 @@ def test_an_item_whose_client_left_takes_no_further_step() -> None:
         assert (await stays).results == [30]
 
     assert run(scenario, kind=Counter) == [[5, 3], [3], [3]]
+
+
+def test_an_item_that_is_taken_back_takes_no_further_step() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.engine.go.clear()
+        call = bench.submit(5, 3)
+        await asyncio.sleep(0.05)
+        waits = bench.submit(4, 2)
+        await asyncio.sleep(0.05)
+        bench.batcher.take_back([5, 4, 77])
+        await bench.go()
+        assert (await call).results == [None, 30]
+        assert (await waits).results == [None, 20]
+
+    assert run(scenario, kind=Counter) == [[5, 3], [3, 2], [3, 2]]
 
 
 def test_no_more_items_are_on_their_way_than_a_batch_may_hold() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.answers import Answers, Piece
+from deployments.items import Requests
 from deployments.spec import Refusal
 from serve.coalescer import Coalescer
 
@@ -18,6 +19,8 @@ class Replica:
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
         self.backlogs: list[int] = []
+        self.numbers: dict[int, int] = {}
+        self.taken_back: list[list[int]] = []
         self.cancelled = 0
         self.go = asyncio.Event()
         self.go.set()
@@ -25,13 +28,14 @@ class Replica:
         self.pause_s = 0.0
         self._turn = asyncio.Lock()
 
-    async def __call__(
-        self, items: list[Any], timeouts_s: list[float], backlog: int, deliver: Callable[[Piece], None]
-    ) -> None:
-        assert len(items) == len(timeouts_s)
-        assert all(0 <= timeout_s <= 5 for timeout_s in timeouts_s)
+    async def __call__(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
+        items = requests.items
+        assert len(items) == len(requests.timeouts_s)
+        assert all(0 <= timeout_s <= 5 for timeout_s in requests.timeouts_s)
         self.calls.append(items)
-        self.backlogs.append(backlog)
+        self.backlogs.append(requests.backlog)
+        self.numbers |= dict(zip(requests.numbers, items, strict=True))
+        self.taken_back.append([self.numbers[number] for number in requests.taken_back])
         try:
             async with self._turn:
                 await asyncio.wait_for(self.go.wait(), 5)
@@ -252,5 +256,23 @@ def test_an_overtaken_request_to_an_engine_in_steps_is_taken_back() -> None:
         assert replica.cancelled == 1
         replica.go.set()
         assert (await tasks[0]).results == [10]
+
+    run(scenario, in_steps=True)
+
+
+def test_what_shares_its_call_is_taken_back_with_the_next() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        replica.go.clear()
+        first, left, stays = ask(coalescer, 1), ask(coalescer, 5, 6), ask(coalescer, 7)
+        await asyncio.sleep(0.02)
+        left.cancel()
+        await asyncio.sleep(0.01)
+        newer = ask(coalescer, 8)
+        await asyncio.sleep(0.02)
+        assert replica.calls == [[1, 5, 6, 7], [8]]
+        assert replica.taken_back == [[], [5, 6]]
+        assert replica.cancelled == 0
+        replica.go.set()
+        assert [(await task).results for task in (first, stays, newer)] == [[10], [70], [80]]
 
     run(scenario, in_steps=True)

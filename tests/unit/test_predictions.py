@@ -40,10 +40,13 @@ class Model:
         self.asked += requests
         told = str(self.watch.now)
         try:
-            await self.go.wait()
+            async with asyncio.timeout(timeout_s):
+                await self.go.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        except TimeoutError as error:
+            raise errors.too_late(self.name, timeout_s) from error
         if self.fails:
             raise errors.internal()
         return [[Word(told, f" {told}", 0.5)]]
@@ -146,5 +149,22 @@ def test_an_answer_during_which_the_model_changed_is_not_kept() -> None:
         model.watch.now = "one"
         await ask(predictions, model)
         assert len(model.asked) == 2
+
+    run(scenario)
+
+
+def test_who_joins_has_a_deadline_of_their_own() -> None:
+    async def scenario(predictions: Predictions, model: Model) -> None:
+        first = asyncio.ensure_future(predictions.of(model, Prompt("a"), 0.1))
+        await asyncio.sleep(0.01)
+        patient = ask(predictions, model)
+        hasty = asyncio.ensure_future(predictions.of(model, Prompt("a"), 0.02))
+        for late in (hasty, first):
+            with pytest.raises(DureError) as caught:
+                await late
+            assert caught.value.status == 504
+        model.go.set()
+        assert text(await patient) == "one"
+        assert len(model.asked) <= 2
 
     run(scenario)
