@@ -84,8 +84,8 @@ class Collector:
                 self._results = _each(results, lambda array: array[out])
                 return
             self._results = _each(results, lambda array: np.zeros((self.count, *array.shape[1:]), array.dtype))
-        for field in fields(results):
-            getattr(self._results, field.name)[into] = getattr(results, field.name)[out]
+        for each in fields(results):
+            getattr(self._results, each.name)[into] = getattr(results, each.name)[out]
 
     def refuse(self, place: int, refusal: Refusal) -> None:
         """There is no result for the request at `place`."""

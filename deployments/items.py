@@ -82,6 +82,10 @@ class Scores:
     """int32, shape (pairs,)."""
 
 
+MAX_ASPECT = 50
+"""A vision model's processor first scales an image's shorter side up; a thin line would become gigabytes."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What does `prompt` make of the image?"""

@@ -10,6 +10,7 @@ from ray.serve import Application
 from deployments.replica import ModelReplica
 from serve.board import Reporter
 from serve.ingress import Ingress
+from serve.services.adverts import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
 from serve.settings import ModelSettings, Settings
 from serve.watch import CONSTRUCTOR_TRIES
@@ -35,6 +36,16 @@ def build(settings: Settings) -> Application:
             **_lifecycle(settings),
         )
         services["search"] = search.bind(settings, models)
+    if settings.keeps_record:
+        adverts = serve.deployment(Adverts).options(
+            name="adverts",
+            num_replicas=settings.adverts.replicas,
+            ray_actor_options={"num_cpus": settings.adverts.num_cpus},
+            max_ongoing_requests=2 * settings.adverts.max_queue + MAX_FOLLOWERS,
+            max_constructor_retry_count=CONSTRUCTOR_TRIES,
+            **_lifecycle(settings),
+        )
+        services["adverts"] = adverts.bind(settings, models)
     return (
         serve.deployment(Ingress)
         .options(

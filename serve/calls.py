@@ -95,6 +95,25 @@ class Deployment:
         async with self.gate.admitted(1, timeout_s if self.patient else 0):
             return await self._tried(lambda: _result(called.remote(*arguments)), 1, timeout_s)
 
+    async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
+        """What a method yields, for as long as anybody listens. Raises DureError."""
+        response = getattr(self.streaming, method).remote(*arguments)
+        try:
+            async for item in response:
+                yield item
+        except RayTaskError as error:
+            raise _of_task(error) from error
+        except BackPressureError as error:
+            raise errors.queue_full(self.name, self.gate.items, self.gate.retry_after_s()) from error
+        except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
+            raise errors.unavailable(self.name) from error
+        finally:
+            response.cancel()
+
+    @functools.cached_property
+    def streaming(self) -> DeploymentHandle:
+        return self.handle.options(stream=True)
+
     async def _tried(self, attempt: Callable[[], Awaitable[Any]], items: int, timeout_s: float) -> Any:
         """What `attempt` returns, which is made again where a replica died over it."""
         started = time.monotonic()
@@ -106,8 +125,7 @@ class Deployment:
             except TimeoutError as error:
                 raise errors.too_late(self.name, timeout_s) from error
             except RayTaskError as error:
-                cause = error.cause
-                raise cause if isinstance(cause, DureError) else errors.internal() from error
+                raise _of_task(error) from error
             except BackPressureError as error:
                 raise errors.queue_full(self.name, self.gate.items, self.gate.retry_after_s()) from error
             except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
@@ -164,10 +182,6 @@ class Model(Deployment):
             raise refused(answers.refusals[number], f"{param}.{number}" if len(requests) > 1 else param)
         return answers.results
 
-    @functools.cached_property
-    def stream(self) -> DeploymentHandle:
-        return self.handle.options(stream=True)
-
     async def _send(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
         left = dict.fromkeys(range(len(requests.items)))
 
@@ -179,7 +193,7 @@ class Model(Deployment):
                 timeouts_s=[requests.timeouts_s[place] for place in places],
                 numbers=[requests.numbers[place] for place in places],
             )
-            response = self.stream.run.remote(rest)
+            response = self.streaming.run.remote(rest)
             try:
                 async for piece in response:
                     refusals = {places[at]: refusal for at, refusal in piece.refusals.items()}
@@ -195,6 +209,10 @@ class Model(Deployment):
         await self._tried(ask_for_the_rest, len(requests.items), max(requests.timeouts_s))
         if left:
             raise errors.internal()
+
+
+def _of_task(error: RayTaskError) -> DureError:
+    return error.cause if isinstance(error.cause, DureError) else errors.internal()
 
 
 def refused(refusal: Refusal, param: str) -> DureError:

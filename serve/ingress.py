@@ -21,10 +21,24 @@ from serve.direct import DirectApp
 from serve.errors import DureError
 from serve.graph import Graph
 from serve.middleware import BodyLimit, RequestCount
-from serve.routes import embeddings, health, metrics, models, predict, progress, rerank, search, vision, ws
+from serve.routes import (
+    embeddings,
+    events,
+    health,
+    jobs,
+    metrics,
+    models,
+    predict,
+    progress,
+    rerank,
+    search,
+    stages,
+    vision,
+    ws,
+)
 from serve.settings import Settings
 
-ROUTERS = (health, models, progress, predict, embeddings, rerank, search, vision, ws, metrics)
+ROUTERS = (health, models, progress, predict, embeddings, rerank, search, vision, jobs, stages, events, ws, metrics)
 OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 
 

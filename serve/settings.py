@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from deployments.spec import ModelSpec, Precision, Runtime
 
 CACHES = ("memory", "redis", "rediss", "unix")
+DATABASES = ("sqlite://", "postgresql://")
 TASKS = ("next_word", "vision", "embedding", "rerank")
 
 
@@ -114,6 +115,59 @@ class ServiceSettings(Strict):
     max_queue: int = Field(24, ge=1, description="requests waiting or running, per ingress replica; over it 429")
 
 
+class AdvertSettings(ServiceSettings):
+    """The service that checks adverts and keeps the record of them."""
+
+    max_queue: int = Field(64, ge=1, description="calls waiting or running, per ingress replica; over it 429")
+    lease_s: float = Field(
+        30, gt=0, description="a stage whose call has not been heard of for this long is over; heard of 4 times in it"
+    )
+
+
+class StoreSettings(Strict):
+    """Where the record of adverts is kept."""
+
+    url: str | None = Field(
+        None, description="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME; left out: dure.sqlite3 in .dure"
+    )
+    assets: str | None = Field(
+        None,
+        description="folder of the image files, or a URL that fsspec knows, as s3://BUCKET/PREFIX; else .dure/assets",
+    )
+    retention_days: float | None = Field(None, gt=0, description="after which a job is deleted; left out: never")
+    tenant_retention_days: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="the same for single tenants"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _known_database(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(DATABASES):
+            raise ValueError("a store is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
+        return url
+
+
+class WebhookSettings(Strict):
+    """Who hears of a finished stage."""
+
+    url: str = Field(pattern=r"^https?://")
+    secret: str = Field(min_length=16, description="signs what is sent: X-Dure-Signature")
+    timeout_s: float = Field(10, gt=0)
+    max_attempts: int = Field(10, ge=1, description="after which an event is dead until it is asked for again")
+    first_retry_s: float = Field(1, gt=0, description="doubled with each attempt")
+    longest_retry_s: float = Field(600, gt=0)
+
+
+class FetchSettings(Strict):
+    """Images from other servers, named by `render_asset_url`."""
+
+    hosts: list[str] = Field(
+        [], description="hosts, HOST or HOST:PORT, that may be fetched from; none: fetching is off"
+    )
+    private_addresses: bool = Field(False, description="may these hosts be in a private network?")
+    timeout_s: float = Field(10, gt=0)
+
+
 class IngressSettings(Strict):
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, ge=0)
@@ -154,6 +208,10 @@ class Settings(Strict):
     )
     ingress: IngressSettings = IngressSettings()
     search: ServiceSettings = ServiceSettings()
+    adverts: AdvertSettings = AdvertSettings()
+    store: StoreSettings = StoreSettings()
+    webhook: WebhookSettings | None = None
+    fetch: FetchSettings = FetchSettings()
     limits: Limits = Limits()
     cache: CacheSettings = CacheSettings()
     websocket: WebSocketSettings = WebSocketSettings()
@@ -164,6 +222,11 @@ class Settings(Strict):
     drain_s: float = Field(30, ge=0, description="how long a replica that stops may finish its requests")
 
     @property
+    def keeps_record(self) -> bool:
+        """Are there adverts to check?"""
+        return any(model.task == "vision" for model in self.models.values())
+
+    @property
     def own_cores(self) -> bool:
         """Has this machine a core for every thread of every model that runs on the CPU?"""
         cores = os.cpu_count() or 1
@@ -172,7 +235,7 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _reserved_names(self) -> "Settings":
-        taken = sorted({"ingress", "search"} & set(self.models))
+        taken = sorted({"ingress", "search", "adverts"} & set(self.models))
         if taken:
             raise ValueError(f"models can't be named {', '.join(taken)}: deployments of Dure itself have that name")
         return self

@@ -18,7 +18,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, Processor
 from deployments.engines.sequences import Reader, Sequence, Turn
 from deployments.engines.stepping import Stepping
 from deployments.engines.writing import Writing, choose
-from deployments.items import Answer, Question
+from deployments.items import MAX_ASPECT, Answer, Question
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal
@@ -26,8 +26,6 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refus
 CONVERSATION = "USER: <image>\n{prompt} ASSISTANT:"
 """LLaVA 1.5's, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""
 MAX_ANSWER_TOKENS = 512
-MAX_ASPECT = 50
-"""The processor first scales an image's shorter side up to the tower's; a thin line would become gigabytes."""
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 

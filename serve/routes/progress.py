@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-import orjson
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from serve import errors
+from serve import errors, sse
 from serve.board import Replica
 from serve.routes.common import GraphDep
 from serve.watch import Watch
 
 router = APIRouter(tags=["models"])
-
-HEARTBEAT_S = 10.0
 
 
 @router.get("/model/upload-stream", response_class=StreamingResponse)
@@ -25,8 +22,7 @@ async def upload_stream(graph: GraphDep, model: str | None = None, follow: bool 
     if model is not None and model not in graph.models:
         raise errors.not_found(f"no model {model!r}; there are {', '.join(graph.models)}", "model")
     names = [model] if model else list(graph.models)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_stream(graph.watch, names, follow), 200, headers, "text/event-stream")
+    return sse.response(_stream(graph.watch, names, follow))
 
 
 async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator[bytes]:
@@ -38,9 +34,9 @@ async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator
                 yield _event(replica)
         while follow or not _over(names, shown):
             try:
-                replica = await asyncio.wait_for(changes.get(), HEARTBEAT_S)
+                replica = await asyncio.wait_for(changes.get(), sse.HEARTBEAT_S)
             except TimeoutError:
-                yield b": heartbeat\n\n"
+                yield sse.HEARTBEAT
                 continue
             before = shown.get(replica.replica)
             if replica.model in names and (before is None or before.event != replica.event):
@@ -66,4 +62,4 @@ def _event(replica: Replica) -> bytes:
         "shard": event.shard,
         "shards": event.shards,
     }
-    return b"data: " + orjson.dumps(data) + b"\n\n"
+    return sse.event(data)

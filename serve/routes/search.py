@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from serve import errors
 from serve.metrics import measured
 from serve.routes.common import Body, GraphDep, answer, check_text, check_texts
 from serve.services.search import Found
@@ -24,9 +23,7 @@ class SearchRequest(Body):
 @router.post("/v1/search")
 async def search(body: SearchRequest, graph: GraphDep) -> Response:
     """Embed, take the nearest, re-rank: the best documents first, scored between 0 and 1."""
-    service = graph.services.get("search")
-    if service is None:
-        raise errors.not_found("search needs a model with task embedding and one with task rerank")
+    service = graph.service("search", "a model with task embedding and one with task rerank")
     check_text(body.query, "query", graph.settings.limits)
     check_texts(body.documents, "documents", graph.settings.limits)
     timeout_s = graph.settings.request_timeout_s

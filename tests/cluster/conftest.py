@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.dure import ROOT, Dure, config_file, free_port
+from tests.hook import Hook, hook_on
 
 ORIGIN = "https://app.example.org"
 MAX_CONNECTIONS = 12
@@ -17,7 +18,13 @@ MODELS = ["predictor", "vision", "embedder", "reranker", "shout", "growing"]
 
 
 @pytest.fixture(scope="session")
-def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
+def hook() -> Iterator[Hook]:
+    with hook_on(free_port()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]:
     folder = tmp_path_factory.mktemp("dure")
     (folder / "seconds_per_shard").write_text("0.01")
     models = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"]
@@ -43,6 +50,9 @@ def dure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dure]:
         ingress={"cors_origins": [ORIGIN]},
         limits={"max_body_mb": 6, "max_image_mb": 2, "max_text_chars": 120_000, "max_image_megapixels": 20},
         websocket={"max_connections": MAX_CONNECTIONS},
+        adverts={"lease_s": 3},
+        webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
+        fetch={"hosts": ["images.example.org", "localhost", "127.0.0.1"]},
         request_timeout_s=10,
     )
     running = Dure(config, folder / "state", port)

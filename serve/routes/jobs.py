@@ -1,0 +1,202 @@
+"""Adverts as jobs: what is sent, what is on record, and having it deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends, File, Form, Header, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, StringConstraints, ValidationError
+from starlette.datastructures import UploadFile as Upload
+
+from serve import errors
+from serve.calls import Deployment
+from serve.graph import Graph
+from serve.images import look_at
+from serve.metrics import measured
+from serve.routes.common import Body, GraphDep, answer, check_text
+from serve.settings import Limits
+from serve.store.jobs import Image, NewJob
+from serve.store.outbox import State
+from serve.store.stages import Which
+
+router = APIRouter(prefix="/api/yh", tags=["adverts"])
+
+MAX_LAYOUT_BYTES = 256 * 1024
+MAX_PAGE = 500
+
+TenantId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+
+
+async def _service(graph: GraphDep) -> Deployment:
+    return graph.service("adverts", "a model with task vision")
+
+
+Service = Annotated[Deployment, Depends(_service)]
+
+
+class OverlayBody(Body):
+    tenant_id: TenantId
+    layout: Annotated[dict[str, Any], Field(min_length=1)]
+
+
+@router.post("/jobs", status_code=201)
+async def create_job(
+    graph: GraphDep,
+    adverts: Service,
+    tenant_id: Annotated[TenantId, Form()],
+    image: Annotated[UploadFile, File()],
+    desc_eng: Annotated[str | None, Form()] = None,
+    ad_copy_eng: Annotated[str | None, Form()] = None,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Response:
+    """A new job with its image, and a first variant at img_gen/done. With an Idempotency-Key, a repeat is safe."""
+    limits = graph.settings.limits
+    desc_eng = _text(desc_eng, "desc_eng", limits)
+    ad_copy_eng = _text(ad_copy_eng, "ad_copy_eng", limits)
+    job_id = uuid.uuid4()
+    content = await image.read()
+    new = NewJob(
+        tenant_id,
+        job_id,
+        uuid.uuid4(),
+        await _image(job_id, content, limits),
+        desc_eng,
+        ad_copy_eng,
+        idempotency_key,
+        _fingerprint(content, desc_eng, ad_copy_eng),
+    )
+    with measured(adverts.name):
+        made = await adverts.call(new, content, method="create_job", timeout_s=graph.settings.request_timeout_s)
+    return Response(orjson.dumps(made), 201, media_type="application/json")
+
+
+@router.post("/jobs/{job_id}/variants/{job_variants_id}/overlay")
+async def record_overlay(
+    job_id: uuid.UUID, job_variants_id: uuid.UUID, request: Request, graph: GraphDep, adverts: Service
+) -> Response:
+    """The finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
+    image, content, layout = None, b"", None
+    if request.headers.get("content-type", "").startswith("application/json"):
+        try:
+            body = OverlayBody.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise _as_of_request(error) from error
+        tenant_id, layout = body.tenant_id, body.layout
+        if len(orjson.dumps(layout)) > MAX_LAYOUT_BYTES:
+            raise errors.too_large(f"layout is over {MAX_LAYOUT_BYTES // 1024} kB", "layout")
+    else:
+        async with request.form(max_files=1) as form:
+            upload = form.get("image")
+            if not isinstance(upload, Upload):
+                raise errors.DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
+            content = await upload.read()
+            try:
+                tenant_id = OverlayBody.model_validate(
+                    {"tenant_id": form.get("tenant_id"), "layout": {"": ""}}
+                ).tenant_id
+            except ValidationError as error:
+                raise _as_of_request(error) from error
+        image = await _image(job_id, content, graph.settings.limits)
+    which = Which(tenant_id, job_id, job_variants_id)
+    with measured(adverts.name):
+        recorded = await adverts.call(
+            which,
+            uuid.uuid4(),
+            image,
+            content,
+            layout,
+            method="record_overlay",
+            timeout_s=graph.settings.request_timeout_s,
+        )
+    return answer(recorded)
+
+
+@router.get("/jobs/{job_id}")
+async def show_job(
+    job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service
+) -> Response:
+    """A job with its variants, what was done with them, and the verdicts."""
+    return answer(await _called(adverts, graph, "view", tenant_id, job_id))
+
+
+@router.delete("/jobs/{job_id}")
+async def delete_job(
+    job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service
+) -> Response:
+    """Delete a job now: rows and files."""
+    return answer({"deleted": await _called(adverts, graph, "delete", tenant_id, job_id)})
+
+
+@router.delete("/jobs")
+async def delete_jobs(tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service) -> Response:
+    """Delete all jobs of a tenant now: rows and files."""
+    return answer({"deleted": await _called(adverts, graph, "delete", tenant_id, None)})
+
+
+@router.get("/traces")
+async def list_traces(
+    tenant_id: Annotated[TenantId, Query()],
+    graph: GraphDep,
+    adverts: Service,
+    job_id: uuid.UUID | None = None,
+    after: str | None = None,
+    limit: Limit = 100,
+) -> Response:
+    """What models were asked and what they answered, the oldest first; `after` takes the `next` of the page before."""
+    return answer(await _called(adverts, graph, "traces", tenant_id, job_id, after, limit))
+
+
+@router.get("/events")
+async def list_events(
+    tenant_id: Annotated[TenantId, Query()],
+    graph: GraphDep,
+    adverts: Service,
+    state: State | None = None,
+    limit: Limit = 100,
+) -> Response:
+    """What followed, the newest first, and how its delivery stands; `state=dead` are those that are tried no more."""
+    return answer({"events": await _called(adverts, graph, "events", tenant_id, state, limit)})
+
+
+@router.post("/events/{event_id}/redeliver")
+async def redeliver(
+    event_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service
+) -> Response:
+    """Deliver an event anew, also one that is dead or was delivered."""
+    return answer(await _called(adverts, graph, "deliver_again", tenant_id, event_id))
+
+
+async def _called(adverts: Deployment, graph: Graph, method: str, *arguments: Any) -> Any:
+    with measured(adverts.name):
+        return await adverts.call(*arguments, method=method, timeout_s=graph.settings.request_timeout_s)
+
+
+async def _image(job_id: uuid.UUID, content: bytes, limits: Limits) -> Image:
+    look = await look_at(content, limits)
+    asset_id = uuid.uuid4()
+    path = f"{job_id}/{asset_id}.{look.extension}"
+    return Image(asset_id, path, look.media_type, look.width, look.height, len(content))
+
+
+def _text(text: str | None, name: str, limits: Limits) -> str | None:
+    text = (text or "").strip()
+    check_text(text, name, limits)
+    if "\0" in text:
+        raise errors.invalid(f"{name} has a NUL character", name)
+    return text or None
+
+
+def _fingerprint(content: bytes, *texts: str | None) -> str:
+    told = hashlib.sha256(content)
+    told.update(orjson.dumps(texts))
+    return told.hexdigest()
+
+
+def _as_of_request(error: ValidationError) -> RequestValidationError:
+    problems = error.errors(include_url=False)
+    return RequestValidationError([problem | {"loc": ("body", *problem["loc"])} for problem in problems])

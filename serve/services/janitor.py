@@ -1,0 +1,76 @@
+"""What is to be done now and then: end leases that are over, and delete what is older than its tenant wants."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import time
+import uuid
+
+from serve.errors import DureError
+from serve.settings import Settings
+from serve.store.assets import Assets
+from serve.store.jobs import Jobs
+from serve.store.stages import Stages
+from serve.store.tables import now
+
+logger = logging.getLogger("ray.serve")
+
+DELETE_EVERY_S = 300.0
+LONGEST_LOOK_S = 5.0
+AT_ONCE = 100
+
+
+class Janitor:
+    def __init__(self, stages: Stages, jobs: Jobs, assets: Assets, settings: Settings) -> None:
+        self.stages, self.jobs, self.assets = stages, jobs, assets
+        self.settings = settings
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; needs a running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def delete(
+        self, tenant_id: str, job_id: uuid.UUID | None = None, before: datetime.datetime | None = None
+    ) -> int:
+        """Delete a tenant's jobs, files first, so that what is cut short can be begun again; how many there were."""
+        count = 0
+        while True:
+            files = await self.jobs.files_of(tenant_id, job_id, before, AT_ONCE)
+            if not files:
+                return count
+            for path in (path for paths in files.values() for path in paths):
+                await self.assets.delete(path)
+            await self.jobs.forget(list(files))
+            count += len(files)
+
+    async def _run(self) -> None:
+        deleted_at = -DELETE_EVERY_S
+        while True:
+            try:
+                if ended := await self.stages.expire():
+                    logger.warning("%d stages have failed: their calls died", ended)
+                if time.monotonic() - deleted_at > DELETE_EVERY_S:
+                    deleted_at = time.monotonic()
+                    await self._delete_old()
+            except DureError as error:
+                logger.warning("leases and old jobs wait: %s", error)
+            except Exception:
+                logger.exception("leases and old jobs wait")
+            await asyncio.sleep(min(self.stages.lease_s / 3, LONGEST_LOOK_S))
+
+    async def _delete_old(self) -> None:
+        store = self.settings.store
+        periods = [days for days in (store.retention_days, *store.tenant_retention_days.values()) if days is not None]
+        if not periods:
+            return
+        for tenant_id in await self.jobs.tenants(_ago(min(periods))):
+            days = store.tenant_retention_days.get(tenant_id, store.retention_days)
+            if days is not None and (count := await self.delete(tenant_id, before=_ago(days))):
+                logger.info("%d jobs of tenant %s were over %g days old and are deleted", count, tenant_id, days)
+
+
+def _ago(days: float) -> datetime.datetime:
+    return now() - datetime.timedelta(days=days)

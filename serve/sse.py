@@ -1,0 +1,50 @@
+"""Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, TypeVar
+
+import orjson
+from fastapi.responses import StreamingResponse
+
+Item = TypeVar("Item")
+
+HEARTBEAT_S = 10.0
+HEARTBEAT = b": heartbeat\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event(data: Any, name: str = "", id: str = "") -> bytes:
+    lines = [b"event: " + name.encode()] if name else []
+    lines += [b"id: " + id.encode()] if id else []
+    return b"\n".join([*lines, b"data: " + orjson.dumps(data)]) + b"\n\n"
+
+
+def response(events: AsyncIterator[bytes]) -> StreamingResponse:
+    return StreamingResponse(events, 200, HEADERS, "text/event-stream")
+
+
+async def with_pauses(items: AsyncIterator[Item], stopping: asyncio.Event) -> AsyncGenerator[Item | None]:
+    """The items, None whenever there was none for the time of a heartbeat; ends once the server is stopping."""
+    stop = asyncio.ensure_future(stopping.wait())
+    following: asyncio.Future[Item] = asyncio.ensure_future(anext(items))
+    try:
+        while True:
+            await asyncio.wait((stop, following), timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                return
+            if not following.done():
+                yield None
+                continue
+            try:
+                item = following.result()
+            except StopAsyncIteration:
+                return
+            following = asyncio.ensure_future(anext(items))
+            yield item
+    finally:
+        for task in (stop, following):
+            task.cancel()
+        await asyncio.gather(stop, following, return_exceptions=True)

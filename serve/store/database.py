@@ -1,0 +1,149 @@
+"""Transactions on SQLite or PostgreSQL, taken again where the database was not there for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, CursorResult, Update, event, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+
+from serve.errors import DureError
+
+logger = logging.getLogger("ray.serve")
+
+Result = TypeVar("Result")
+
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+PATIENCE_S = 20.0
+"""How long a transaction is tried again: a database that is started anew is back by then."""
+LOCK_S = 5.0
+"""How long SQLite waits for another process to finish writing, and PostgreSQL for a connection."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+CONNECTIONS = 8
+LOST = ("08", "57P", "40", "53", "55P03")
+"""PostgreSQL's codes for a connection that was lost, a shutdown, a conflict, too little of something, and a lock:
+https://www.postgresql.org/docs/current/errcodes-appendix.html."""
+
+
+class Conflict(Exception):
+    """Another changed what this transaction had read; it is taken again."""
+
+
+class Unavailable(DureError):
+    def __init__(self) -> None:
+        super().__init__(503, "store_unavailable", "the database does not answer; send the request again", None, 2)
+
+    def __reduce__(self) -> tuple[type[Unavailable], tuple[()]]:
+        return Unavailable, ()
+
+
+def address(url: str, synchronous: bool = False) -> URL:
+    """The URL with the driver that is used. Raises ValueError for a database that is neither of the two."""
+    parsed = make_url(url)
+    kind = parsed.get_backend_name()
+    if kind not in DRIVERS:
+        raise ValueError(f"a store is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, not {kind}://")
+    return parsed.set(drivername="sqlite" if synchronous and kind == "sqlite" else DRIVERS[kind])
+
+
+class Database:
+    """Reads and writes, each in a transaction of its own. Raises Unavailable once patience is at its end."""
+
+    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+        where = address(url)
+        self.patience_s = patience_s
+        self.is_sqlite = where.get_backend_name() == "sqlite"
+        options: dict[str, Any] = (
+            {"connect_args": {"timeout": LOCK_S}}
+            if self.is_sqlite
+            else {
+                "connect_args": {"connect_timeout": int(LOCK_S)},
+                "pool_size": CONNECTIONS,
+                "max_overflow": 0,
+                "pool_timeout": LOCK_S,
+                "pool_pre_ping": True,
+            }
+        )
+        self.engine: AsyncEngine = create_async_engine(where, **options)
+        if self.is_sqlite:
+            if where.database:
+                Path(where.database).parent.mkdir(parents=True, exist_ok=True)
+            event.listen(self.engine.sync_engine, "connect", _prepare)
+            event.listen(self.engine.sync_engine, "begin", _begin)
+
+    async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+        return await self._tried(work, writes=False)
+
+    async def write(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+        """What `work` returns, committed. It is called again after a Conflict, and where the database was away."""
+        return await self._tried(work, writes=True)
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+    async def _tried(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
+        deadline = time.monotonic() + self.patience_s
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._once(work, writes)
+            except (Conflict, DBAPIError, PoolTimeout, OSError) as error:
+                if not _passes(error):
+                    raise
+                if time.monotonic() + pause_s > deadline:
+                    logger.error("the database does not answer: %s", error)
+                    raise Unavailable from error
+                logger.warning("a transaction is taken again: %s", str(error).partition("\n")[0])
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _once(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
+        async with AsyncSession(self.engine, expire_on_commit=False) as session:
+            await session.connection(execution_options={"writes": writes})
+            result = await work(session)
+            if writes:
+                await session.commit()
+            return result
+
+
+async def changes(session: AsyncSession, statement: Update) -> bool:
+    """Has this changed any row?"""
+    result = await session.execute(statement)
+    assert isinstance(result, CursorResult)
+    return bool(result.rowcount)
+
+
+def _passes(error: BaseException) -> bool:
+    """Is it worth trying again?"""
+    if not isinstance(error, DBAPIError):
+        return True
+    if error.connection_invalidated or isinstance(error, InterfaceError):
+        return True
+    code = getattr(error.orig, "sqlstate", None)
+    if code is not None:
+        return str(code).startswith(LOST)
+    if isinstance(error.orig, sqlite3.Error):
+        return "locked" in str(error.orig) or "busy" in str(error.orig)
+    return isinstance(error, OperationalError)  # psycopg, where there was no connection to get a code from
+
+
+def _prepare(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions begin where `_begin` says so, not where sqlite3 guesses
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    # A transaction that reads first and then finds the lock taken fails at once; one that says so at first waits.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")

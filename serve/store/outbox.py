@@ -1,0 +1,131 @@
+"""Events that others are to hear of: written in the transaction that they tell of, then delivered at least once."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from serve import errors
+from serve.store.database import Database, changes
+from serve.store.tables import Event, Job, now
+
+State = Literal["pending", "delivered", "dead"]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """An event that is this process's to deliver until its claim ends."""
+
+    event_id: uuid.UUID
+    payload: dict[str, Any]
+    attempt: int
+    """From 1."""
+
+
+def event_of(
+    kind: str, tenant_id: str, job_id: uuid.UUID, job_variants_id: uuid.UUID, vlm_trace_id: uuid.UUID
+) -> Event:
+    """What is to be done next with a variant. Its id is the trace's: a stage triggers once each time it is done."""
+    at = now()
+    payload = {
+        "event_id": str(vlm_trace_id),
+        "type": kind,
+        "tenant_id": tenant_id,
+        "job_id": str(job_id),
+        "job_variants_id": str(job_variants_id),
+        "vlm_trace_id": str(vlm_trace_id),
+        "created_at": at.isoformat(),
+    }
+    return Event(
+        event_id=vlm_trace_id, job_id=job_id, kind=kind, payload=payload, state="pending", due_at=at, created_at=at
+    )
+
+
+class Outbox:
+    def __init__(self, database: Database, claim_s: float) -> None:
+        self.database = database
+        self.claim_s = claim_s
+
+    async def claim(self, count: int) -> list[Delivery]:
+        """At most so many events that are due; no other process gets them within `claim_s`."""
+
+        async def read(session: AsyncSession) -> list[uuid.UUID]:
+            due = select(Event.event_id).where(Event.state == "pending", Event.due_at <= now())
+            return list(await session.scalars(due.order_by(Event.due_at).limit(count)))
+
+        async def write(session: AsyncSession) -> list[Delivery]:
+            claimed = []
+            for event_id in due:
+                changed = await changes(
+                    session,
+                    update(Event)
+                    .where(Event.event_id == event_id, Event.state == "pending", Event.due_at <= now())
+                    .values(due_at=now() + datetime.timedelta(seconds=self.claim_s), attempts=Event.attempts + 1),
+                )
+                if changed:
+                    event = await session.get_one(Event, event_id)
+                    claimed.append(Delivery(event_id, event.payload, event.attempts))
+            return claimed
+
+        due = await self.database.read(read)
+        return await self.database.write(write) if due else []
+
+    async def delivered(self, event_id: uuid.UUID) -> None:
+        await self._set(event_id, state="delivered", last_error=None)
+
+    async def failed(self, event_id: uuid.UUID, reason: str, retry_s: float | None) -> None:
+        """It is tried again after `retry_s`, or, where that is None, never."""
+        if retry_s is None:
+            await self._set(event_id, state="dead", last_error=reason)
+        else:
+            await self._set(event_id, due_at=now() + datetime.timedelta(seconds=retry_s), last_error=reason)
+
+    async def _set(self, event_id: uuid.UUID, **values: Any) -> None:
+        async def write(session: AsyncSession) -> None:
+            await session.execute(
+                update(Event).where(Event.event_id == event_id, Event.state != "delivered").values(**values)
+            )
+
+        await self.database.write(write)
+
+    async def list(self, tenant_id: str, state: State | None, limit: int) -> list[dict[str, Any]]:
+        """A tenant's events, the newest first."""
+
+        async def read(session: AsyncSession) -> list[dict[str, Any]]:
+            events = select(Event).join(Job, Job.job_id == Event.job_id).where(Job.tenant_id == tenant_id)
+            if state is not None:
+                events = events.where(Event.state == state)
+            newest = events.order_by(Event.created_at.desc(), Event.event_id).limit(limit)
+            return [_shown(event) for event in await session.scalars(newest)]
+
+        return await self.database.read(read)
+
+    async def deliver_again(self, tenant_id: str, event_id: uuid.UUID) -> dict[str, Any]:
+        """Take an event up anew, as if it had never been tried. Raises a 404 where there is none."""
+
+        async def write(session: AsyncSession) -> dict[str, Any]:
+            found = await session.scalar(
+                select(Event)
+                .join(Job, Job.job_id == Event.job_id)
+                .where(Event.event_id == event_id, Job.tenant_id == tenant_id)
+            )
+            if found is None:
+                raise errors.not_found(f"no event {event_id}", "event_id")
+            found.state, found.attempts, found.due_at, found.last_error = "pending", 0, now(), None
+            return _shown(found)
+
+        return await self.database.write(write)
+
+
+def _shown(event: Event) -> dict[str, Any]:
+    return {
+        **event.payload,
+        "state": event.state,
+        "attempts": event.attempts,
+        "last_error": event.last_error,
+    }

@@ -1,0 +1,84 @@
+"""Bringing a database to the tables that this version needs: `dure migrate`.
+
+Each migration only adds, so that the version before it goes on running while it is applied and after it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.exc import SQLAlchemyError
+
+from serve.store.database import address
+
+FOLDER = Path(__file__).with_name("migrations")
+
+
+class SchemaError(Exception):
+    """A database that can't be used as it is. The message says what to do."""
+
+
+def migrate(url: str, revision: str = "head") -> tuple[str | None, str | None]:
+    """Apply what is missing; the revisions before and after. Raises SchemaError where the database can't be reached.
+
+    One that a later version has migrated is left as it is.
+    """
+    where = address(url, synchronous=True)
+    if where.get_backend_name() == "sqlite" and where.database:
+        Path(where.database).parent.mkdir(parents=True, exist_ok=True)
+    before = present(url)
+    if before is None or before in _known(url):
+        command.upgrade(_config(url), revision)
+    return before, present(url)
+
+
+def make_ready(url: str) -> None:
+    """Migrate a SQLite file, which is this server's own; `check` any other."""
+    if address(url).get_backend_name() == "sqlite":
+        migrate(url)
+    else:
+        check(url)
+
+
+def check(url: str) -> None:
+    """Raises SchemaError where the database lacks a migration, or can't be reached.
+
+    One that a later version has migrated is as good: migrations only add.
+    """
+    revision, newest = present(url), ScriptDirectory.from_config(_config(url)).get_current_head()
+    if revision != newest and (revision is None or revision in _known(url)):
+        raise SchemaError(f"the database {_shown(url)} is at revision {revision}, not {newest}: run `dure migrate`")
+
+
+def present(url: str) -> str | None:
+    """The revision that the database is at; None for an empty one."""
+    engine = create_engine(address(url, synchronous=True))
+    try:
+        with engine.connect() as connection:
+            if "alembic_version" not in inspect(connection).get_table_names():
+                return None
+            return MigrationContext.configure(connection).get_current_revision()
+    except SQLAlchemyError as error:
+        raise SchemaError(f"the database {_shown(url)} can't be used: {str(error).partition(chr(10))[0]}") from error
+    finally:
+        engine.dispose()
+
+
+def _known(url: str) -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(_config(url)).walk_revisions()}
+
+
+def _config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(FOLDER))
+    config.attributes["url"] = address(url, synchronous=True)
+    return config
+
+
+def _shown(url: str) -> str:
+    return address(url).render_as_string(hide_password=True)

@@ -1,0 +1,279 @@
+"""The two stages of a variant: what starts them, who holds them, how they end.
+
+A change of a variant is made only where nothing else has changed it since it was read, so of two calls that start the
+same stage one wins. Who holds a running stage has it under a lease that is renewed; where its process dies, the lease
+ends, and the stage has failed. Each start writes a trace, in the same transaction, which its end completes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from serve import errors
+from serve.errors import DureError
+from serve.store.database import Conflict, Database, changes
+from serve.store.outbox import event_of
+from serve.store.tables import AdCopy, ImageAsset, Job, JobInput, Overlay, Trace, Variant, now
+
+PROVIDER = "llava"
+EXPIRED = "the call that held it died: its lease ended"
+AT_ONCE = 100
+"""Leases that are ended in one transaction."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    step: Literal["vlm_analyze", "vlm_judge"]
+    operation: Literal["analyze", "judge"]
+    starts_from: frozenset[tuple[str, str]]
+    """Steps and statuses."""
+    triggers: Literal["yolo_detect", "ocr_eval"]
+    """What is to be done once it is done."""
+
+
+VALIDATE = Stage(
+    "vlm_analyze",
+    "analyze",
+    frozenset({("img_gen", "done"), ("vlm_analyze", "done"), ("vlm_analyze", "failed")}),
+    "yolo_detect",
+)
+JUDGE = Stage("vlm_judge", "judge", frozenset({("overlay", "done"), ("vlm_judge", "failed")}), "ocr_eval")
+
+
+@dataclass(frozen=True)
+class Which:
+    """A variant, as its tenant names it."""
+
+    tenant_id: str
+    job_id: uuid.UUID
+    job_variants_id: uuid.UUID
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a stage may work with, and the revision of the variant that this was read at."""
+
+    revision: int
+    desc_eng: str | None
+    ad_copy_eng: str | None
+    """The newest that is done."""
+    image: str | None
+    """Path of the variant's own image."""
+    overlaid_image: str | None
+    render_url: str | None
+    """Of the overlay's layout."""
+
+
+class Stages:
+    def __init__(self, database: Database, lease_s: float) -> None:
+        self.database = database
+        self.lease_s = lease_s
+
+    async def sources(
+        self, stage: Stage, which: Which, call: uuid.UUID, overlay_id: uuid.UUID | None = None
+    ) -> Sources:
+        """What the stage may work with. Raises DureError where this call may not start it."""
+
+        async def read(session: AsyncSession) -> Sources:
+            variant = await find(session, which)
+            _check(stage, variant, call)
+            desc = select(JobInput.desc_eng).where(JobInput.job_id == which.job_id)
+            copies = (
+                select(AdCopy.ad_copy_eng)
+                .where(AdCopy.job_id == which.job_id, AdCopy.generation_stage == "ad_copy_eng", AdCopy.status == "done")
+                .order_by(AdCopy.created_at.desc())
+            )
+            overlays = select(Overlay).where(Overlay.job_variants_id == which.job_variants_id)
+            if overlay_id is not None:
+                overlays = overlays.where(Overlay.overlay_id == overlay_id)
+            overlay = await session.scalar(overlays.order_by(Overlay.created_at.desc()).limit(1))
+            if overlay is None and overlay_id is not None:
+                raise errors.not_found(f"the variant has no overlay {overlay_id}", "overlay_id")
+            return Sources(
+                variant.revision,
+                await session.scalar(desc.order_by(JobInput.created_at.desc()).limit(1)),
+                await session.scalar(copies.limit(1)),
+                await _path(session, variant.img_asset_id),
+                await _path(session, variant.overlaid_img_asset_id),
+                _render_url(overlay),
+            )
+
+        return await self.database.read(read)
+
+    async def start(self, stage: Stage, which: Which, call: uuid.UUID, revision: int, request: dict[str, Any]) -> bool:
+        """Begin, under a lease of this call, with a trace of the same id. Safe to be called again.
+
+        False where the variant has changed since `revision`; raises DureError where the stage may not start.
+        """
+
+        async def write(session: AsyncSession) -> bool:
+            variant = await find(session, which)
+            _check(stage, variant, call)
+            if variant.status == "running":
+                return True  # an earlier try got through, though its answer did not
+            if await session.get(Trace, call) is not None:
+                raise lost(stage)
+            if variant.revision != revision:
+                return False
+            changed = await changes(
+                session,
+                update(Variant)
+                .where(Variant.job_variants_id == which.job_variants_id, Variant.revision == revision)
+                .values(
+                    step=stage.step,
+                    status="running",
+                    reason=None,
+                    progress=None,
+                    revision=revision + 1,
+                    lease_id=call,
+                    lease_until=self._until(),
+                ),
+            )
+            if not changed:
+                raise Conflict
+            session.add(
+                Trace(
+                    vlm_trace_id=call,
+                    job_id=which.job_id,
+                    job_variants_id=which.job_variants_id,
+                    provider=PROVIDER,
+                    operation_type=stage.operation,
+                    request=request,
+                )
+            )
+            return True
+
+        return await self.database.write(write)
+
+    async def renew(self, call: uuid.UUID, progress: dict[str, Any] | None) -> bool:
+        """Hold the lease for longer, and tell how far the call is. False where it has been lost."""
+
+        async def write(session: AsyncSession) -> bool:
+            held = update(Variant).where(Variant.lease_id == call, Variant.status == "running")
+            return await changes(session, held.values(lease_until=self._until(), progress=progress))
+
+        return await self.database.write(write)
+
+    async def end(
+        self,
+        stage: Stage,
+        which: Which,
+        call: uuid.UUID,
+        response: dict[str, Any],
+        latency_ms: int,
+        reason: str | None,
+    ) -> bool:
+        """Put what came of it on record, with the event that follows where it did not fail. Safe to be called again.
+
+        `reason` says why it failed. False where the lease was lost, and that is on record.
+        """
+
+        async def write(session: AsyncSession) -> bool:
+            changed = await changes(
+                session,
+                update(Variant)
+                .where(Variant.lease_id == call, Variant.status == "running")
+                .values(_ended(reason) | {"revision": Variant.revision + 1}),
+            )
+            if not changed:
+                trace = await session.get(Trace, call)
+                return trace is not None and trace.response == response
+            completed = update(Trace).where(Trace.vlm_trace_id == call)
+            await session.execute(completed.values(response=response, latency_ms=latency_ms))
+            if reason is None:
+                session.add(event_of(stage.triggers, which.tenant_id, which.job_id, which.job_variants_id, call))
+            return True
+
+        return await self.database.write(write)
+
+    async def expire(self) -> int:
+        """End the leases that are over; how many there were."""
+
+        async def write(session: AsyncSession) -> int:
+            over = (
+                select(Variant.job_variants_id, Variant.lease_id)
+                .where(Variant.status == "running", Variant.lease_until < now())
+                .limit(AT_ONCE)
+            )
+            ended = 0
+            for variant, call in (await session.execute(over)).tuples().all():
+                expiry = (
+                    update(Variant)
+                    .where(Variant.job_variants_id == variant, Variant.lease_id == call)
+                    .where(Variant.status == "running", Variant.lease_until < now())
+                    .values(_ended(EXPIRED) | {"revision": Variant.revision + 1})
+                )
+                if not await changes(session, expiry):
+                    continue
+                ended += 1
+                trace = await session.get_one(Trace, call)
+                trace.response = failure("lease_expired", EXPIRED)
+                trace.latency_ms = round(1000 * (now() - trace.created_at).total_seconds())
+            return ended
+
+        return await self.database.write(write)
+
+    def _until(self) -> datetime.datetime:
+        return now() + datetime.timedelta(seconds=self.lease_s)
+
+
+def failure(kind: str, message: str) -> dict[str, Any]:
+    """A trace's response where there was no verdict."""
+    return {"error": {"type": kind, "message": message}}
+
+
+async def find(session: AsyncSession, which: Which) -> Variant:
+    """The variant. Raises a 404 where there is none, or it is another's."""
+    found = await session.scalar(
+        select(Variant)
+        .join(Job, Job.job_id == Variant.job_id)
+        .where(Variant.job_variants_id == which.job_variants_id, Variant.job_id == which.job_id)
+        .where(Job.tenant_id == which.tenant_id)
+    )
+    if found is None:
+        raise errors.not_found(f"no variant {which.job_variants_id} of job {which.job_id}", "job_variants_id")
+    return found
+
+
+def busy(variant: Variant) -> DureError:
+    return errors.conflict(f"{variant.step} is running; wait until it is done", "job_variants_id", 2)
+
+
+def lost(stage: Stage) -> DureError:
+    return errors.conflict(f"{stage.step} was taken from this call, because it had not been heard of for too long")
+
+
+def _check(stage: Stage, variant: Variant, call: uuid.UUID) -> None:
+    """Raises DureError where the call may not start the stage from what the variant is at, and has not started it."""
+    if variant.status == "running":
+        if variant.lease_id == call:
+            return
+        raise busy(variant)
+    if (variant.step, variant.status) not in stage.starts_from:
+        allowed = ", ".join(f"{step}/{status}" for step, status in sorted(stage.starts_from))
+        raise errors.invalid(
+            f"the variant is at {variant.step}/{variant.status}; {stage.step} starts from {allowed}", "job_variants_id"
+        )
+
+
+def _ended(failed: str | None) -> dict[str, Any]:
+    status = "done" if failed is None else "failed"
+    return {"status": status, "reason": failed, "progress": None, "lease_id": None, "lease_until": None}
+
+
+async def _path(session: AsyncSession, image_asset_id: uuid.UUID | None) -> str | None:
+    if image_asset_id is None:
+        return None
+    return await session.scalar(select(ImageAsset.path).where(ImageAsset.image_asset_id == image_asset_id))
+
+
+def _render_url(overlay: Overlay | None) -> str | None:
+    render = overlay.layout.get("render") if overlay else None
+    url = render.get("url") if isinstance(render, dict) else None
+    return url if isinstance(url, str) and url else None

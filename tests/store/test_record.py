@@ -1,0 +1,185 @@
+"""Jobs, pages of traces, events, deletion, and a database that goes away for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from serve.errors import DureError
+from serve.store.database import Database, Unavailable
+from serve.store.stages import JUDGE, VALIDATE
+from serve.store.tables import now
+from tests.postgres import Postgres
+from tests.store.conftest import Scenario, Store, image, new_job
+from tests.store.test_stages import begin, done, overlaid, state, status_of
+
+
+def test_a_job_shows_what_it_was_given_and_how_far_it_is(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        new = new_job(ad_copy_eng="Mugs!")
+        await store.jobs.create(new)
+        job = await store.views.job("a", new.job_id)
+        assert (job["desc_eng"], job["ad_copy_eng"]) == ("A red mug", "Mugs!")
+        [variant] = job["variants"]
+        assert variant["img_path"] == new.image.path
+        assert variant["overlaid_img_path"] is None
+        assert datetime.datetime.fromisoformat(job["created_at"]).utcoffset() == datetime.timedelta(0)
+
+    run(scenario)
+
+
+def test_a_repeat_with_the_same_key_makes_nothing_new(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        keyed = [new_job(idempotency_key="k", fingerprint="one") for _ in range(6)]
+        answers = await asyncio.gather(*(store.jobs.create(new) for new in keyed))
+        assert len({answer["job_id"] for answer in answers}) == 1
+        other = await store.jobs.create(new_job("b", idempotency_key="k", fingerprint="two"))
+        assert other["job_id"] != answers[0]["job_id"], "keys are each tenant's own"
+        assert await status_of(store.jobs.create(new_job(idempotency_key="k", fingerprint="two"))) == 422
+
+    run(scenario)
+
+
+def test_a_layout_stands_alone_and_so_does_an_image(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        which = await store.new_job()
+        made = image(which.job_id)
+        await store.jobs.record_overlay(which, uuid.uuid4(), made, None)
+        sources = await store.stages.sources(JUDGE, which, uuid.uuid4())
+        assert (sources.overlaid_image, sources.render_url) == (made.path, None)
+        await store.jobs.record_overlay(which, uuid.uuid4(), None, {"render": {"url": "somewhere"}})
+        sources = await store.stages.sources(JUDGE, which, uuid.uuid4())
+        assert (sources.overlaid_image, sources.render_url) == (None, "somewhere")
+
+    run(scenario)
+
+
+def test_traces_come_page_by_page(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        which = await store.new_job()
+        calls = [str(await done(store, VALIDATE, which)) for _ in range(5)]
+        seen: list[str] = []
+        after = None
+        while True:
+            page = await store.views.traces("a", which.job_id, after, 2)
+            seen += [trace["vlm_trace_id"] for trace in page["traces"]]
+            after = page["next"]
+            if after is None:
+                break
+        assert seen == calls
+        assert await status_of(store.views.traces("a", None, "nonsense", 2)) == 400
+
+    run(scenario)
+
+
+def test_an_event_is_one_processs_until_its_claim_ends(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        which = await store.new_job()
+        call = await done(store, VALIDATE, which)
+        claims = await asyncio.gather(*(store.outbox.claim(10) for _ in range(4)))
+        [claimed] = [delivery for deliveries in claims for delivery in deliveries]
+        assert (claimed.event_id, claimed.attempt) == (call, 1)
+        assert claimed.payload["job_variants_id"] == str(which.job_variants_id)
+        await asyncio.sleep(0.35)
+        [again] = await store.outbox.claim(10)
+        assert again.attempt == 2
+        await store.outbox.failed(call, "no answer", 0.05)
+        await asyncio.sleep(0.1)
+        assert len(await store.outbox.claim(10)) == 1
+        await store.outbox.failed(call, "no answer", None)
+        await asyncio.sleep(0.35)
+        assert await store.outbox.claim(10) == []
+        [dead] = await store.outbox.list("a", "dead", 10)
+        assert (dead["attempts"], dead["last_error"]) == (3, "no answer")
+        assert await store.outbox.list("b", None, 10) == []
+        assert await status_of(store.outbox.deliver_again("b", call)) == 404
+        await store.outbox.deliver_again("a", call)
+        assert len(await store.outbox.claim(10)) == 1
+        await store.outbox.delivered(call)
+        await asyncio.sleep(0.35)
+        assert await store.outbox.claim(10) == []
+
+    run(scenario)
+
+
+def test_what_is_deleted_goes_with_all_that_belongs_to_it(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        which, stays, other = await store.new_job(), await store.new_job(), await store.new_job("b")
+        await done(store, VALIDATE, which)
+        await overlaid(store, which)
+        await store.jobs.record_overlay(which, uuid.uuid4(), image(which.job_id), None)
+        held = await begin(store, JUDGE, which)
+        files = await store.jobs.files_of("a", which.job_id)
+        assert len(files[which.job_id]) == 2
+        await store.jobs.forget(list(files))
+        assert await status_of(store.views.job("a", which.job_id)) == 404
+        assert not await store.stages.end(JUDGE, which, held, {}, 1, None), "its variant is gone"
+        assert await store.outbox.list("a", None, 10) == []
+        assert await state(store, stays) == "img_gen/done"
+        assert set(await store.jobs.files_of("b", before=now())) == {other.job_id}
+        assert set(await store.jobs.tenants(now())) == {"a", "b"}
+        assert await store.jobs.tenants(now() - datetime.timedelta(days=1)) == []
+
+    run(scenario)
+
+
+def test_a_follower_hears_of_each_change(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        which = await store.new_job()
+        heard = store.views.follow("a", which.job_id)
+        assert (await anext(heard)).variants[0]["step"] == "img_gen"
+        call = await begin(store, VALIDATE, which)
+        assert (await anext(heard)).variants[0]["status"] == "running"
+        await store.stages.renew(call, {"ahead": 3})
+        assert (await anext(heard)).variants[0]["progress"] == {"ahead": 3}
+        await store.stages.end(VALIDATE, which, call, {}, 1, None)
+        last = await anext(heard)
+        assert last.variants[0]["status"] == "done"
+        assert [event["type"] for event in last.events] == ["yolo_detect"]
+        await store.jobs.forget([which.job_id])
+        with pytest.raises(DureError):
+            await anext(heard)
+
+    run(scenario)
+
+
+def test_a_database_that_is_started_anew_costs_nobody_an_error(server: Postgres) -> None:
+    from serve.store import schema
+
+    url = server.database()
+    schema.migrate(url)
+
+    async def scenario() -> None:
+        store = Store(url)
+        try:
+            which = await store.new_job()
+            restart = threading.Thread(target=lambda: (server.stop(), time.sleep(1), server.start()))
+            restart.start()
+            for _ in range(20):
+                await done(store, VALIDATE, which)
+                await asyncio.sleep(0.1)
+            await asyncio.to_thread(restart.join)
+            assert len((await store.views.traces("a", which.job_id, None, 100))["traces"]) == 20
+        finally:
+            await store.database.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_database_that_stays_away_is_said_to_be() -> None:
+    async def scenario() -> None:
+        database = Database("postgresql://postgres@127.0.0.1:9/none", patience_s=0.3)
+        store = Store("postgresql://postgres@127.0.0.1:9/none")
+        store.database = store.views.database = database
+        with pytest.raises(Unavailable) as caught:
+            await store.views.job("a", uuid.uuid4())
+        assert caught.value.headers == {"Retry-After": "2"}
+        await database.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))

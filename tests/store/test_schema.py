@@ -1,0 +1,96 @@
+"""Migrations, each of which the version before it lives on with."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, MetaData, Table, create_engine, insert, select
+from sqlalchemy.types import JSON, DateTime, Integer, Uuid
+
+from serve.store import schema
+from serve.store.database import address
+
+
+def revisions() -> list[str]:
+    scripts = ScriptDirectory.from_config(schema._config("sqlite://"))
+    return [script.revision for script in reversed(list(scripts.walk_revisions()))]
+
+
+def tables(connection: Connection) -> list[Table]:
+    metadata = MetaData()
+    metadata.reflect(connection)
+    return [table for table in metadata.sorted_tables if table.name != "alembic_version"]
+
+
+def fill(connection: Connection, known: list[Table]) -> None:
+    """A row in each table, as a version writes it that knows of these columns and no others."""
+    ids: dict[str, Any] = {}
+    for table in known:
+        row: dict[str, Any] = {}
+        for column in table.columns:
+            if column.foreign_keys:
+                [key] = column.foreign_keys
+                row[column.name] = ids[key.target_fullname]
+            elif not column.nullable:
+                row[column.name] = _value(column.type)
+            if column.primary_key:
+                ids[f"{table.name}.{column.name}"] = row[column.name]
+        connection.execute(insert(table).values(row))
+        assert connection.execute(select(table)).first()
+
+
+def _value(kind: Any) -> Any:
+    if isinstance(kind, DateTime):
+        return datetime.datetime.now(datetime.UTC)
+    if isinstance(kind, Integer):
+        return 1
+    if isinstance(kind, JSON):
+        return {"a": 1}
+    return uuid.uuid4() if isinstance(kind, Uuid) else uuid.uuid4().hex[:16]
+
+
+def test_the_tables_are_those_that_the_code_knows(url: str) -> None:
+    before, after = schema.migrate(url)
+    assert (before, after) == (None, revisions()[-1])
+    command.check(schema._config(url))
+    schema.check(url)
+    assert schema.migrate(url) == (after, after)
+
+
+def test_the_version_before_goes_on_writing_after_each_migration(url: str) -> None:
+    engine = create_engine(address(url, synchronous=True))
+    known: list[Table] = []
+    for revision in revisions():
+        schema.migrate(url, revision)
+        with engine.begin() as connection:
+            fill(connection, known)
+            known = tables(connection)
+    engine.dispose()
+
+
+def test_a_database_that_lacks_a_migration_is_not_used(url: str) -> None:
+    schema.migrate(url, revisions()[0])
+    with pytest.raises(schema.SchemaError, match="dure migrate"):
+        schema.check(url)
+
+
+def test_a_database_that_a_later_version_has_migrated_is_used(url: str) -> None:
+    schema.migrate(url)
+    engine = create_engine(address(url, synchronous=True))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    schema.check(url)
+    assert schema.migrate(url) == ("9999", "9999")
+    schema.make_ready(url)
+
+
+def test_a_database_that_is_not_there_is_named_without_its_password() -> None:
+    with pytest.raises(schema.SchemaError, match=r"127\.0\.0\.1:9") as caught:
+        schema.check("postgresql://me:secret@127.0.0.1:9/none")
+    assert "secret" not in str(caught.value)
