@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -46,6 +46,12 @@ bench-typing: $(INSTALLED)
 
 bench-cache: $(INSTALLED)
 	$(BIN)/python -m loadtests.cache_hits $(ARGS)
+
+bench-vision: $(INSTALLED)
+	$(BIN)/python -m loadtests.vision $(ARGS)
+
+bench-adverts: $(INSTALLED)
+	$(BIN)/python -m loadtests.adverts $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml

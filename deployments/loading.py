@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,21 @@ logger = logging.getLogger("ray.serve")
 Model = TypeVar("Model", bound=nn.Module)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's layers go, as accelerate understands it; all on one device where `device_map` is None."""
+
+    device_map: str | None = None
+    max_memory: dict[int | str, str] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `from_pretrained`."""
+        if self.device_map is None:
+            return {}
+        return {"device_map": self.device_map} | ({"max_memory": self.max_memory} if self.max_memory else {})
 
 
 def device() -> torch.device:
@@ -49,13 +65,19 @@ def original_bytes(folder: Path) -> int:
 
 
 def load_model(
-    load: Callable[..., Model], folder: Path, precision: Precision, progress: LoadProgress, quantise: bool = False
+    load: Callable[..., Model],
+    folder: Path,
+    precision: Precision,
+    progress: LoadProgress,
+    quantise: bool = False,
+    placement: Placement = Placement(),
 ) -> tuple[Model, Facts]:
     """Load a model at the asked precision.
 
     `load(dtype=..., **kwargs)` is a bound `from_pretrained`. With `quantise`, int8 and int4 go through bitsandbytes
     while loading; where that fails the model is loaded in plain precision and the reason is in the facts. Without it
-    int8 means torch's dynamic quantisation of the linear layers (CPU only).
+    int8 means torch's dynamic quantisation of the linear layers (CPU only). With a `placement` accelerate spreads the
+    model over devices.
 
     Raises CheckpointError for files that are missing or damaged.
     """
@@ -65,7 +87,8 @@ def load_model(
         try:
             if quantise:
                 with _watched(folder, progress):
-                    model = load(dtype=DTYPES[plain_precision()], quantization_config=_bitsandbytes(wanted))
+                    quantised = _bitsandbytes(wanted)
+                    model = load(dtype=DTYPES[plain_precision()], quantization_config=quantised, **placement.options)
                 return model.eval(), _facts(model, wanted)
             if wanted == "int4" or device().type != "cpu":
                 raise ValueError(f"{wanted} is not available for this kind of model on {device().type}")
@@ -79,9 +102,10 @@ def load_model(
             logger.warning(reason)
             wanted = plain_precision()
     with _watched(folder, progress):
-        model = load(dtype=DTYPES[wanted])
-    model = model.to(device()).eval()
-    return model, _facts(model, wanted, reason)
+        model = load(dtype=DTYPES[wanted], **placement.options)
+    if placement.device_map is None:
+        model = model.to(device())
+    return model.eval(), _facts(model, wanted, reason)
 
 
 def _bitsandbytes(precision: str) -> Any:

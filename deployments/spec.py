@@ -26,6 +26,12 @@ class ModelSpec:
     """CPU threads for one batch; all cores where left out."""
     own_cores: bool = False
     """There are enough cores for the threads of all models at once."""
+    device_map: str | None = None
+    """How a model is spread over several GPUs, as accelerate understands it; None: it has one device."""
+    max_memory: dict[int | str, str] | None = None
+    """Of each GPU, and of the `cpu`, that it may be spread over."""
+    prefix_cache_mb: float = 256
+    """For what was read of prompts that others may begin with."""
     max_batch_items: int = 32
     max_batch_tokens: int = 16384
     """Padded tokens of one batch: its items times the longest."""

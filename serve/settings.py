@@ -3,7 +3,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -78,6 +78,13 @@ class ModelSettings(Strict):
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray books per replica, for placement only")
     threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
     autoscaling: Autoscaling = Autoscaling()
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None, description="vision: how to spread the model over the GPUs that num_gpus books"
+    )
+    max_memory: dict[int | str, str] | None = Field(None, description="vision: of each GPU, as 0: 10GiB, and of cpu")
+    prefix_cache_mb: float = Field(
+        256, ge=0, description="for prompts read before, of next_word and vision: what begins alike is read once"
+    )
     max_batch_items: int = Field(32, ge=1)
     max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
     max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
@@ -92,6 +99,9 @@ class ModelSettings(Strict):
             precision=self.precision if optimised() else "fp32",
             runtime=self.runtime if optimised() else "torch",
             threads=self.threads,
+            device_map=self.device_map,
+            max_memory=self.max_memory,
+            prefix_cache_mb=self.prefix_cache_mb,
             max_batch_items=self.max_batch_items,
             max_batch_tokens=self.max_batch_tokens,
         )

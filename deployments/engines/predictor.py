@@ -119,7 +119,9 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
 
     runtimes = ("torch",)
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Facts) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Facts, prefix_bytes: int
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.facts = facts
@@ -135,7 +137,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         self.special: list[bool] = special.tolist()
         self.ends_word: list[bool] = (self.begins_word | special).tolist()
         self.reader = Reader(model)
-        self.prefixes = Prefixes(model)
+        self.prefixes = Prefixes(prefix_bytes)
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Predictor:
@@ -143,7 +145,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **SPECIALS)
         build = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
         model, facts = load_model(build, folder, spec.precision, progress)
-        return cls(model, tokenizer, facts)
+        return cls(model, tokenizer, facts, int(spec.prefix_cache_mb * 2**20))
 
     def warm_up(self) -> None:
         self.run([self.prepare(Prompt("오늘 날씨가")), self.prepare(Prompt(""))])
@@ -161,7 +163,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
 
     def run(self, items: list[Prefix]) -> list[list[Word]]:
         """The items' results, all read from nothing: it is by runs of the same items that engines are measured."""
-        kept, self.prefixes = self.prefixes, Prefixes(self.model, max_bytes=0)
+        kept, self.prefixes = self.prefixes, Prefixes(max_bytes=0)
         try:
             return super().run(items)
         finally:

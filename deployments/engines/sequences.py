@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from deployments.loading import device
 from deployments.spec import CheckpointError
 
 ATTENTION = "dure_sequences"
@@ -23,36 +24,37 @@ ROOM = 64
 
 
 class Sequence:
-    """Keys and values of the tokens that were read so far, in the order in which they were read."""
+    """Keys and values of the tokens that were read so far, in the order in which they were read.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    Each layer keeps its own, where it works: a model may be spread over several devices.
+    """
+
+    def __init__(self) -> None:
         self.length = 0
-        like = model.get_input_embeddings().weight  # never quantised
-        self.kept = like.new_empty(config.num_hidden_layers, 2, heads, 0, width)
-        """Shape (layers, 2, heads, room, width)."""
+        self.kept: list[torch.Tensor] = []
+        """Of each layer that has read anything, shape (2, heads, room, width)."""
 
-    def make_room(self, tokens: int) -> None:
-        """For so many tokens more than there are."""
-        room = self.kept.shape[3]
-        if self.length + tokens > room:
-            layers, two, heads, _, width = self.kept.shape
-            kept = self.kept.new_empty(layers, two, heads, self.length + tokens + ROOM, width)
-            kept[:, :, :, : self.length] = self.kept[:, :, :, : self.length]
-            self.kept = kept
+    def of_layer(self, layer: int, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        """What a layer keeps, with room for so many tokens more; `like` are keys, shape (heads, tokens, width)."""
+        if layer == len(self.kept):
+            self.kept.append(like.new_empty(2, like.shape[0], 0, like.shape[2]))
+        kept = self.kept[layer]
+        if self.length + tokens > kept.shape[2]:
+            larger = kept.new_empty(2, kept.shape[1], self.length + tokens + ROOM, kept.shape[3])
+            larger[:, :, : self.length] = kept[:, :, : self.length]
+            self.kept[layer] = kept = larger
+        return kept
 
     def copy_of_first(self, tokens: int) -> Sequence:
         """A sequence that has read this one's first tokens."""
-        copy = Sequence.__new__(Sequence)
+        copy = Sequence()
         copy.length = tokens
-        copy.kept = self.kept[:, :, :, :tokens].clone()
+        copy.kept = [kept[:, :, :tokens].clone() for kept in self.kept]
         return copy
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.kept.nbytes)
+    def nbytes(self, tokens: int) -> int:
+        """Of its first tokens."""
+        return sum(kept[:, :, :tokens].nbytes for kept in self.kept)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Reader:
         if not model._supports_attention_backend:
             raise CheckpointError(f"{type(model).__name__} has an attention of its own, which can't be read in steps")
         self.model = model
+        self.device = device()  # not the model's: of one that is spread, that may be the disk
         model.set_attn_implementation(ATTENTION)
 
     def read(self, turns: list[Turn]) -> torch.Tensor:
@@ -99,13 +102,11 @@ class Reader:
         """
         spans, begin = [], 0
         for turn in turns:
-            turn.sequence.make_room(len(turn.ids))
             spans.append(Span(begin, begin + len(turn.ids), turn.sequence, self._bias(turn)))
             begin += len(turn.ids)
-        device = self.model.device
         hidden: torch.Tensor = self.model.base_model(
             inputs_embeds=torch.cat([self._embeddings(turn) for turn in turns])[None],
-            position_ids=torch.tensor([[at for turn in turns for at in turn.positions]], device=device),
+            position_ids=torch.tensor([[at for turn in turns for at in turn.positions]], device=self.device),
             use_cache=False,
             spans=spans,
         ).last_hidden_state[0]
@@ -114,7 +115,7 @@ class Reader:
     def _embeddings(self, turn: Turn) -> torch.Tensor:
         if turn.embeddings is not None:
             return turn.embeddings
-        embeddings: torch.Tensor = self.model.get_input_embeddings()(torch.tensor(turn.ids, device=self.model.device))
+        embeddings: torch.Tensor = self.model.get_input_embeddings()(torch.tensor(turn.ids, device=self.device))
         return embeddings
 
     def _bias(self, turn: Turn) -> torch.Tensor | None:
@@ -123,9 +124,9 @@ class Reader:
             if len(turn.ids) == 1 or turn.sequence.length == 0:
                 return None
             visible = np.tri(len(turn.ids), turn.sequence.length + len(turn.ids), turn.sequence.length, bool)
-        dtype = turn.sequence.kept.dtype
+        dtype = self.model.get_input_embeddings().weight.dtype  # never quantised
         bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
-        return bias.to(self.model.device)
+        return bias.to(self.device)
 
 
 def _attend(
@@ -146,14 +147,15 @@ def _attend(
     gqa = query.shape[1] != key.shape[1]
     for span in spans:
         begin, end, length = span.begin, span.end, span.sequence.length
-        keys, values = span.sequence.kept[module.layer_idx, :, None, :, : length + end - begin]
-        keys[0, :, length:] = key[0, :, begin:end]
-        values[0, :, length:] = value[0, :, begin:end]
+        kept = span.sequence.of_layer(module.layer_idx, key[0], end - begin)
+        kept[0, :, length : length + end - begin] = key[0, :, begin:end]
+        kept[1, :, length : length + end - begin] = value[0, :, begin:end]
+        keys, values = kept[:, None, :, : length + end - begin]
         result[:, begin:end] = scaled_dot_product_attention(
             query[:, :, begin:end],
             keys,
             values,
-            attn_mask=span.bias,
+            attn_mask=None if span.bias is None else span.bias.to(query.device),
             is_causal=span.bias is None and end - begin > 1,
             scale=scaling,
             enable_gqa=gqa,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from llguidance import LLMatcher
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
 
-from deployments.engines.sequences import Reader, Sequence, Turn
+from deployments.engines.prefixes import Prefixes
+from deployments.engines.sequences import Reader, Turn
 from deployments.engines.stepping import Stepping
 from deployments.engines.writing import Writing, choose
 from deployments.items import MAX_ASPECT, Answer, Question
-from deployments.loading import load_model
+from deployments.loading import Placement, load_model
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal
 
@@ -34,6 +36,8 @@ class Seen:
     """An item: the prompt's ids with the image's places among them, the image's pixels, and the answer's grammar."""
 
     ids: list[int]
+    key: list[int]
+    """The same, with a number of the image's own at its places: what begins alike has been read alike."""
     pixels: torch.Tensor
     grammar: str
 
@@ -61,9 +65,12 @@ class Vision(Stepping[Question, Seen, Look]):
     """Greedy decoding under a grammar made from the schema.
 
     A step reads, in one pass, the images and prompts that have just come and what was last written of other answers.
+    What was read of the last prompts is kept: of the same image with other copy, only the copy is read.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: ProcessorMixin, facts: Facts) -> None:
+    def __init__(
+        self, model: LlavaForConditionalGeneration, processor: ProcessorMixin, facts: Facts, prefix_bytes: int
+    ) -> None:
         self.model = model
         self.processor = processor
         self.facts = facts
@@ -72,7 +79,10 @@ class Vision(Stepping[Question, Seen, Look]):
         self.grammar_tokens = llguidance.hf.from_tokenizer(self.tokenizer)
         self.specials = [token for token in self.tokenizer.all_special_tokens if token.strip()]
         self.specials += [processor.image_token]
+        self.image_id: int = model.config.image_token_id
         self.reader = Reader(model.model.language_model)
+        self.device = self.reader.device
+        self.prefixes = Prefixes(prefix_bytes)
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Vision:
@@ -82,8 +92,9 @@ class Vision(Stepping[Question, Seen, Look]):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the processor in {folder} can't be read: {error}") from error
         build = functools.partial(LlavaForConditionalGeneration.from_pretrained, folder)
-        model, facts = load_model(build, folder, spec.precision, progress, quantise=True)
-        return cls(model, processor, facts)
+        placement = Placement(spec.device_map, spec.max_memory)
+        model, facts = load_model(build, folder, spec.precision, progress, quantise=True, placement=placement)
+        return cls(model, processor, facts, int(spec.prefix_cache_mb * 2**20))
 
     def warm_up(self) -> None:
         picture = io.BytesIO()
@@ -103,7 +114,9 @@ class Vision(Stepping[Question, Seen, Look]):
             raise ItemError(
                 f"the prompt has {len(ids)} tokens with the image, more than {room}; shorten the text", "prompt"
             )
-        return Seen(ids, seen["pixel_values"][0], _grammar(request.schema))
+        own = -int.from_bytes(hashlib.blake2b(request.image, digest_size=7).digest()) - 1
+        key = [own if id == self.image_id else id for id in ids]
+        return Seen(ids, key, seen["pixel_values"][0], _grammar(request.schema))
 
     def cost(self, item: Seen) -> int:
         return len(item.ids)
@@ -121,12 +134,18 @@ class Vision(Stepping[Question, Seen, Look]):
             writing, turn = started[look] if look in started else self._turn(look)
             writings.append(writing)
             turns.append(turn)
-        hidden = self.reader.read(turns)
+        try:
+            hidden = self.reader.read(turns)
+        except Exception:  # perhaps for want of memory
+            self.prefixes.clear()
+            raise
         last = np.cumsum([len(turn.ids) for turn in turns]) - 1
         chosen = choose(self.model.lm_head(hidden[last]).float(), writings)
         # Only from here on works change: a step that ran out of memory can be taken again.
         for look, writing, turn, token in zip(works, writings, turns, chosen, strict=True):
             turn.sequence.length += len(turn.ids)
+            if look in started:
+                self.prefixes.keep(look.item.key, turn.sequence)
             writing.write(token)
             look.writing = writing
             look.steps += 1
@@ -135,21 +154,34 @@ class Vision(Stepping[Question, Seen, Look]):
 
     def _start(self, looks: list[Look]) -> list[tuple[Writing, Turn]]:
         """First the prompt is read with the image in it, and what the grammar makes each answer begin with."""
-        if not looks:
-            return []
-        pixels = torch.stack([look.item.pixels for look in looks]).to(self.model.device, self.model.dtype)
-        images = self.model.model.get_image_features(pixels).pooler_output
+        sequences = [self.prefixes.sequence(look.item.key) for look in looks]
+        unseen = [
+            look
+            for look, sequence in zip(looks, sequences, strict=True)
+            if self.image_id in look.item.ids[sequence.length :]
+        ]
+        images = dict(zip(unseen, self._images(unseen), strict=True))
         embed = self.model.get_input_embeddings()
         started = []
-        for look, image in zip(looks, images, strict=True):
-            matcher = LLMatcher(self.grammar_tokens, look.item.grammar)
-            writing = Writing(Sequence(self.reader.model), matcher, self.eos)
-            ids = [*look.item.ids, *writing.to_read]
-            at = torch.tensor(ids, device=self.model.device)
+        for look, sequence in zip(looks, sequences, strict=True):
+            writing = Writing(sequence, LLMatcher(self.grammar_tokens, look.item.grammar), self.eos)
+            ids = [*look.item.ids[sequence.length :], *writing.to_read]
+            at = torch.tensor(ids, device=self.device)
             embeddings = embed(at)
-            embeddings[at == self.model.config.image_token_id] = image.to(embeddings.dtype)
-            started.append((writing, Turn(writing.sequence, ids, list(range(len(ids))), embeddings=embeddings)))
+            if look in images:
+                image = images[look].to(embeddings)
+                embeddings[at == self.image_id] = image[-int((at == self.image_id).sum()) :]
+            places = list(range(sequence.length, sequence.length + len(ids)))
+            started.append((writing, Turn(sequence, ids, places, embeddings=embeddings)))
         return started
+
+    def _images(self, looks: list[Look]) -> list[torch.Tensor]:
+        """What the tower makes of each image, shape (tokens, width)."""
+        if not looks:
+            return []
+        pixels = torch.stack([look.item.pixels for look in looks]).to(self.device, self.model.dtype)
+        features: list[torch.Tensor] = list(self.model.model.get_image_features(pixels).pooler_output)
+        return features
 
     def _turn(self, look: Look) -> tuple[Writing, Turn]:
         assert look.writing

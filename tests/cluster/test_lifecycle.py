@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +73,8 @@ def test_interrupting_while_models_load_leaves_nothing(start: Start, tmp_path: P
 
 def test_what_a_kill_9_left_is_cleared_and_nothing_else(start: Start) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], env={**os.environ})
-    dure = start().wait_ready()
+    dure = start()
+    dure.wait_for("Building the graph")
     port = int(dure.url.rpartition(":")[2])
     dure.process.kill()
     again = start(port=port).wait_ready()  # the start itself clears what is left
@@ -114,28 +116,17 @@ def test_wrong_settings_are_refused_before_anything_starts(start: Start, tmp_pat
     assert "'precision'" in dure.said
 
 
-def test_a_request_waits_for_a_loading_model_and_a_signal_ends_all_in_good_order(start: Start, tmp_path: Path) -> None:
+def test_a_load_is_seen_live_a_request_waits_for_it_and_a_signal_ends_all_in_good_order(
+    start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "seconds_per_shard").write_text("1.5")
     dure = start(load_wait_s=60)
     url = f"{dure.url}/v1/models/shout/run"
-    dure.wait_for("shout: 40%")
-    assert httpx.get(f"{dure.url}/health/live").status_code == 200
-    loading = httpx.get(f"{dure.url}/health")
-    assert loading.status_code == 503
-    assert loading.json()["status"] == "loading"
-    assert loading.json()["missing"] == ["shout"]
-    answer = httpx.post(url, json={"items": [{"say": "patience"}]}, timeout=90)
-    assert answer.status_code == 200
-    with httpx.stream("GET", f"{dure.url}/model/upload-stream", timeout=30) as stream:
-        assert '"status":"ready"' in stream.read().decode()
-    signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(dure.wait_ready())
-
-
-def test_progress_of_a_load_is_seen_live_and_never_goes_back(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "seconds_per_shard").write_text("2")
-    dure = start(load_wait_s=0.2)
     dure.wait_for("Building the graph")
-    seen = []
+    patience = {"items": [{"say": "patience"}]}
+    waiting: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: waiting.append(httpx.post(url, json=patience, timeout=90)))
+    seen: list[str] = []
     deadline = time.monotonic() + 60
     while not seen:
         assert time.monotonic() < deadline
@@ -144,19 +135,24 @@ def test_progress_of_a_load_is_seen_live_and_never_goes_back(start: Start, tmp_p
                 if stream.status_code != 200:
                     time.sleep(0.1)
                     continue
-                refused = httpx.post(f"{dure.url}/v1/models/shout/run", json={"items": [{"say": "now"}]})
+                assert httpx.get(f"{dure.url}/health/live").status_code == 200
+                loading = httpx.get(f"{dure.url}/health")
+                asking.start()
                 seen = [line for line in stream.iter_lines() if line.startswith("data: ")]
         except httpx.HTTPError:
             time.sleep(0.1)
-    assert refused.status_code == 503
-    assert int(refused.headers["retry-after"]) >= 1
-    assert refused.json()["error"]["type"] == "loading"
+    assert loading.status_code == 503
+    assert loading.json()["status"] == "loading"
+    assert loading.json()["missing"] == ["shout"]
     percents = [float(line.partition('"progress":')[2].partition(",")[0]) for line in seen]
     assert percents == sorted(percents)
     assert len(percents) >= 4
     assert {40.0, 55.0, 70.0, 85.0, 100.0} & set(percents) >= {70.0, 85.0, 100.0}
     assert any("체크포인트 로드 중 3/4... 75%" in line for line in seen)
     assert '"status":"ready"' in seen[-1]
+    asking.join(30)
+    assert [answer.status_code for answer in waiting] == [200]
+    signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(dure.wait_ready())
 
 
 def test_status_and_predict_commands(dure: Dure) -> None:

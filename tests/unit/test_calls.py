@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from serve import errors
-from serve.calls import Gate
+from serve.calls import Gate, Model
 from serve.errors import DureError
+from serve.settings import ModelSettings
 
 
 def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 4) -> None:
@@ -88,3 +90,29 @@ def test_errors_survive_the_way_between_processes() -> None:
     error = errors.queue_full("m", 3, 7.2)
     again = pickle.loads(pickle.dumps(error))
     assert (again.status, again.kind, str(again), again.headers) == (429, "queue_full", str(error), error.headers)
+
+
+@pytest.mark.parametrize(("state", "kind"), [("loading", "loading"), ("failed", "model_failed")])
+def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, kind: str) -> None:
+    class Watch:
+        async def settled(self, model: str, timeout_s: float) -> str:
+            await asyncio.sleep(timeout_s)
+            return state
+
+        def reason(self, model: str) -> str:
+            return "its checkpoint is damaged"
+
+    async def main() -> None:
+        watch: Any = Watch()
+        handle: Any = None
+        settings = ModelSettings(task="embedding", source="x")
+        model = Model("m", settings, handle, patient=False, watch=watch, load_wait_s=0.05)
+        started = time.monotonic()
+        with pytest.raises(DureError) as caught:
+            await model.ask(["a"], timeout_s=30)
+        assert (caught.value.status, caught.value.kind) == (503, kind)
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        assert time.monotonic() - started < 5
+        assert model.gate.items == 0
+
+    asyncio.run(main())

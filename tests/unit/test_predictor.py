@@ -133,9 +133,10 @@ def test_typing_on_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
 
 
 def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: Predictor) -> None:
-    prefixes = Prefixes(predictor.model, max_bytes=10**6)
-    kept = Sequence(predictor.model)
-    kept.make_room(40)
+    prefixes = Prefixes(max_bytes=10**6)
+    kept = Sequence()
+    for layer in range(4):
+        kept.of_layer(layer, torch.zeros(4, 40, 64), 40)
     kept.length = 40
     for start in range(200):
         prefixes.keep(list(range(start, start + 40)), kept)
@@ -187,7 +188,7 @@ def test_sequences_are_read_as_the_model_reads_them_with_fewer_heads_for_keys_an
     ids = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8]]
     with torch.inference_mode():
         expected = [model.model(torch.tensor([row])).last_hidden_state[0] for row in ids]
-        reader, sequences = Reader(model), [Sequence(model) for _ in ids]
+        reader, sequences = Reader(model), [Sequence() for _ in ids]
         halves = [[], [], []]
         for part in (slice(0, 1), slice(1, None)):
             turns = [

@@ -15,6 +15,7 @@ from deployments.engines import load_engine
 from deployments.engines.vision import Look, Vision
 from deployments.items import Answer, Question
 from deployments.progress import LoadProgress
+from deployments.sources import resolve
 from deployments.spec import ModelSpec, Refusal
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
 from tests.dure import ROOT
@@ -118,3 +119,44 @@ def test_an_answer_without_an_end_is_refused(vision: Vision) -> None:
     assert isinstance(refused, Refusal)
     assert "did not end" in refused.reason
     assert json.loads(answer.json) in (True, False)
+
+
+def test_of_an_image_seen_before_only_the_rest_of_the_prompt_is_read(vision: Vision, model: Any) -> None:
+    schema = json.dumps(Validation.model_json_schema())
+    image = EXAMPLES[0].read_bytes()
+    vision.prefixes.clear()
+    read: list[int] = []
+    reader_read = vision.reader.read
+
+    def counted(turns: list[Any]) -> torch.Tensor:
+        read.append(sum(len(turn.ids) for turn in turns))
+        return reader_read(turns)
+
+    vision.reader.read = counted  # type: ignore[method-assign]
+    try:
+        for copy in ("A red mug for slow mornings", "A red mug to love", "Fresh bread every day"):
+            question = Question(image, validation_prompt(copy), schema)
+            read.clear()
+            [answer] = vision.run([vision.prepare(question)])
+            assert answer.json == plain(vision, model, question)
+            if copy.startswith("A red mug for"):
+                whole = read[0]
+            else:
+                assert read[0] < 0.3 * whole
+        other = Question(EXAMPLES[1].read_bytes(), validation_prompt("A red mug to love"), schema)
+        read.clear()
+        [answer] = vision.run([vision.prepare(other)])
+        assert answer.json == plain(vision, model, other)
+        assert read[0] > 0.9 * whole, "another image is read as a whole"
+    finally:
+        vision.reader.read = reader_read  # type: ignore[method-assign]
+
+
+def test_a_model_that_is_spread_answers_the_same(vision: Vision) -> None:
+    """Over memory and disk, by the same hooks that spread it over GPUs."""
+    folder = resolve(SOURCE, None)
+    spread = ModelSpec("m", "vision", str(folder), precision="fp32", device_map="auto", max_memory={"cpu": "3MB"})
+    engine = load_engine(spread, LoadProgress(lambda _: None))
+    assert set(engine.model.hf_device_map.values()) == {"cpu", "disk"}
+    question = questions()[0]
+    assert engine.run([engine.prepare(question)])[0].json == vision.run([vision.prepare(question)])[0].json
