@@ -208,6 +208,7 @@ class Batcher:
         if not (item.call.gone or item.taken_back or late):
             return True
         DROPPED.inc()
+        item.item = None
         item.call.refuse({item.place: LATE if late else TAKEN_BACK})
         return False
 
@@ -264,8 +265,12 @@ class Batcher:
         BATCH_SECONDS.observe(time.monotonic() - started)
         self._deliver(rows, outcome)
         self.running = [rows[row] for row in outcome.unfinished]
-        for row in self.running:
-            row.tokens = row.item.cost
+        going_on = set(outcome.unfinished)
+        for number, row in enumerate(rows):
+            if number in going_on:
+                row.tokens = row.item.cost
+            else:
+                row.item = None  # `@serve.batch` still knows the row; its memory is wanted by others
         return [None] * len(batch)
 
     def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:

@@ -112,6 +112,8 @@ def _bitsandbytes(precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
+        # It says at every multiplication that it goes through fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[plain_precision()])
 

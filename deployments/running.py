@@ -23,6 +23,7 @@ MAX_STALL_S = 600.0
 """An engine that has not come back from one batch for this long is dead."""
 FAILED = "the model failed on this item; the reason is in the replica's log"
 TOO_LARGE = "this item alone needs more memory than there is; make it smaller"
+NO_ROOM = "there is no memory for so many at once; send it again"
 
 
 class EngineDead(Exception):
@@ -41,6 +42,8 @@ class Outcome:
     """Rows that have further steps to take."""
     did_not_fit: list[range] = field(default_factory=list)
     """Rows that ran out of memory together."""
+    put_off: list[int] = field(default_factory=list)
+    """Rows that did not fit beside the others that are on their way."""
 
 
 class Runner:
@@ -89,13 +92,13 @@ class Runner:
             self.failures = 0
             return
         except Exception as error:  # an engine may trip over anything; its neighbours must not
-            logger.warning("a batch of %d failed: %r", len(rows), error)
+            logger.warning("a batch of %d failed: %s", len(rows), repr(error))  # a record keeps what it is given
             no_memory = _out_of_memory(error)
             if no_memory:
                 OUT_OF_MEMORY.inc()
                 outcome.did_not_fit.append(rows)
             if len(rows) == 1:
-                outcome.refusals[rows[0]] = self._refuse(error, no_memory)
+                self._give_up(rows[0], error, no_memory, outcome)
                 return
         # Outside the handler, whose traceback holds the failed batch's tensors alive.
         if no_memory:
@@ -109,6 +112,9 @@ class Runner:
         if count(results) != len(rows):
             raise RuntimeError(f"the engine answered {len(rows)} items with {count(results)} results")
         outcome.pieces.append((rows, results))
+
+    def _give_up(self, row: int, error: Exception, no_memory: bool, outcome: Outcome) -> None:
+        outcome.refusals[row] = self._refuse(error, no_memory)
 
     def _refuse(self, error: Exception, no_memory: bool) -> Refusal:
         if isinstance(error, ItemError):
@@ -135,6 +141,25 @@ class StepRunner(Runner):
     def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory) -> None:
         super().__init__(engine, memory)
         self.steps = engine
+
+    def run(self, items: list[Any]) -> Outcome:
+        """Where memory is short, some are put off to the next step, until others have left theirs.
+
+        Where none can go on, the one that came last is refused.
+        """
+        outcome = super().run(items)
+        if outcome.put_off and len(outcome.put_off) == len(items):
+            last = max(outcome.put_off)
+            outcome.put_off.remove(last)
+            outcome.refusals[last] = Refusal(TOO_LARGE if len(items) == 1 else NO_ROOM, "too_large")
+        outcome.unfinished = sorted([*outcome.unfinished, *outcome.put_off])
+        return outcome
+
+    def _give_up(self, row: int, error: Exception, no_memory: bool, outcome: Outcome) -> None:
+        if no_memory:
+            outcome.put_off.append(row)
+        else:
+            super()._give_up(row, error, no_memory, outcome)
 
     def begin(self, item: Any) -> Any:
         return self.steps.begin(item)

@@ -180,6 +180,7 @@ def _look_at_record(client: httpx.Client, seen: Seen, jobs: list[str], hook: Hoo
         "answers against the schema": seen.invalid,
         "answers without a trace": len(set(seen.trace_ids) - known),
         "answers with the same trace": len(seen.trace_ids) - len(set(seen.trace_ids)),
+        "verdicts on record that nobody was given": len(done - set(seen.trace_ids)),
         "traces without an end": sum(trace["response"] is None for trace in traces),
         "variants at running": sum(state.endswith("running") for state, _ in states),
         "variants that failed without a reason": sum(

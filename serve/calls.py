@@ -27,7 +27,8 @@ from serve.settings import ModelSettings
 from serve.watch import Watch
 
 TRIES = 3
-"""A call whose replica died is made again on another; every call that models and services take is free of effects."""
+"""A call whose replica died is made again on another. Models have no effects, and who asks a service for one gives the
+ids of what is made, so that the same call made twice has it once."""
 RETRY_PAUSE_S = 0.2
 MAX_RETRY_AFTER_S = 60.0
 

@@ -35,7 +35,7 @@ async def fetch(url: str, settings: FetchSettings, max_bytes: int, param: str) -
                 url = urljoin(url, following)
     except TimeoutError as error:
         raise errors.invalid(f"{param}: nothing came within {settings.timeout_s:g} s", param) from error
-    except (httpx.HTTPError, OSError, UnicodeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         logger.info("%s could not be fetched: %r", param, error)
         raise errors.invalid(f"{param}: the host did not give the image", param) from error
     raise errors.invalid(f"{param}: more than {REDIRECTS} redirects", param)
@@ -49,16 +49,16 @@ async def _get(
     host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
     address = await _resolve(host, port, settings, param)
     target = parts._replace(netloc=f"[{address}]:{port}" if ":" in address else f"{address}:{port}", fragment="")
-    headers = {"Host": host if port == PORTS[parts.scheme] else f"{host}:{port}", "Accept": "image/*"}
+    headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
     request = client.build_request("GET", target.geturl(), headers=headers, extensions={"sni_hostname": host})
     response = await client.send(request, stream=True)
     try:
-        if response.is_redirect:
+        if response.has_redirect_location:
             return b"", response.headers["Location"]
         if response.status_code != httpx.codes.OK:
             raise errors.invalid(f"{param}: the host answered {response.status_code}", param)
         content = bytearray()
-        async for part in response.aiter_bytes():
+        async for part in response.aiter_raw():
             content += part
             if len(content) > max_bytes:
                 raise errors.too_large(f"{param}: the image is over {max_bytes / 2**20:g} MB", param)
@@ -81,7 +81,8 @@ def allowed(url: str, settings: FetchSettings, param: str) -> SplitResult:
     known = {host, f"{host}:{port or PORTS[parts.scheme]}"}
     if not known & set(settings.hosts):
         raise _refused(f"leads to {host}, which is not among the hosts that may be fetched from", param)
-    return parts._replace(netloc=f"{host}:{port}" if port else host)
+    shown = f"[{host}]" if ":" in host else host
+    return parts._replace(netloc=f"{shown}:{port}" if port else shown)
 
 
 async def _resolve(host: str, port: int, settings: FetchSettings, param: str) -> str:

@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from deployments.spec import ModelSpec, Precision, Runtime
 
 CACHES = ("memory", "redis", "rediss", "unix")
+SECRET = (".url", ".secret")
+"""Settings that may hold a password: what they are is not repeated."""
 DATABASES = ("sqlite://", "postgresql://")
 TASKS = ("next_word", "vision", "embedding", "rerank")
 
@@ -22,7 +33,7 @@ class SettingsError(Exception):
 class Strict(BaseModel):
     """Refuses unknown keys, naming the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +182,7 @@ class WebhookSettings(Strict):
 class FetchSettings(Strict):
     """Images from other servers, named by `render_asset_url`."""
 
-    hosts: list[str] = Field(
+    hosts: list[Annotated[str, StringConstraints(to_lower=True)]] = Field(
         [], description="hosts, HOST or HOST:PORT, that may be fetched from; none: fetching is off"
     )
     private_addresses: bool = Field(False, description="may these hosts be in a private network?")
@@ -312,6 +323,8 @@ def explain(error: ValidationError, at: str = "") -> list[str]:
         if problem["type"] == "literal_error":
             known = [word.strip(" '") for word in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
             message = unknown_name(str(value), "value", known)
+        elif path.endswith(SECRET):
+            pass
         elif isinstance(value, str | int | float | bool | None) and problem["type"] != "missing":
             message += f" (it is {value!r})"
         lines.append(f"{path}: {message}")

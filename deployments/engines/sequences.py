@@ -3,10 +3,14 @@
 All matrix multiplications of a pass run over the tokens of all sequences together. Only attention is worked out
 sequence by sequence, from keys and values that each keeps for itself: so sequences of any lengths, some at their
 first token and some at their last, share a pass, and may join and leave between passes.
+
+On a CPU attention is worked out in fp32 whatever the model's precision is: for a single token after 900 others, with
+20 heads of 64, torch took 1.15 ms in bf16 and 0.55 in fp32, and for many tokens about the same in both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +99,7 @@ class Reader:
         self.device = device()  # not the model's: of one that is spread, that may be the disk
         model.set_attn_implementation(ATTENTION)
 
-    def read(self, turns: list[Turn]) -> torch.Tensor:
+    def read(self, turns: Sequence_[Turn]) -> torch.Tensor:
         """The last hidden state of each token of the turns, in order: shape (tokens, width).
 
         The sequences hold what was read, but grow by it only when their `length` is told so.
@@ -124,7 +128,7 @@ class Reader:
             if len(turn.ids) == 1 or turn.sequence.length == 0:
                 return None
             visible = np.tri(len(turn.ids), turn.sequence.length + len(turn.ids), turn.sequence.length, bool)
-        dtype = self.model.get_input_embeddings().weight.dtype  # never quantised
+        dtype = _dtype(self.model.get_input_embeddings().weight)  # never quantised
         bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
         return bias.to(self.device)
 
@@ -144,6 +148,7 @@ def _attend(
     if more.get("softcap") or more.get("s_aux") is not None:
         raise CheckpointError(f"{type(module).__name__} caps its scores or has sinks, which can't be read in steps")
     result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    query, key, value = (each.to(_dtype(each)) for each in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     for span in spans:
         begin, end, length = span.begin, span.end, span.sequence.length
@@ -161,6 +166,11 @@ def _attend(
             enable_gqa=gqa,
         ).transpose(1, 2)
     return result, None
+
+
+def _dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In which attention is worked out for such tensors."""
+    return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -13,13 +13,13 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
 
 from deployments.engines.prefixes import Prefixes
 from deployments.engines.sequences import Reader, Turn
 from deployments.engines.stepping import Stepping
-from deployments.engines.writing import Writing, choose
+from deployments.engines.writing import Writing, choose, closing_tokens
 from deployments.items import MAX_ASPECT, Answer, Question
 from deployments.loading import Placement, load_model
 from deployments.progress import LoadProgress
@@ -80,6 +80,7 @@ class Vision(Stepping[Question, Seen, Look]):
         self.specials = [token for token in self.tokenizer.all_special_tokens if token.strip()]
         self.specials += [processor.image_token]
         self.image_id: int = model.config.image_token_id
+        self.closing = closing_tokens(self.tokenizer)
         self.reader = Reader(model.model.language_model)
         self.device = self.reader.device
         self.prefixes = Prefixes(prefix_bytes)
@@ -127,20 +128,15 @@ class Vision(Stepping[Question, Seen, Look]):
     @torch.inference_mode()
     def step(self, works: list[Look]) -> None:
         begun = [look for look in works if look.writing is None]
-        started = dict(zip(begun, self._start(begun), strict=True))
-        writings: list[Writing] = []
-        turns: list[Turn] = []
-        for look in works:
-            writing, turn = started[look] if look in started else self._turn(look)
-            writings.append(writing)
-            turns.append(turn)
         try:
+            started = dict(zip(begun, self._start(begun), strict=True))
+            writings, turns = zip(*(started.get(look) or self._turn(look) for look in works), strict=True)
             hidden = self.reader.read(turns)
+            last = np.cumsum([len(turn.ids) for turn in turns]) - 1
+            chosen = choose(self.model.lm_head(hidden[last]).float(), writings, self.closing)
         except Exception:  # perhaps for want of memory
             self.prefixes.clear()
             raise
-        last = np.cumsum([len(turn.ids) for turn in turns]) - 1
-        chosen = choose(self.model.lm_head(hidden[last]).float(), writings)
         # Only from here on works change: a step that ran out of memory can be taken again.
         for look, writing, turn, token in zip(works, writings, turns, chosen, strict=True):
             turn.sequence.length += len(turn.ids)
@@ -149,7 +145,7 @@ class Vision(Stepping[Question, Seen, Look]):
             writing.write(token)
             look.writing = writing
             look.steps += 1
-            if writing.ended or len(writing.written) >= MAX_ANSWER_TOKENS:
+            if writing.ended or writing.is_full:
                 look.result = self._answer(look, writing)
 
     def _start(self, looks: list[Look]) -> list[tuple[Writing, Turn]]:
@@ -164,7 +160,8 @@ class Vision(Stepping[Question, Seen, Look]):
         embed = self.model.get_input_embeddings()
         started = []
         for look, sequence in zip(looks, sequences, strict=True):
-            writing = Writing(sequence, LLMatcher(self.grammar_tokens, look.item.grammar), self.eos)
+            matcher = LLMatcher(self.grammar_tokens, look.item.grammar)
+            writing = Writing(sequence, matcher, self.eos, MAX_ANSWER_TOKENS)
             ids = [*look.item.ids[sequence.length :], *writing.to_read]
             at = torch.tensor(ids, device=self.device)
             embeddings = embed(at)
@@ -208,7 +205,9 @@ def _read(encoded: bytes) -> Image.Image:
                 f"the image is {image.width}x{image.height}; crop it, one side is over {MAX_ASPECT} times the other"
             )
         return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, OverflowError, MemoryError) as error:
+    except ItemError:
+        raise
+    except Exception as error:  # a damaged file may trip Pillow up in any way
         raise ItemError(f"the image can't be read ({error}); send PNG, JPEG or WebP") from error
 
 
@@ -216,9 +215,13 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Images of more than 8 bits a channel scaled to 8, where Pillow's own conversion would cut them off at white."""
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    full = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255 if values.max() > 1 else 1
-    return Image.fromarray((values / full * 255).clip(0, 255).astype(np.uint8))
+    values = np.asarray(image)
+    if values.dtype == np.uint16:
+        return Image.fromarray((values // 257).astype(np.uint8))
+    values = np.nan_to_num(values.astype(np.float32), copy=False)
+    full = 65535 if values.max() > 255 else 255 if values.max() > 1 else 1
+    values *= 255 / full
+    return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
 
 
 @functools.lru_cache(maxsize=64)

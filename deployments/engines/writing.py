@@ -1,25 +1,33 @@
 """An answer that is written token by token under a grammar, so that even a bad model answers in it.
 
 Where the grammar leaves no choice, which in JSON is most of the time, its tokens are read along with the next one that
-the model chooses, and take no step of their own.
+the model chooses, and take no step of their own. One that comes near its limit is brought to an end: from there on it
+may only close what is open, wherever the grammar lets it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from llguidance import LLMatcher
+from transformers import PreTrainedTokenizerBase
 
 from deployments.engines.sequences import Sequence
+
+CLOSE_FROM = 0.75
+"""Of its limit: what is left must do for the names of the fields that are still to come."""
 
 
 class Writing:
     """One answer on its way."""
 
-    def __init__(self, sequence: Sequence, matcher: LLMatcher, eos: int) -> None:
+    def __init__(self, sequence: Sequence, matcher: LLMatcher, eos: int, max_tokens: int) -> None:
         self.sequence = sequence
         self.matcher = matcher
         self.eos = eos
+        self.max_tokens = max_tokens
         self.written: list[int] = []
         self.forced = 0
         """Of the tokens written, those that the grammar did not leave to the model."""
@@ -29,6 +37,14 @@ class Writing:
         if matcher.is_error():
             raise RuntimeError(f"the schema makes no grammar: {matcher.get_error()}")
         self._force()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.written) >= self.max_tokens
+
+    @property
+    def should_close(self) -> bool:
+        return len(self.written) >= CLOSE_FROM * self.max_tokens
 
     def write(self, token: int) -> None:
         """The model has chosen this token; appends what must follow."""
@@ -53,7 +69,13 @@ class Writing:
         self.to_read += tokens
 
 
-def choose(logits: torch.Tensor, writings: list[Writing]) -> list[int]:
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Which tokens begin with what ends a string, a list or an object: bool, shape (tokens,)."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return np.array([(token or "").startswith(('"', "]", "}")) for token in tokens])
+
+
+def choose(logits: torch.Tensor, writings: Iterable[Writing], closing: np.ndarray) -> list[int]:
     """For each answer the likeliest of the tokens that may follow; `logits` has shape (answers, vocabulary)."""
     allowed = np.zeros(logits.shape, dtype=bool)
     for row, writing in enumerate(writings):
@@ -62,5 +84,10 @@ def choose(logits: torch.Tensor, writings: list[Writing]) -> list[int]:
         bits = np.unpackbits(np.frombuffer(writing.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         width = min(bits.size, logits.shape[1])
         allowed[row, :width] = bits[:width]
+        if writing.should_close:
+            close = np.zeros_like(allowed[row])
+            close[: closing.size] = closing[: close.size]
+            close &= allowed[row]
+            allowed[row] = close if close.any() else allowed[row]
     chosen: list[int] = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf).argmax(-1).tolist()
     return chosen

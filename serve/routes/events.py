@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
-from serve import sse
+from serve import errors, sse
 from serve.errors import DureError
 from serve.routes.common import GraphDep
 from serve.routes.jobs import Service, TenantId
@@ -19,7 +19,7 @@ from serve.store.views import Progress
 
 router = APIRouter(prefix="/api/yh", tags=["adverts"])
 
-FIRST_S = 10.0
+FIRST_S = 30.0
 LONGEST_S = 3600.0
 """After which a client has to connect anew, as an EventSource does by itself."""
 
@@ -34,7 +34,10 @@ async def follow_job(
 ) -> StreamingResponse:
     """First the state of each variant and the events so far, or those after Last-Event-ID; then what changes."""
     progress = adverts.stream("follow", tenant_id, job_id)
-    first: Progress = await asyncio.wait_for(anext(progress), FIRST_S)  # so that a refusal is no stream
+    try:
+        first: Progress = await asyncio.wait_for(anext(progress), FIRST_S)  # so that a refusal is no stream
+    except TimeoutError as error:
+        raise errors.too_late(adverts.name, FIRST_S) from error
     return sse.response(_stream(first, progress, graph.watch.stopping, last_event_id))
 
 
@@ -68,11 +71,11 @@ async def _chained(first: Progress, following: AsyncIterator[Progress]) -> Async
 
 
 def _shown(variant: dict[str, Any]) -> dict[str, Any]:
-    """The state in one word, with the place in the queue, counted from 1, or the tokens written so far."""
+    """The state in one word, with the place in the queue, counted from 1 where known, or the tokens so far."""
     progress = variant["progress"] or {}
     shown = {name: variant[name] for name in ("job_variants_id", "step", "status")}
     if "ahead" in progress:
         return shown | {"state": "queued", "place": progress["ahead"] + 1}
     if variant["status"] == "running":
-        return shown | {"state": "running", "tokens": progress.get("tokens", 0)}
+        return shown | ({"state": "running", "tokens": progress["tokens"]} if progress else {"state": "queued"})
     return shown | {"state": variant["status"]} | ({"reason": variant["reason"]} if variant["reason"] else {})

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Depends, File, Form, Header, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile as Upload
 
 from serve import errors
@@ -29,6 +29,7 @@ MAX_LAYOUT_BYTES = 256 * 1024
 MAX_PAGE = 500
 
 TenantId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TENANT: TypeAdapter[str] = TypeAdapter(TenantId)
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
@@ -59,19 +60,20 @@ async def create_job(
     desc_eng = _text(desc_eng, "desc_eng", limits)
     ad_copy_eng = _text(ad_copy_eng, "ad_copy_eng", limits)
     job_id = uuid.uuid4()
-    content = await image.read()
-    new = NewJob(
-        tenant_id,
-        job_id,
-        uuid.uuid4(),
-        await _image(job_id, content, limits),
-        desc_eng,
-        ad_copy_eng,
-        idempotency_key,
-        _fingerprint(content, desc_eng, ad_copy_eng),
-    )
     with measured(adverts.name):
-        made = await adverts.call(new, content, method="create_job", timeout_s=graph.settings.request_timeout_s)
+        async with adverts.gate.admitted(1):  # before the image takes up memory
+            content = await image.read()
+            new = NewJob(
+                tenant_id,
+                job_id,
+                uuid.uuid4(),
+                await _image(job_id, content, limits),
+                desc_eng,
+                ad_copy_eng,
+                idempotency_key,
+                _fingerprint(content, desc_eng, ad_copy_eng),
+            )
+            made = await adverts.call(new, content, method="create_job", timeout_s=graph.settings.request_timeout_s)
     return Response(orjson.dumps(made), 201, media_type="application/json")
 
 
@@ -80,39 +82,18 @@ async def record_overlay(
     job_id: uuid.UUID, job_variants_id: uuid.UUID, request: Request, graph: GraphDep, adverts: Service
 ) -> Response:
     """The finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
-    image, content, layout = None, b"", None
-    if request.headers.get("content-type", "").startswith("application/json"):
-        try:
-            body = OverlayBody.model_validate_json(await request.body())
-        except ValidationError as error:
-            raise _as_of_request(error) from error
-        tenant_id, layout = body.tenant_id, body.layout
-        if len(orjson.dumps(layout)) > MAX_LAYOUT_BYTES:
-            raise errors.too_large(f"layout is over {MAX_LAYOUT_BYTES // 1024} kB", "layout")
-    else:
-        async with request.form(max_files=1) as form:
-            upload = form.get("image")
-            if not isinstance(upload, Upload):
-                raise errors.DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
-            content = await upload.read()
-            try:
-                tenant_id = OverlayBody.model_validate(
-                    {"tenant_id": form.get("tenant_id"), "layout": {"": ""}}
-                ).tenant_id
-            except ValidationError as error:
-                raise _as_of_request(error) from error
-        image = await _image(job_id, content, graph.settings.limits)
-    which = Which(tenant_id, job_id, job_variants_id)
     with measured(adverts.name):
-        recorded = await adverts.call(
-            which,
-            uuid.uuid4(),
-            image,
-            content,
-            layout,
-            method="record_overlay",
-            timeout_s=graph.settings.request_timeout_s,
-        )
+        async with adverts.gate.admitted(1):  # before the image takes up memory
+            tenant_id, image, content, layout = await _finished(request, job_id, graph.settings.limits)
+            recorded = await adverts.call(
+                Which(tenant_id, job_id, job_variants_id),
+                uuid.uuid4(),
+                image,
+                content,
+                layout,
+                method="record_overlay",
+                timeout_s=graph.settings.request_timeout_s,
+            )
     return answer(recorded)
 
 
@@ -176,6 +157,33 @@ async def _called(adverts: Deployment, graph: Graph, method: str, *arguments: An
         return await adverts.call(*arguments, method=method, timeout_s=graph.settings.request_timeout_s)
 
 
+async def _finished(
+    request: Request, job_id: uuid.UUID, limits: Limits
+) -> tuple[str, Image | None, bytes, dict[str, Any] | None]:
+    """The tenant, and the finished advert: an image with its bytes, or a layout."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        async with request.form(max_files=1) as form:
+            upload = form.get("image")
+            if not isinstance(upload, Upload):
+                raise errors.DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
+            content = await upload.read()
+            try:
+                tenant_id = TENANT.validate_python(form.get("tenant_id"))
+            except ValidationError as error:
+                raise _as_of_request(error, "tenant_id") from error
+        return tenant_id, await _image(job_id, content, limits), content, None
+    encoded = await request.body()
+    if len(encoded) > MAX_LAYOUT_BYTES:
+        raise errors.too_large(f"layout is over {MAX_LAYOUT_BYTES // 1024} kB", "layout")
+    if b"\\u0000" in encoded:
+        raise errors.invalid("layout has a NUL character", "layout")
+    try:
+        body = OverlayBody.model_validate(orjson.loads(encoded))
+    except ValueError as error:  # pydantic's and orjson's alike
+        raise _as_of_request(error) from error
+    return body.tenant_id, None, b"", body.layout
+
+
 async def _image(job_id: uuid.UUID, content: bytes, limits: Limits) -> Image:
     look = await look_at(content, limits)
     asset_id = uuid.uuid4()
@@ -197,6 +205,8 @@ def _fingerprint(content: bytes, *texts: str | None) -> str:
     return told.hexdigest()
 
 
-def _as_of_request(error: ValidationError) -> RequestValidationError:
+def _as_of_request(error: ValueError, *at: str) -> RequestValidationError:
+    if not isinstance(error, ValidationError):
+        return RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "ctx": {"error": error}}])
     problems = error.errors(include_url=False)
-    return RequestValidationError([problem | {"loc": ("body", *problem["loc"])} for problem in problems])
+    return RequestValidationError([problem | {"loc": ("body", *at, *problem["loc"])} for problem in problems])

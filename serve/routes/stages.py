@@ -27,6 +27,7 @@ class StageBody(Body):
     tenant_id: TenantId
     job_id: uuid.UUID
     job_variants_id: uuid.UUID
+    model: str | None = None
 
     @property
     def which(self) -> Which:
@@ -64,7 +65,7 @@ async def _stage(graph: Graph, method: str, body: StageBody, *arguments: object)
     with measured(adverts.name):
         # The trace's id is made here: a call that is made again is the same call.
         verdict = await adverts.call(
-            body.which, uuid.uuid4(), *arguments, timeout_s, method=method, timeout_s=timeout_s + GRACE_S
+            body.which, uuid.uuid4(), body.model, *arguments, timeout_s, method=method, timeout_s=timeout_s + GRACE_S
         )
     return answer(verdict)
 

@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,6 +19,7 @@ from deployments.answers import News
 from deployments.items import Answer, Question
 from serve import errors
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
+from serve.calls import Model
 from serve.coalescer import Following
 from serve.errors import DureError
 from serve.fetching import fetch
@@ -26,10 +27,10 @@ from serve.graph import Graph
 from serve.images import look_at
 from serve.services.dispatcher import Dispatcher
 from serve.services.janitor import Janitor
-from serve.settings import Settings
+from serve.settings import CacheSettings, Settings
 from serve.store import locations, schema, stages
 from serve.store.assets import Assets
-from serve.store.database import Database
+from serve.store.database import PATIENCE_S, Database, Unavailable
 from serve.store.jobs import Image, Jobs, NewJob
 from serve.store.outbox import Outbox, State
 from serve.store.stages import Sources, Stage, Stages, Which
@@ -52,10 +53,13 @@ CLAIM_SLACK_S = 30.0
 class Asked:
     """What a model is to be asked in a stage."""
 
+    model: Model
     question: Question
     verdict: type[BaseModel]
     record: dict[str, Any]
     """Of it, for the trace."""
+    gone: bool = False
+    """Nobody waits for the answer any more."""
 
 
 class Adverts:
@@ -66,7 +70,7 @@ class Adverts:
     ) -> None:
         self.settings = settings
         url = locations.database(settings.store)
-        await asyncio.to_thread(schema.make_ready, url)
+        await asyncio.to_thread(schema.make_ready, url, PATIENCE_S)
         self.database = Database(url)
         self.assets = Assets(locations.assets(settings.store))
         self.jobs, self.views = Jobs(self.database), Views(self.database)
@@ -77,7 +81,7 @@ class Adverts:
         self.janitor = Janitor(self.stages, self.jobs, self.assets, settings)
         self.followers = 0
         self.ending: set[asyncio.Task[Any]] = set()
-        self.graph = Graph.of(settings, models, {}, patient=True)
+        self.graph = Graph.of(settings.model_copy(update={"cache": CacheSettings(ttl_s=0)}), models, {}, patient=True)
         self.graph.start()
         self.janitor.start()
         if self.dispatcher:
@@ -85,8 +89,8 @@ class Adverts:
 
     async def create_job(self, new: NewJob, content: bytes) -> dict[str, Any]:
         """The ids of the new job. Raises DureError for an image that can't be read."""
-        await self.assets.write(new.image.path, content)
-        answer = await self.jobs.create(new)
+        async with self._file(new.image.path, content):
+            answer = await self.jobs.create(new)
         if answer["image_asset_id"] != str(new.image.image_asset_id):  # the key was known
             await self.assets.delete(new.image.path)
         return answer
@@ -94,10 +98,24 @@ class Adverts:
     async def record_overlay(
         self, which: Which, overlay_id: uuid.UUID, image: Image | None, content: bytes, layout: dict[str, Any] | None
     ) -> dict[str, Any]:
+        """Its id. Raises DureError while a stage is running."""
+        if image is None:
+            return await self.jobs.record_overlay(which, overlay_id, None, layout)
         await self.jobs.may_overlay(which)
-        if image is not None:
-            await self.assets.write(image.path, content)
-        return await self.jobs.record_overlay(which, overlay_id, image, layout)
+        async with self._file(image.path, content):
+            return await self.jobs.record_overlay(which, overlay_id, image, layout)
+
+    @contextlib.asynccontextmanager
+    async def _file(self, path: str, content: bytes) -> AsyncIterator[None]:
+        """A file that stays only if it comes to be on record."""
+        await self.assets.write(path, content)
+        try:
+            yield
+        except Unavailable:  # it may be on record nevertheless
+            raise
+        except DureError:
+            await self.assets.delete(path)
+            raise
 
     async def view(self, tenant_id: str, job_id: uuid.UUID) -> dict[str, Any]:
         return await self.views.job(tenant_id, job_id)
@@ -119,7 +137,13 @@ class Adverts:
         return count
 
     async def validate(
-        self, which: Which, call: uuid.UUID, ad_copy_text: str | None, prompt: str | None, timeout_s: float
+        self,
+        which: Which,
+        call: uuid.UUID,
+        model: str | None,
+        ad_copy_text: str | None,
+        prompt: str | None,
+        timeout_s: float,
     ) -> dict[str, Any]:
         """Stage 1. Raises DureError."""
 
@@ -130,7 +154,7 @@ class Adverts:
             if sources.image is None:
                 raise errors.invalid("the variant has no image", "job_variants_id")
             told = {"ad_copy_text": ad_copy, "prompt": prompt}
-            return await self._asked(sources.image, validation_prompt(ad_copy, prompt), Validation, told)
+            return await self._asked(model, sources.image, validation_prompt(ad_copy, prompt), Validation, told)
 
         return await self._stage(stages.VALIDATE, which, call, timeout_s, ask)
 
@@ -138,6 +162,7 @@ class Adverts:
         self,
         which: Which,
         call: uuid.UUID,
+        model: str | None,
         overlay_id: uuid.UUID | None,
         render_asset_url: str | None,
         timeout_s: float,
@@ -154,7 +179,7 @@ class Adverts:
                 image = await self._named(which.tenant_id, sources.render_url, "render.url")
             else:
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
-            return await self._asked(image, JUDGE, Judgement, told)
+            return await self._asked(model, image, JUDGE, Judgement, told)
 
         return await self._stage(stages.JUDGE, which, call, timeout_s, ask, overlay_id)
 
@@ -171,6 +196,8 @@ class Adverts:
 
     async def _named(self, tenant_id: str, url: str, param: str) -> str | bytes:
         """The path of an image of the tenant's, or what lies at a URL."""
+        if "\0" in url:
+            raise errors.invalid(f"{param} has a NUL character", param)
         if "://" not in url and not url.startswith("//"):
             path = await self.views.asset_path(tenant_id, url)
             if path is None:
@@ -181,15 +208,13 @@ class Adverts:
         await look_at(content, limits, param)
         return content
 
-    async def _asked(self, image: str | bytes, prompt: str, verdict: type[BaseModel], told: dict[str, Any]) -> Asked:
+    async def _asked(
+        self, model: str | None, image: str | bytes, prompt: str, verdict: type[BaseModel], told: dict[str, Any]
+    ) -> Asked:
+        asked = self.graph.model("vision", model)
         content = await self.assets.read(image) if isinstance(image, str) else image
-        record = {
-            **told,
-            "image": image if isinstance(image, str) else None,
-            "model": self.graph.model("vision").name,
-            "question": prompt,
-        }
-        return Asked(Question(content, prompt, json.dumps(verdict.model_json_schema())), verdict, record)
+        record = {**told, "image": image if isinstance(image, str) else None, "model": asked.name, "question": prompt}
+        return Asked(asked, Question(content, prompt, json.dumps(verdict.model_json_schema())), verdict, record)
 
     async def _stage(
         self,
@@ -202,26 +227,24 @@ class Adverts:
     ) -> dict[str, Any]:
         """Start the stage, ask the model, and put on record what came of it, whatever that is."""
         started = time.monotonic()
-        for _ in range(STARTS):
-            sources = await self.stages.sources(stage, which, call, overlay_id)
-            asked = await ask(sources)
-            if await self.stages.start(stage, which, call, sources.revision, asked.record):
-                break
-        else:
-            raise errors.conflict("the variant keeps changing; send the request again", "job_variants_id", 1)
+        if known := await self.stages.outcome(which, call):
+            return _answer(which, call, known)  # it is made again, by one who did not hear of its end
+        asked = await self._start(stage, which, call, ask, overlay_id)
         verdict: dict[str, Any] | None = None
         problem: DureError | None = None
-        gone = False
+        gone = asked.gone
         try:
-            verdict = await self._verdict(stage, call, asked, started + timeout_s - time.monotonic())
+            if not gone:
+                verdict = await self._verdict(stage, call, asked, started + timeout_s - time.monotonic())
         except DureError as error:
             problem = error
         except asyncio.CancelledError:
             gone = True
-            problem = errors.gone()
         except Exception:
             logger.exception("stage %s failed", stage.step)
             problem = errors.internal()
+        if gone:
+            problem = errors.gone()
         response = verdict if problem is None else stages.failure(problem.kind, problem.message)
         assert response is not None
         elapsed_ms = round(1000 * (time.monotonic() - started))
@@ -236,7 +259,33 @@ class Adverts:
             raise problem or stages.lost(stage)
         if problem is not None:
             raise problem
-        return {"job_id": str(which.job_id), "vlm_trace_id": str(call), **response}
+        return _answer(which, call, response)
+
+    async def _start(
+        self,
+        stage: Stage,
+        which: Which,
+        call: uuid.UUID,
+        ask: Callable[[Sources], Awaitable[Asked]],
+        overlay_id: uuid.UUID | None,
+    ) -> Asked:
+        """What is to be asked in the stage, which has started. Raises DureError, and CancelledError, where it has not.
+
+        A client that leaves just then is `gone` where the stage has started.
+        """
+        for _ in range(STARTS):
+            sources = await self.stages.sources(stage, which, call, overlay_id)
+            asked = await ask(sources)
+            starting = asyncio.ensure_future(self.stages.start(stage, which, call, sources.revision, asked.record))
+            try:
+                started = await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                if not await starting:
+                    raise
+                return replace(asked, gone=True)
+            if started:
+                return asked
+        raise errors.conflict("the variant keeps changing; send the request again", "job_variants_id", 1)
 
     def _ended(self, ending: asyncio.Task[bool]) -> None:
         self.ending.discard(ending)
@@ -248,8 +297,8 @@ class Adverts:
     async def _verdict(self, stage: Stage, call: uuid.UUID, asked: Asked, timeout_s: float) -> dict[str, Any]:
         """What the model says. Raises DureError, also where the lease is lost."""
         following = Following()
-        model = self.graph.model("vision")
-        asking = asyncio.ensure_future(model.results([asked.question], timeout_s, "image", following))
+        results = asked.model.results([asked.question], timeout_s, "image", following)
+        asking = asyncio.ensure_future(results)
         holding = asyncio.ensure_future(self._hold(call, following))
         try:
             await asyncio.wait((asking, holding), return_when=asyncio.FIRST_COMPLETED)
@@ -267,6 +316,15 @@ class Adverts:
         while True:
             await asyncio.sleep(min(self.stages.lease_s / RENEWALS, LONGEST_RENEWAL_S))
             told = {name: value for name, value in asdict(following.news or News()).items() if value is not None}
-            with contextlib.suppress(DureError):  # a database that is away may be back before the lease ends
+            try:
                 if not await self.stages.renew(call, told):
                     return
+            except Exception as error:  # a database that is away may be back before the lease ends
+                logger.warning("a lease could not be renewed: %s", error)
+
+
+def _answer(which: Which, call: uuid.UUID, response: dict[str, Any]) -> dict[str, Any]:
+    """What is told of what is on record. Raises DureError where that is a failure."""
+    if "error" in response:
+        raise DureError(503, response["error"]["type"], response["error"]["message"], None, 1)
+    return {"job_id": str(which.job_id), "vlm_trace_id": str(call), **response}

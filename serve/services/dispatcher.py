@@ -83,7 +83,7 @@ class Dispatcher:
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 response = await self.client.post(self.settings.url, content=body, headers=headers)
-        except (httpx.HTTPError, TimeoutError, OSError) as error:
+        except Exception as error:  # whatever it is, this event has been tried
             return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
         return None if response.is_success else f"the webhook answered {response.status_code}"
 

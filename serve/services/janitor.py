@@ -35,16 +35,21 @@ class Janitor:
     async def delete(
         self, tenant_id: str, job_id: uuid.UUID | None = None, before: datetime.datetime | None = None
     ) -> int:
-        """Delete a tenant's jobs, files first, so that what is cut short can be begun again; how many there were."""
+        """Delete a tenant's jobs that there are now; how many there were.
+
+        Files go first, so that what is cut short can be begun again, and once more when the rows are gone, for those
+        that came in between.
+        """
+        before = before or now()
         count = 0
-        while True:
-            files = await self.jobs.files_of(tenant_id, job_id, before, AT_ONCE)
-            if not files:
-                return count
-            for path in (path for paths in files.values() for path in paths):
-                await self.assets.delete(path)
-            await self.jobs.forget(list(files))
-            count += len(files)
+        while jobs := await self.jobs.of_tenant(tenant_id, job_id, before, AT_ONCE):
+            for job in jobs:
+                await self.assets.delete(str(job))
+            await self.jobs.forget(jobs)
+            for job in jobs:
+                await self.assets.delete(str(job))
+            count += len(jobs)
+        return count
 
     async def _run(self) -> None:
         deleted_at = -DELETE_EVERY_S

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 import fsspec
 
 from serve import errors
 
 logger = logging.getLogger("ray.serve")
+
+Result = TypeVar("Result")
 
 WAIT_S = 30.0
 """For one file."""
@@ -32,17 +36,17 @@ class Assets:
     async def read(self, path: str) -> bytes:
         at = self._at(path)
         try:
-            return bytes(await self._done(self.files.cat_file, at))
+            return await self._done(self.files.cat_file, at)
         except FileNotFoundError as error:
             raise errors.not_found(f"the image {path} is gone") from error
 
     async def delete(self, path: str) -> None:
-        """Also where it is not there."""
+        """A file, or a folder with all that is in it; also where it is not there."""
         await self._done(self._delete, self._at(path))
 
     def _at(self, path: str) -> str:
         parts = PurePosixPath(path).parts
-        if not parts or ".." in parts or parts[0] == "/" or "\\" in path or "\0" in path or "://" in path:
+        if not parts or ".." in parts or parts[0].startswith("/") or "\\" in path or "\0" in path or "://" in path:
             raise errors.invalid(f"{path!r} is no path of an image here")
         return f"{self.root}/{'/'.join(parts)}"
 
@@ -52,15 +56,15 @@ class Assets:
 
     def _delete(self, at: str) -> None:
         try:
-            self.files.rm_file(at)
+            self.files.rm(at, recursive=True)
         except FileNotFoundError:
             return
 
-    async def _done(self, call: object, *arguments: object) -> bytes:
+    async def _done(self, call: Callable[..., Result], *arguments: Any) -> Result:
         try:
-            return await asyncio.wait_for(asyncio.to_thread(call, *arguments), WAIT_S)  # type: ignore[arg-type]
+            return await asyncio.wait_for(asyncio.to_thread(call, *arguments), WAIT_S)
         except FileNotFoundError:
             raise
-        except (OSError, TimeoutError) as error:
+        except Exception as error:  # each kind of store has errors of its own
             logger.warning("the assets can't be reached: %r", error)
             raise errors.no_files() from error

@@ -29,6 +29,8 @@ LOCK_S = 5.0
 """How long SQLite waits for another process to finish writing, and PostgreSQL for a connection."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 CONNECTIONS = 8
+SNAPSHOT = {"isolation_level": "REPEATABLE READ"}
+"""So that on PostgreSQL, too, what is read together belongs together."""
 LOST = ("08", "57P", "40", "53", "55P03")
 """PostgreSQL's codes for a connection that was lost, a shutdown, a conflict, too little of something, and a lock:
 https://www.postgresql.org/docs/current/errcodes-appendix.html."""
@@ -63,7 +65,7 @@ class Database:
         self.patience_s = patience_s
         self.is_sqlite = where.get_backend_name() == "sqlite"
         options: dict[str, Any] = (
-            {"connect_args": {"timeout": LOCK_S}}
+            {"connect_args": {"timeout": LOCK_S}, "pool_timeout": LOCK_S}
             if self.is_sqlite
             else {
                 "connect_args": {"connect_timeout": int(LOCK_S)},
@@ -73,12 +75,12 @@ class Database:
                 "pool_pre_ping": True,
             }
         )
-        self.engine: AsyncEngine = create_async_engine(where, **options)
+        self.engine: AsyncEngine = create_async_engine(where, hide_parameters=True, **options)
         if self.is_sqlite:
             if where.database:
                 Path(where.database).parent.mkdir(parents=True, exist_ok=True)
-            event.listen(self.engine.sync_engine, "connect", _prepare)
-            event.listen(self.engine.sync_engine, "begin", _begin)
+            event.listen(self.engine.sync_engine, "connect", prepare)
+            event.listen(self.engine.sync_engine, "begin", begin)
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         return await self._tried(work, writes=False)
@@ -108,7 +110,7 @@ class Database:
 
     async def _once(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
         async with AsyncSession(self.engine, expire_on_commit=False) as session:
-            await session.connection(execution_options={"writes": writes})
+            await session.connection(execution_options={"writes": writes} if self.is_sqlite or writes else SNAPSHOT)
             result = await work(session)
             if writes:
                 await session.commit()
@@ -136,14 +138,16 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, OperationalError)  # psycopg, where there was no connection to get a code from
 
 
-def _prepare(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions begin where `_begin` says so, not where sqlite3 guesses
+def prepare(connection: Any, _: Any) -> None:
+    """A new connection to SQLite."""
+    connection.isolation_level = None  # transactions begin where `begin` says so, not where sqlite3 guesses
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
-def _begin(connection: Connection) -> None:
+def begin(connection: Connection) -> None:
+    """A transaction on SQLite; with the execution option `writes`, one that holds the lock from the start."""
     # A transaction that reads first and then finds the lock taken fails at once; one that says so at first waits.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")

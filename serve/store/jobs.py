@@ -163,32 +163,21 @@ class Jobs:
 
         return await self.database.write(write)
 
-    async def files_of(
-        self,
-        tenant_id: str,
-        job_id: uuid.UUID | None = None,
-        before: datetime.datetime | None = None,
-        limit: int = 100,
-    ) -> dict[uuid.UUID, list[str]]:
-        """A tenant's jobs, all or one, or those created before a time, at most so many, with their files' paths."""
+    async def of_tenant(
+        self, tenant_id: str, job_id: uuid.UUID | None, before: datetime.datetime, limit: int
+    ) -> list[uuid.UUID]:
+        """A tenant's jobs that were created before a time, or one of them; at most so many, the oldest first."""
 
-        async def read(session: AsyncSession) -> dict[uuid.UUID, list[str]]:
-            query = select(Job.job_id).where(Job.tenant_id == tenant_id)
+        async def read(session: AsyncSession) -> list[uuid.UUID]:
+            query = select(Job.job_id).where(Job.tenant_id == tenant_id, Job.created_at < before)
             if job_id is not None:
                 query = query.where(Job.job_id == job_id)
-            if before is not None:
-                query = query.where(Job.created_at < before)
-            jobs = list(await session.scalars(query.order_by(Job.created_at).limit(limit)))
-            files: dict[uuid.UUID, list[str]] = {job: [] for job in jobs}
-            found = await session.execute(select(ImageAsset.job_id, ImageAsset.path).where(ImageAsset.job_id.in_(jobs)))
-            for job, path in found.tuples():
-                files[job].append(path)
-            return files
+            return list(await session.scalars(query.order_by(Job.created_at).limit(limit)))
 
         return await self.database.read(read)
 
     async def forget(self, jobs: Sequence[uuid.UUID]) -> None:
-        """Delete these jobs with all that belongs to them; their files are the caller's to delete before."""
+        """Delete these jobs with all that belongs to them; their files are the caller's to delete."""
 
         async def write(session: AsyncSession) -> None:
             await session.execute(delete(JobInput).where(JobInput.job_id.in_(jobs)))

@@ -5,6 +5,7 @@ Each migration only adds, so that the version before it goes on running while it
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from alembic import command
@@ -19,8 +20,15 @@ from serve.store.database import address
 FOLDER = Path(__file__).with_name("migrations")
 
 
+PAUSE_S = 0.5
+
+
 class SchemaError(Exception):
     """A database that can't be used as it is. The message says what to do."""
+
+
+class NoDatabase(SchemaError):
+    """One that does not answer, or not as it should."""
 
 
 def migrate(url: str, revision: str = "head") -> tuple[str | None, str | None]:
@@ -33,16 +41,27 @@ def migrate(url: str, revision: str = "head") -> tuple[str | None, str | None]:
         Path(where.database).parent.mkdir(parents=True, exist_ok=True)
     before = present(url)
     if before is None or before in _known(url):
-        command.upgrade(_config(url), revision)
+        try:
+            command.upgrade(_config(url), revision)
+        except SQLAlchemyError as error:
+            raise _unusable(url, error) from error
     return before, present(url)
 
 
-def make_ready(url: str) -> None:
-    """Migrate a SQLite file, which is this server's own; `check` any other."""
-    if address(url).get_backend_name() == "sqlite":
-        migrate(url)
-    else:
-        check(url)
+def make_ready(url: str, patience_s: float = 0) -> None:
+    """Migrate a SQLite file, which is this server's own; `check` any other, which may not be up yet."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            if address(url).get_backend_name() == "sqlite":
+                migrate(url)
+            else:
+                check(url)
+            return
+        except NoDatabase:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE_S)
 
 
 def check(url: str) -> None:
@@ -64,7 +83,7 @@ def present(url: str) -> str | None:
                 return None
             return MigrationContext.configure(connection).get_current_revision()
     except SQLAlchemyError as error:
-        raise SchemaError(f"the database {_shown(url)} can't be used: {str(error).partition(chr(10))[0]}") from error
+        raise _unusable(url, error) from error
     finally:
         engine.dispose()
 
@@ -78,6 +97,10 @@ def _config(url: str) -> Config:
     config.set_main_option("script_location", str(FOLDER))
     config.attributes["url"] = address(url, synchronous=True)
     return config
+
+
+def _unusable(url: str, error: SQLAlchemyError) -> NoDatabase:
+    return NoDatabase(f"the database {_shown(url)} can't be used: {str(error).partition(chr(10))[0]}")
 
 
 def _shown(url: str) -> str:

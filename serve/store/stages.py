@@ -75,6 +75,19 @@ class Stages:
         self.database = database
         self.lease_s = lease_s
 
+    async def outcome(self, which: Which, call: uuid.UUID) -> dict[str, Any] | None:
+        """What has been put on record for a call that was made before; None where there is nothing yet.
+
+        Raises a 404 for an unknown variant.
+        """
+
+        async def read(session: AsyncSession) -> dict[str, Any] | None:
+            await find(session, which)
+            trace = await session.get(Trace, call)
+            return trace.response if trace else None
+
+        return await self.database.read(read)
+
     async def sources(
         self, stage: Stage, which: Which, call: uuid.UUID, overlay_id: uuid.UUID | None = None
     ) -> Sources:

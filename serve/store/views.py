@@ -146,9 +146,10 @@ def _state(variant: Variant) -> dict[str, Any]:
 
 def _variant(variant: Variant, paths: dict[uuid.UUID, str], traces: Sequence[Trace]) -> dict[str, Any]:
     own = [trace for trace in traces if trace.job_variants_id == variant.job_variants_id]
-    verdicts = {
-        trace.operation_type: trace.response for trace in own if trace.response and "error" not in trace.response
-    }
+    newest = {trace.operation_type: trace.response for trace in own}
+    if variant.step != "vlm_judge":
+        newest.pop("judge", None)  # it was of an advert that another has taken the place of
+    verdicts = {name: response for name, response in newest.items() if response and "error" not in response}
     overlaid = variant.overlaid_img_asset_id
     return {
         **_state(variant),
@@ -195,5 +196,5 @@ def _place(cursor: str) -> tuple[datetime.datetime, uuid.UUID]:
     try:
         created_at, trace = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         return datetime.datetime.fromisoformat(created_at).astimezone(datetime.UTC), uuid.UUID(trace)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise errors.invalid("`after` is not the `next` of an earlier answer", "after") from error

@@ -14,6 +14,8 @@ from tests.hook import Hook, hook_on
 
 ORIGIN = "https://app.example.org"
 MAX_CONNECTIONS = 12
+PRIVATE = ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "10.0.0.1"]
+"""Allowed, so that only their addresses stand in the way."""
 MODELS = ["predictor", "vision", "embedder", "reranker", "shout", "growing"]
 
 
@@ -52,7 +54,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         websocket={"max_connections": MAX_CONNECTIONS},
         adverts={"lease_s": 3},
         webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
-        fetch={"hosts": ["images.example.org", "localhost", "127.0.0.1"]},
+        fetch={"hosts": ["images.example.org", *PRIVATE]},
         request_timeout_s=10,
     )
     running = Dure(config, folder / "state", port)

@@ -299,13 +299,28 @@ def test_a_repeat_with_an_idempotency_key_is_safe(client: httpx.Client) -> None:
     problem(post(ADVERT), 422)
 
 
+def test_a_request_names_its_model(client: httpx.Client) -> None:
+    job = Job(client)
+    assert problem(job.validate(model="embedder"), 400)["param"] == "model"
+    assert problem(job.validate(model="none"), 404)["param"] == "model"
+    assert (job.state, job.traces) == ("img_gen/done", [])
+    assert job.validate(model="vision").status_code == 200
+    assert job.traces[0]["request"]["model"] == "vision"
+
+
 def test_layouts_and_tenants_are_checked(client: httpx.Client) -> None:
     job = Job(client)
     assert problem(job.overlay(None, {}), 422)["param"] == "layout"
     assert problem(job.overlay(None, [1]), 422)["param"] == "layout"
     problem(job.overlay(None, {"a": "x" * 300_000}), 413)
     url = f"/api/yh/jobs/{job.id}/variants/{job.ids['job_variants_id']}/overlay"
-    problem(client.post(url, content=b"{", headers={"content-type": "application/json"}), 422)
+    for content, status in (
+        (b"{", 422),
+        (b'{"tenant_id": "acme", "layout": {"a": NaN}}', 422),
+        (b'{"tenant_id": "acme", "layout": {"a": "\\u0000"}}', 400),
+        (b'{"tenant_id": "acme"}', 422),
+    ):
+        problem(client.post(url, content=content, headers={"content-type": "application/json"}), status)
     problem(client.post(url, data={"tenant_id": "acme"}), 422)
     problem(client.post(url, data={"tenant_id": ""}, files={"image": MUG}), 422)
     assert job.state == "img_gen/done"
@@ -318,7 +333,7 @@ def test_deleting_leaves_neither_rows_nor_files(client: httpx.Client, dure: Dure
     assert len(list((files / job.id).iterdir())) == 2
     query = {"tenant_id": "leaving"}
     assert client.delete(f"/api/yh/jobs/{job.id}", params=query).json() == {"deleted": 1}
-    assert list((files / job.id).glob("*")) == []
+    assert not (files / job.id).exists()
     problem(client.get(f"/api/yh/jobs/{job.id}", params=query), 404)
     problem(client.delete(f"/api/yh/jobs/{job.id}", params=query), 404)
     assert client.delete("/api/yh/jobs", params=query).json() == {"deleted": 1}
@@ -367,7 +382,7 @@ def test_of_calls_at_once_one_runs_and_the_others_are_told(client: httpx.Client)
         answers = list(pool.map(lambda _: job.validate(), range(6)))
     codes = [answer.status_code for answer in answers]
     assert set(codes) <= {200, 409}
-    assert codes.count(200) == len(job.traces)
+    assert 1 <= codes.count(200) == len(job.traces)
 
 
 def test_a_client_that_leaves_leaves_a_stage_that_has_ended(client: httpx.Client, dure: Dure) -> None:
@@ -394,6 +409,9 @@ def test_a_service_that_dies_leaves_nothing_running(client: httpx.Client, dure: 
         service.send_signal(signal.SIGKILL)
         codes = [answer.result().status_code for answer in answers]
     assert set(codes) <= {200, 409, 503}
+    for job, answer in zip(jobs, answers, strict=True):
+        if answer.result().status_code == 200:
+            assert answer.result().json()["vlm_trace_id"] in [trace["vlm_trace_id"] for trace in job.traces]
     wait_until(lambda: all(not job.state.endswith("running") for job in jobs), 20)
     for job in jobs:
         assert len(job.traces) <= 1

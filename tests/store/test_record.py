@@ -115,14 +115,13 @@ def test_what_is_deleted_goes_with_all_that_belongs_to_it(run: Callable[[Scenari
         await overlaid(store, which)
         await store.jobs.record_overlay(which, uuid.uuid4(), image(which.job_id), None)
         held = await begin(store, JUDGE, which)
-        files = await store.jobs.files_of("a", which.job_id)
-        assert len(files[which.job_id]) == 2
-        await store.jobs.forget(list(files))
+        assert await store.jobs.of_tenant("a", which.job_id, now(), 9) == [which.job_id]
+        await store.jobs.forget([which.job_id])
         assert await status_of(store.views.job("a", which.job_id)) == 404
         assert not await store.stages.end(JUDGE, which, held, {}, 1, None), "its variant is gone"
         assert await store.outbox.list("a", None, 10) == []
         assert await state(store, stays) == "img_gen/done"
-        assert set(await store.jobs.files_of("b", before=now())) == {other.job_id}
+        assert await store.jobs.of_tenant("b", None, now(), 9) == [other.job_id]
         assert set(await store.jobs.tenants(now())) == {"a", "b"}
         assert await store.jobs.tenants(now() - datetime.timedelta(days=1)) == []
 

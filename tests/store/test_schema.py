@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
+from alembic import command, op
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, create_engine, insert, select
 from sqlalchemy.types import JSON, DateTime, Integer, Uuid
 
 from serve.store import schema
 from serve.store.database import address
+from tests.dure import ROOT
 
 
 def revisions() -> list[str]:
@@ -88,6 +92,24 @@ def test_a_database_that_a_later_version_has_migrated_is_used(url: str) -> None:
     schema.check(url)
     assert schema.migrate(url) == ("9999", "9999")
     schema.make_ready(url)
+
+
+def test_servers_that_start_together_migrate_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'dure.sqlite3'}"
+    script = f"from serve.store import schema; schema.make_ready({url!r})"
+    starting = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
+    assert [each.wait(60) for each in starting] == [0, 0, 0]
+    schema.check(url)
+
+
+def test_a_migration_that_is_cut_short_leaves_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_index = op.create_index
+    monkeypatch.setattr(op, "create_index", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        schema.migrate(url)
+    assert schema.present(url) is None
+    monkeypatch.setattr(op, "create_index", create_index)
+    assert schema.migrate(url) == (None, revisions()[-1])
 
 
 def test_a_database_that_is_not_there_is_named_without_its_password() -> None:

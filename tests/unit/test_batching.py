@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from deployments import running
 from deployments.answers import Answers, Collector
 from deployments.batching import LATE, Batcher
 from deployments.engines.stepping import Stepping
-from deployments.running import FAILED, FAILURES_BEFORE_TEST, TOO_LARGE, EngineDead
+from deployments.running import FAILED, FAILURES_BEFORE_TEST, NO_ROOM, TOO_LARGE, EngineDead
 from deployments.spec import Facts, ItemError, ModelSpec, Refusal
 
 
@@ -349,3 +350,43 @@ def test_an_item_that_fails_a_step_harms_no_other() -> None:
         assert answers.results == [20, None, 40]
 
     run(scenario, kind=Counter)
+
+
+def test_items_that_do_not_fit_beside_others_wait_for_their_memory() -> None:
+    """A step of this engine takes as many tokens as its items are large; three of five do not fit into ten."""
+
+    async def scenario(bench: Bench) -> None:
+        answers = await bench.submit(5, 5, 5)
+        assert answers.results == [50, 50, 50]
+        alone = await bench.submit(11)
+        assert alone.refusals == {0: Refusal(TOO_LARGE, "too_large")}
+        assert (await bench.submit(2)).results == [20]
+
+    run(scenario, kind=Counter, room=10)
+
+
+def test_where_none_fits_any_more_the_last_makes_room() -> None:
+    class Growing(Counter):
+        """An item keeps hold of one more at each step, until nobody has it any more."""
+
+        def __init__(self, room: int) -> None:
+            super().__init__(room=room)
+            self.begun: list[weakref.ref[Countdown]] = []
+
+        def begin(self, item: int) -> Countdown:
+            work = super().begin(item)
+            self.begun.append(weakref.ref(work))
+            return work
+
+        def step(self, works: list[Countdown]) -> None:
+            alive = [work for known in self.begun if (work := known())]
+            if sum(work.item - work.left + 1 for work in alive) > self.room:
+                raise MemoryError
+            super().step(works)
+
+    async def scenario(bench: Bench) -> None:
+        answers = await bench.submit(4, 4)
+        assert answers.refusals == {1: Refusal(NO_ROOM, "too_large")}
+        assert answers.results == [40, None]
+
+    run(scenario, kind=Growing, room=5)

@@ -1,19 +1,24 @@
 """What Alembic runs to apply migrations: one process at a time."""
 
 from alembic import context
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import NullPool
 
+from serve.store.database import begin, prepare
 from serve.store.tables import Table
 
 LOCK = 0x64757265
 """Of PostgreSQL's advisory locks, ours."""
 
 engine = create_engine(context.config.attributes["url"], poolclass=NullPool)
-with engine.connect() as connection:
-    context.configure(connection=connection, target_metadata=Table.metadata)
+is_sqlite = engine.dialect.name == "sqlite"
+if is_sqlite:
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
+with engine.connect().execution_options(writes=True) as connection:
+    context.configure(connection=connection, target_metadata=Table.metadata, transactional_ddl=True)
     with context.begin_transaction():
-        if connection.dialect.name == "postgresql":
+        if not is_sqlite:  # which lets one write at a time
             connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
         context.run_migrations()
 engine.dispose()
