@@ -188,6 +188,8 @@ class Vision(Stepping[Question, Seen, Look]):
     def _answer(self, look: Look, writing: Writing) -> Answer | Refusal:
         text = self.tokenizer.decode(writing.written, skip_special_tokens=True)
         try:
+            if len(writing.written) > MAX_ANSWER_TOKENS:
+                raise ValueError
             json.loads(text)
         except ValueError:
             if writing.matcher.is_error():

@@ -160,3 +160,25 @@ def test_a_model_that_is_spread_answers_the_same(vision: Vision) -> None:
     assert set(engine.model.hf_device_map.values()) == {"cpu", "disk"}
     question = questions()[0]
     assert engine.run([engine.prepare(question)])[0].json == vision.run([vision.prepare(question)])[0].json
+
+
+def test_an_answer_near_its_limit_is_brought_to_an_end(vision: Vision) -> None:
+    """Strings and a list that have room for far more than the limit."""
+    text = {"type": "string", "minLength": 0, "maxLength": 9000}
+    fields = {"analysis": text, "issues": {"type": "array", "items": text}, "ok": {"type": "boolean"}}
+    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    item = vision.prepare(Question(EXAMPLES[0].read_bytes(), "Describe it at great length.", json.dumps(schema)))
+    look = vision.begin(item)
+    bias = torch.zeros(vision.model.config.text_config.vocab_size)
+    pieces = vision.tokenizer.convert_ids_to_tokens(list(range(len(vision.closing))))
+    bias[[id for id, piece in enumerate(pieces) if '"' in piece or "]" in piece]] = -1e4  # never ends by itself
+    head = vision.model.lm_head
+    hook = head.register_forward_hook(lambda _module, _inputs, logits: logits + bias)
+    try:
+        while look.result is None:
+            vision.step([look])
+    finally:
+        hook.remove()
+    assert isinstance(look.result, Answer), look.result
+    assert set(json.loads(look.result.json)) == set(fields)
+    assert 380 < look.result.tokens <= 512
