@@ -19,7 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, Processor
 from deployments.engines.prefixes import Prefixes
 from deployments.engines.sequences import Reader, Turn
 from deployments.engines.stepping import Stepping
-from deployments.engines.writing import Writing, choose, closing_tokens
+from deployments.engines.writing import Closing, Writing, choose
 from deployments.items import MAX_ASPECT, Answer, Question
 from deployments.loading import Placement, load_model
 from deployments.progress import LoadProgress
@@ -80,7 +80,7 @@ class Vision(Stepping[Question, Seen, Look]):
         self.specials = [token for token in self.tokenizer.all_special_tokens if token.strip()]
         self.specials += [processor.image_token]
         self.image_id: int = model.config.image_token_id
-        self.closing = closing_tokens(self.tokenizer)
+        self.closing = Closing(self.tokenizer)
         self.reader = Reader(model.model.language_model)
         self.device = self.reader.device
         self.prefixes = Prefixes(prefix_bytes)

@@ -69,13 +69,29 @@ class Writing:
         self.to_read += tokens
 
 
-def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Which tokens begin with what ends a string, a list or an object: bool, shape (tokens,)."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return np.array([(token or "").startswith(('"', "]", "}")) for token in tokens])
+class Closing:
+    """Which tokens close what is open in JSON, and open nothing."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+        plain = [set(token) <= set('"]},') and ',"' not in token for token in tokens]
+        self.strings = np.array([ok and token.startswith('"') for ok, token in zip(plain, tokens, strict=True)])
+        self.lists = np.array([ok and token.startswith(("]", "}")) for ok, token in zip(plain, tokens, strict=True)])
+        self.letter = tokens.index("a")
+
+    def among(self, allowed: np.ndarray) -> np.ndarray:
+        """Of the tokens that are allowed those that close; all where none does. Both bool, shape (vocabulary,)."""
+        # Where a letter may stand a string is open, and brackets are part of it.
+        for kind in (self.strings,) if allowed[self.letter] else (self.lists, self.strings):
+            close = np.zeros_like(allowed)
+            close[: kind.size] = kind[: close.size]
+            close &= allowed
+            if close.any():
+                return close
+        return allowed
 
 
-def choose(logits: torch.Tensor, writings: Iterable[Writing], closing: np.ndarray) -> list[int]:
+def choose(logits: torch.Tensor, writings: Iterable[Writing], closing: Closing) -> list[int]:
     """For each answer the likeliest of the tokens that may follow; `logits` has shape (answers, vocabulary)."""
     allowed = np.zeros(logits.shape, dtype=bool)
     for row, writing in enumerate(writings):
@@ -85,9 +101,6 @@ def choose(logits: torch.Tensor, writings: Iterable[Writing], closing: np.ndarra
         width = min(bits.size, logits.shape[1])
         allowed[row, :width] = bits[:width]
         if writing.should_close:
-            close = np.zeros_like(allowed[row])
-            close[: closing.size] = closing[: close.size]
-            close &= allowed[row]
-            allowed[row] = close if close.any() else allowed[row]
+            allowed[row] = closing.among(allowed[row])
     chosen: list[int] = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf).argmax(-1).tolist()
     return chosen

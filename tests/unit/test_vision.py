@@ -170,7 +170,7 @@ def test_an_answer_near_its_limit_is_brought_to_an_end(vision: Vision) -> None:
     item = vision.prepare(Question(EXAMPLES[0].read_bytes(), "Describe it at great length.", json.dumps(schema)))
     look = vision.begin(item)
     bias = torch.zeros(vision.model.config.text_config.vocab_size)
-    pieces = vision.tokenizer.convert_ids_to_tokens(list(range(len(vision.closing))))
+    pieces = vision.tokenizer.convert_ids_to_tokens(list(range(len(vision.tokenizer))))
     bias[[id for id, piece in enumerate(pieces) if '"' in piece or "]" in piece]] = -1e4  # never ends by itself
     head = vision.model.lm_head
     hook = head.register_forward_hook(lambda _module, _inputs, logits: logits + bias)
