@@ -103,10 +103,19 @@ def reason(error: Exception) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
+def keep_to_share(share: float) -> None:
+    """Let this process take no more of its GPU's memory than its share: Ray only places by it."""
+    import torch
+
+    if torch.cuda.is_available() and 0 < share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
 def _load(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
     import torch
 
     torch.set_num_threads(spec.threads or _cores())
+    keep_to_share(spec.gpu_share)
     engine = load_engine(spec, progress)
     progress.loaded()
     engine.warm_up()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from deployments.layout import Layout, tensors
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, Precision
 
@@ -59,7 +59,7 @@ def original_bytes(folder: Path) -> int:
     """About how many bytes a checkpoint's weights take up in fp32, from the files' headers and sizes."""
     shards = list(folder.glob("*.safetensors"))
     if shards:
-        return sum(4 * math.prod(tensor["shape"]) for shard in shards for tensor in _tensors(shard).values())
+        return sum(4 * math.prod(tensor["shape"]) for shard in shards for tensor in tensors(shard).values())
     config = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
     return (2 if "float16" in config else 1) * sum(path.stat().st_size for path in folder.glob("*.bin"))
 
@@ -131,14 +131,23 @@ def _quantise_dynamically(model: nn.Module) -> Any:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes that the weights take up, quantised linear layers included (torch keeps those outside `parameters`)."""
-    total = sum(tensor.nbytes for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    """Bytes that the weights take up, with the scales of those that bitsandbytes has quantised and with the linear
+    layers that torch has, which keep theirs outside `parameters`.
+    """
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    total = sum(tensor.nbytes + _scales_bytes(tensor) for tensor in tensors)
     for module in model.modules():
         packed = getattr(module, "_packed_params", None)
         if packed is not None and hasattr(module, "weight") and callable(module.weight):
             weight = module.weight()
             total += weight.numel() * weight.element_size()
     return total
+
+
+def _scales_bytes(tensor: Any) -> int:
+    """Of a tensor of bitsandbytes: one for each row in 8 bit, one for each block in 4 bit."""
+    scales = (getattr(tensor, "SCB", None), getattr(getattr(tensor, "quant_state", None), "absmax", None))
+    return sum(each.nbytes for each in scales if each is not None)
 
 
 def _facts(model: nn.Module, precision: str, reason: str | None = None) -> Facts:
@@ -163,89 +172,3 @@ def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
         raise CheckpointError(f"the checkpoint in {folder} can't be read: {type(error).__name__}: {error}") from error
     finally:
         transformers_logging.set_tqdm_hook(previous)
-
-
-class Layout:
-    """Which shard holds which tensor, and how many bytes each takes up, from the files' headers alone."""
-
-    def __init__(self, shards: list[str], tensors: dict[str, tuple[str, int]]) -> None:
-        self.shards = shards
-        self.tensors = tensors
-
-    @classmethod
-    def read(cls, folder: Path) -> Layout:
-        """Raises CheckpointError where there are no weights, or an index names a shard that is missing or damaged."""
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"there is no config.json in {folder}")
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            index = folder / f"{name}.index.json"
-            if index.is_file():
-                try:
-                    where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                except (ValueError, KeyError) as error:
-                    raise CheckpointError(f"{index} is damaged: {error}") from error
-            elif (folder / name).is_file():
-                where = {}
-            else:
-                continue
-            shards = sorted(set(where.values())) or [name]
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing:
-                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in {index.name}")
-            if name.endswith(".bin"):
-                return cls(shards, {tensor: (shard, 1) for tensor, shard in where.items()})
-            sizes = {shard: _tensor_bytes(folder / shard) for shard in shards}
-            return cls(shards, {t: (shard, size) for shard in shards for t, size in sizes[shard].items()})
-        raise CheckpointError(f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
-
-    def follow(self, parameters: Iterable[tuple[str, Any]], progress: LoadProgress) -> Iterator[tuple[str, Any]]:
-        """Hand on the loader's parameters one by one, reporting the bytes of those it has done with.
-
-        A parameter is done when the next is asked for. Its checkpoint tensors are those collected in its mapping.
-        """
-        pairs = list(parameters)
-        left = {shard: sum(1 for where, _ in self.tensors.values() if where == shard) for shard in self.shards}
-        total = sum(size for _, size in self.tensors.values())
-        done = 0
-        reported = (-1, -1)
-        for number, (name, mapping) in enumerate(pairs, 1):
-            sources = self._sources(name, mapping)
-            yield name, mapping
-            for source in sources:
-                shard, size = self.tensors[source]
-                done += size
-                left[shard] -= 1
-            percent = 100 * (done / total if total else number / len(pairs))
-            if number == len(pairs):  # tensors that the model has no use for are never asked for
-                percent, left = 100, dict.fromkeys(left, 0)
-            complete = sum(1 for count in left.values() if count <= 0)
-            if (int(percent), complete) != reported:
-                reported = (int(percent), complete)
-                progress.checkpoint(percent, complete, len(self.shards))
-
-    def _sources(self, name: str, mapping: Any) -> list[str]:
-        """The names in the checkpoint of the tensors that make up a parameter."""
-        names = {name, *(key for keys in getattr(mapping, "layer_targets", {}).values() for key in keys)}
-        return [key for key in names if key in self.tensors]
-
-
-def _tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file."""
-    return {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in _tensors(path).items()}
-
-
-def _tensors(path: Path) -> dict[str, dict[str, Any]]:
-    """What a safetensors file's header (8 bytes of length, then JSON) says of each tensor."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        size = sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in header.values())
-        if path.stat().st_size < 8 + length + size:
-            raise ValueError("it is cut short")
-        return header
-    except (ValueError, KeyError, struct.error) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -26,6 +26,8 @@ class ModelSpec:
     """CPU threads for one batch; all cores where left out."""
     own_cores: bool = False
     """There are enough cores for the threads of all models at once."""
+    gpu_share: float = 0
+    """Of one GPU's memory, that a replica may take; what other replicas have is theirs."""
     device_map: str | None = None
     """How a model is spread over several GPUs, as accelerate understands it; None: it has one device."""
     max_memory: dict[int | str, str] | None = None

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deployments.spec import CheckpointError
 from serve import bench, environment, processes
 from serve.settings import ConfigFile, SettingsError, read_config
 from serve.store import locations, schema
@@ -122,6 +123,33 @@ def stop() -> None:
         return
     count = processes.stop_all()
     out.print(f"Stopped {count}" if count else "Nothing to stop", highlight=False)
+
+
+@main.command()
+def plan(
+    config: ConfigOption = Path("configs/gpu.yaml"),
+    gpus: Annotated[str, typer.Option(help="COUNTxSIZE, such as 2x24GiB.")] = "1x24GiB",
+) -> None:
+    """Where a config's models go on GPUs, what each takes of its share, and whether they fit. Reads no weights."""
+    from serve import plan as planning
+
+    try:
+        made = planning.plan(planning.needs_of(read_config(config.resolve()).settings), planning.gpus_of(gpus))
+    except (SettingsError, CheckpointError) as error:
+        _fail(str(error), 2)
+    table = Table("model", "replicas", "weights", "cache", "activations", "CUDA", "all", "booked", "least num_gpus")
+    size = min(gpu.memory_bytes for gpu in made.gpus)
+    for need in made.needs:
+        print_of = need.footprint
+        parts = (print_of.weights, print_of.cache, print_of.activations, print_of.context, print_of.total)
+        shares = (planning.gib(need.booked * size), f"{need.least(size):.2f}")
+        table.add_row(need.model, str(need.replicas), *map(planning.gib, parts), *shares)
+    out.print(table)
+    for gpu in made.gpus:
+        bar = "".join(f"[{need.model} {need.booked:.0%}]" for need in gpu.replicas)
+        out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
+    if made.problems:
+        _fail("\n".join(made.problems))
 
 
 @main.command()

@@ -110,6 +110,7 @@ class ModelSettings(Strict):
             precision=self.precision if optimised() else "fp32",
             runtime=self.runtime if optimised() else "torch",
             threads=self.threads,
+            gpu_share=self.num_gpus,
             device_map=self.device_map,
             max_memory=self.max_memory,
             prefix_cache_mb=self.prefix_cache_mb,

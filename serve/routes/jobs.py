@@ -73,7 +73,8 @@ async def create_job(
                 idempotency_key,
                 _fingerprint(content, desc_eng, ad_copy_eng),
             )
-            made = await adverts.call(new, content, method="create_job", timeout_s=graph.settings.request_timeout_s)
+            timeout_s = graph.settings.request_timeout_s
+            made = await adverts.call(new, content, method="create_job", timeout_s=timeout_s, admitted=True)
     return Response(orjson.dumps(made), 201, media_type="application/json")
 
 
@@ -93,6 +94,7 @@ async def record_overlay(
                 layout,
                 method="record_overlay",
                 timeout_s=graph.settings.request_timeout_s,
+                admitted=True,
             )
     return answer(recorded)
 

@@ -376,6 +376,31 @@ def test_a_follower_sees_the_stages_and_what_follows(client: httpx.Client) -> No
     assert [name for name, _ in heard] == ["progress"], "what was heard is not told again"
 
 
+def test_a_follower_of_one_among_many_sees_how_far_it_is(client: httpx.Client) -> None:
+    jobs = [Job(client) for _ in range(24)]
+    told: list[dict[str, Any]] = []
+
+    def follow() -> None:
+        with client.stream("GET", f"/api/yh/jobs/{jobs[-1].id}/events", params={"tenant_id": "acme"}) as response:
+            for line in response.iter_lines():
+                if line.startswith("event: yolo_detect"):
+                    return
+                if line.startswith("data: "):
+                    told.append(json.loads(line.removeprefix("data: ")))
+
+    with ThreadPoolExecutor(25) as pool:
+        following = pool.submit(follow)
+        wait_until(lambda: bool(told), 10)
+        assert {answer.status_code for answer in pool.map(Job.validate, jobs)} == {200}
+        following.result(20)
+    assert [each["state"] for each in told if each["state"] != "queued"][-1] == "done"
+    places = [each["place"] for each in told if "place" in each]
+    assert places == sorted(places, reverse=True), "it only comes nearer"
+    tokens = [each["tokens"] for each in told if "tokens" in each]
+    assert tokens == sorted(tokens)
+    assert places or tokens, "two dozen take longer than a second"
+
+
 def test_of_calls_at_once_one_runs_and_the_others_are_told(client: httpx.Client) -> None:
     job = Job(client)
     with ThreadPoolExecutor(6) as pool:

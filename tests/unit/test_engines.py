@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM
 from deployments.engines import engine_class, load_engine
 from deployments.engines.predictor import Predictor
 from deployments.items import Pair, Prompt, Question, Text
-from deployments.loading import Layout, plain_precision
+from deployments.layout import Layout
+from deployments.loading import plain_precision
 from deployments.progress import LoadEvent, LoadProgress
 from deployments.sources import ROOT, resolve
 from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal
 from serve.adverts import JUDGE, Judgement
+from serve.settings import read_config
 
 SOURCES = {
     "next_word": "demo/next_word/checkpoint",
@@ -148,9 +151,17 @@ def test_vision_refuses_what_is_no_image(vision: Any) -> None:
         vision.prepare(Question(png(Image.new("RGB", (8, 8))), "word " * 20_000, "{}"))
 
 
-def test_vision_in_8_bit_answers_in_the_schema_too() -> None:
-    engine = load("vision", "int8")
-    assert (engine.facts.precision, engine.facts.quantized, engine.facts.fallback_reason) == ("int8", True, None)
+GPU_MODELS = read_config(ROOT / "configs/gpu.yaml").settings.models
+
+
+@pytest.mark.parametrize("name", [name for name, model in GPU_MODELS.items() if model.task == "vision"])
+def test_vision_as_configured_for_a_gpu_answers_in_the_schema_too(name: str) -> None:
+    """With a checkpoint of the same architecture in the place of the real one."""
+    spec = replace(GPU_MODELS[name].spec(name), source=SOURCES["vision"])
+    assert spec.precision in ("int8", "int4")
+    engine: Any = load_engine(spec, LoadProgress(lambda _: None))
+    facts = engine.facts
+    assert (facts.precision, facts.quantized, facts.fallback_reason) == (spec.precision, True, None)
     [answer] = ask(
         engine, Question(png(Image.new("RGB", (80, 80), "red")), JUDGE, json.dumps(Judgement.model_json_schema()))
     )

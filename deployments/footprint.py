@@ -1,0 +1,127 @@
+"""How much memory of a GPU a replica will take, worked out from its checkpoint's headers and config: no weights read.
+
+Four parts: the weights at the precision asked for; keys and values of all items that may be on their way at once, with
+the prefixes that are kept; what the largest batch computes in between; and what CUDA itself takes up in a process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from deployments.layout import tensors
+from deployments.spec import CheckpointError, ModelSpec
+
+CONTEXT_BYTES = 550 * 2**20
+"""CUDA's context with torch's kernels and cuBLAS's workspace, as nvidia-smi shows it for an idle process: 450 to 600
+MiB on GPUs from 2017 on."""
+SLACK = 0.05
+"""Of weights and activations: torch's allocator rounds up and keeps gaps."""
+HALF = 2
+INT8_ROW_BYTES = 4
+"""bitsandbytes keeps a float32 scale for each row: https://arxiv.org/abs/2208.07339."""
+INT4_BYTES = 0.5 + 4 / 64
+"""Half a byte, and a float32 scale for each block of 64: https://arxiv.org/abs/2305.14314."""
+PLAIN_BYTES = {"fp32": 4, "fp16": HALF, "bf16": HALF, "auto": HALF}
+PROMPT_TOKENS = {"next_word": 128, "vision": 256}
+"""Of text, at most or as a rule."""
+NEW_TOKENS = {"next_word": 15 * 10, "vision": 512}
+ROOM_TOKENS = 64
+"""That a sequence is given beyond what it has read."""
+LAYER_WIDTHS, INNER_WIDTHS = 8, 2
+"""Rows of a layer that live at once, in widths of the model and of its inner layer: the residual, the normed input,
+queries, keys, values, attention's result and its projection, the sum; gate and up projection."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """In bytes."""
+
+    weights: int
+    cache: int
+    activations: int
+    context: int = CONTEXT_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.context
+
+
+def footprint(spec: ModelSpec, folder: Path) -> Footprint:
+    """What one replica takes. Raises CheckpointError where config or headers can't be read."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the config in {folder} can't be read: {error}") from error
+    text = getattr(config, "text_config", config)
+    activations = _activations(spec, text) + (_tower(spec, config.vision_config) if spec.task == "vision" else 0)
+    return Footprint(
+        round((1 + SLACK) * _weights(spec, folder)), _cache(spec, config, text), round((1 + SLACK) * activations)
+    )
+
+
+def _weights(spec: ModelSpec, folder: Path) -> int:
+    shards = sorted(folder.glob("*.safetensors"))
+    quantises = spec.task == "vision" and spec.precision in ("int8", "int4")
+    plain = PLAIN_BYTES.get(spec.precision, HALF)
+    if not shards:
+        return _of_pickles(folder, plain, spec.precision if quantises else "")
+    shapes = {name: tensor["shape"] for shard in shards for name, tensor in tensors(shard).items()}
+    return round(
+        sum(
+            _quantised(shape, spec.precision) if quantises and _is_linear(name, shape) else plain * math.prod(shape)
+            for name, shape in shapes.items()
+        )
+    )
+
+
+def _of_pickles(folder: Path, plain: int, quantised: str) -> int:
+    """Files of torch have no header: their size stands for their 16-bit or 32-bit weights."""
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise CheckpointError(f"there are no weights in {folder}: neither *.safetensors nor pytorch_model*.bin")
+    half = "float16" in (folder / "config.json").read_text()
+    weights = sum(path.stat().st_size for path in files) / (2 if half else 4)
+    return round(weights * {"int8": 1, "int4": INT4_BYTES}.get(quantised, plain))
+
+
+def _is_linear(name: str, shape: list[int]) -> bool:
+    """Is this a matrix that bitsandbytes replaces: that of a linear layer, other than the last?"""
+    return len(shape) == 2 and name.endswith(".weight") and "embed" not in name and "lm_head" not in name
+
+
+def _quantised(shape: list[int], precision: str) -> float:
+    values = math.prod(shape)
+    return values + INT8_ROW_BYTES * shape[0] if precision == "int8" else INT4_BYTES * values
+
+
+def _cache(spec: ModelSpec, config: Any, text: Any) -> int:
+    """Keys and values of as many sequences as may be on their way, at their longest."""
+    if spec.task not in NEW_TOKENS:
+        return 0
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    of_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * HALF
+    image = getattr(config, "image_seq_length", 0)
+    tokens = min(image + PROMPT_TOKENS[spec.task] + NEW_TOKENS[spec.task], text.max_position_embeddings) + ROOM_TOKENS
+    return int(spec.max_batch_items * tokens * of_token + spec.prefix_cache_mb * 2**20)
+
+
+def _activations(spec: ModelSpec, text: Any) -> int:
+    """Of the largest batch, or step, and of its probabilities in float32 and 16 bit."""
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
+    layer = spec.max_batch_tokens * (LAYER_WIDTHS * text.hidden_size + INNER_WIDTHS * inner) * HALF
+    rows = {"next_word": 15 * spec.max_batch_items, "vision": spec.max_batch_items}.get(spec.task, 0)
+    return int(layer + rows * text.vocab_size * (4 + HALF))
+
+
+def _tower(spec: ModelSpec, vision: Any) -> int:
+    """Of a vision tower with as many images as a batch may hold."""
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    widths = LAYER_WIDTHS * vision.hidden_size + INNER_WIDTHS * vision.intermediate_size
+    pixels = 3 * vision.image_size**2 * (4 + HALF)
+    return int(spec.max_batch_items * (patches * widths * HALF + pixels))

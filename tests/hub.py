@@ -1,0 +1,88 @@
+"""A hub's cache with the models of configs/gpu.yaml: real configs, tokenizers left out, and weights that are all hole.
+
+The files' headers are true to the real shapes, and their size is, too; on the disk they take up next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def llava(width: int, inner: int, layers: int, heads: int) -> Any:
+    tower = CLIPVisionConfig(
+        image_size=336,
+        patch_size=14,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        projection_dim=768,
+    )
+    text = LlamaConfig(
+        vocab_size=32_064,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+    )
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_seq_length=576))
+
+
+def mini_lm(kind: Any, **more: Any) -> Any:
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    return kind(BertConfig(vocab_size=30_522, **shape, **more))
+
+
+MODELS = {
+    "skt/kogpt2-base-v2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=51_200)),
+    "llava-hf/llava-1.5-7b-hf": lambda: llava(4096, 11_008, 32, 32),
+    "llava-hf/llava-1.5-13b-hf": lambda: llava(5120, 13_824, 40, 40),
+    "sentence-transformers/all-MiniLM-L6-v2": lambda: mini_lm(BertModel),
+    "cross-encoder/ms-marco-MiniLM-L6-v2": lambda: mini_lm(BertForSequenceClassification, num_labels=1),
+}
+
+
+def write_cache(folder: Path) -> None:
+    for name, build in MODELS.items():
+        repository = folder / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text(COMMIT)
+        with torch.device("meta"):
+            model = build()
+        model.config.save_pretrained(snapshot)
+        write_holes(
+            snapshot / "model.safetensors", {key: list(value.shape) for key, value in model.state_dict().items()}
+        )
+
+
+def write_holes(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A safetensors file of 16-bit tensors: 8 bytes of length, the header in JSON, and a hole."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)

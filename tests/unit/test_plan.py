@@ -1,0 +1,158 @@
+"""Memory planned from headers and configs, and the places of replicas on GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deployments import live
+from deployments.engines import load_engine
+from deployments.footprint import Footprint, footprint
+from deployments.progress import LoadProgress
+from deployments.sources import ROOT
+from deployments.spec import CheckpointError, ModelSpec
+from serve import plan as planning
+from serve.plan import GIB, Need
+from serve.settings import Settings, SettingsError, read_config
+from tests.hub import COMMIT, write_cache
+
+VISION = ModelSpec("m", "vision", "demo/adverts/checkpoint")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    write_cache(folder)
+    return folder
+
+
+def folder_of(hub: Path, name: str) -> Path:
+    return hub / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
+
+
+def dure_plan(hub: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "serve.cli", "plan", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "precision"),
+    [
+        ("vision", "demo/adverts/checkpoint", "fp32"),
+        ("vision", "demo/adverts/checkpoint", "bf16"),
+        ("vision", "demo/adverts/checkpoint", "int8"),
+        ("vision", "demo/adverts/checkpoint", "int4"),
+        ("next_word", "demo/next_word/checkpoint", "bf16"),
+        ("rerank", "demo/rerank/checkpoint", "fp32"),
+    ],
+)
+def test_planned_weights_are_those_that_are_loaded(task: str, source: str, precision: str) -> None:
+    spec = ModelSpec("m", task, source, precision=precision, runtime="torch")  # type: ignore[arg-type]
+    loaded = load_engine(spec, LoadProgress(lambda _: None)).facts.weights_bytes
+    assert footprint(spec, ROOT / source).weights / 1.05 == pytest.approx(loaded, rel=0.05)
+
+
+def test_what_is_kept_and_computed_grows_with_what_may_be_on_its_way() -> None:
+    folder = ROOT / VISION.source
+    small, large = footprint(replace(VISION, max_batch_items=8), folder), footprint(VISION, folder)
+    assert small.weights == large.weights
+    assert small.cache < large.cache
+    assert small.activations < large.activations
+    none = footprint(replace(VISION, prefix_cache_mb=0), folder)
+    assert large.cache - none.cache == 256 * 2**20
+
+
+def test_real_models_take_what_is_known_of_them(hub: Path) -> None:
+    seven = folder_of(hub, "llava-hf/llava-1.5-7b-hf")
+    weights = {
+        precision: footprint(replace(VISION, precision=precision), seven).weights / 1e9  # type: ignore[arg-type]
+        for precision in ("fp32", "fp16", "int8", "int4")
+    }
+    assert 28 < weights["fp32"] < 31
+    assert 14 < weights["fp16"] < 15.5
+    assert 7 < weights["int8"] < 8
+    assert 3.9 < weights["int4"] < 4.9
+    kogpt2 = footprint(ModelSpec("m", "next_word", "x"), folder_of(hub, "skt/kogpt2-base-v2"))
+    assert 0.25 < kogpt2.weights / 1e9 < 0.35
+
+
+def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="config"):
+        footprint(VISION, tmp_path)
+    (tmp_path / "config.json").write_text((ROOT / VISION.source / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="no weights"):
+        footprint(VISION, tmp_path)
+
+
+def need(name: str, booked: float, takes_gib: float, replicas: int = 1) -> Need:
+    return Need(name, replicas, Footprint(int(takes_gib * GIB), 0, 0, 0), booked, replace(VISION, name=name))
+
+
+def test_the_largest_go_first_and_where_the_least_is_left() -> None:
+    needs = [need("small", 0.2, 1, replicas=3), need("large", 0.7, 5), need("middle", 0.5, 4)]
+    made = planning.plan(needs, planning.gpus_of("2x10GiB"))
+    assert [[each.model for each in gpu.replicas] for gpu in made.gpus] == [
+        ["large", "small"],
+        ["middle", "small", "small"],
+    ]
+    assert made.problems == []
+
+
+def test_what_takes_more_than_it_books_is_refused_with_what_would_help() -> None:
+    made = planning.plan([need("greedy", 0.1, 2)], planning.gpus_of("1x10GiB"))
+    [problem] = made.problems
+    assert "greedy books 0.1 of a GPU, 0.97 GiB, and takes 2.00 GiB: 1.03 GiB too much" in problem
+    assert "it fits with" in problem
+
+
+def test_what_has_no_place_is_refused_by_how_much() -> None:
+    made = planning.plan([need("a", 0.6, 1), need("b", 0.6, 1)], planning.gpus_of("1x10GiB"))
+    [problem] = made.problems
+    assert "b, replica 1 of 1, has no place" in problem
+    assert "1.94 GiB too little" in problem
+
+
+@pytest.mark.parametrize("text", ["", "24GiB", "0x24GiB", "2x", "2x24", "ax24GiB", "1x0GiB"])
+def test_gpus_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="COUNTxSIZE"):
+        planning.gpus_of(text)
+
+
+def test_the_shipped_config_fits_the_gpu_that_it_is_for(hub: Path) -> None:
+    run = dure_plan(hub, "--config", "configs/gpu.yaml", "--gpus", "1x24GiB")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "vision" in run.stdout
+    assert "GPU 0" in run.stdout
+    tight = dure_plan(hub, "--config", "configs/gpu.yaml", "--gpus", "1x16GiB")
+    assert tight.returncode == 1
+    assert "vision books 0.44 of a GPU" in tight.stderr
+    assert "it fits with" in tight.stderr
+
+
+def test_a_dozen_models_on_two_large_gpus(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resolve", lambda source, revision: folder_of(hub, source))
+    shipped = read_config(ROOT / "configs/gpu.yaml").settings.models
+    seven = shipped["vision"].model_copy(update={"num_gpus": 0.22, "precision": "fp16"})
+    small = [shipped[name].model_copy(update={"num_gpus": 0.05}) for name in ("embedder", "reranker", "predictor")]
+    models = {f"vision-{number}": seven for number in range(6)}
+    models |= {f"small-{number}": model for number, model in enumerate(small * 2)}
+    made = planning.plan(planning.needs_of(Settings(models=models)), planning.gpus_of("2x80GiB"))
+    assert made.problems == []
+    assert sum(len(gpu.replicas) for gpu in made.gpus) == 12
+    assert all(gpu.free >= 0 for gpu in made.gpus)
+
+
+def test_a_replica_keeps_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", kept.append)
+    for share in (0, 0.25, 1, 2):
+        live.keep_to_share(share)
+    assert kept == [0.25]
