@@ -42,7 +42,7 @@ STARTS = 3
 """How often a stage is begun anew because its variant has changed meanwhile."""
 RENEWALS = 4
 """Of a lease before it would end."""
-LONGEST_RENEWAL_S = 1.0
+FIRST_RENEWAL_S, LONGEST_RENEWAL_S = 0.2, 1.0
 """Renewing also tells followers how far the call is."""
 MAX_FOLLOWERS = 256
 """Of jobs, per replica."""
@@ -313,8 +313,10 @@ class Adverts:
 
     async def _hold(self, call: uuid.UUID, following: Following) -> None:
         """Returns once the lease has been lost."""
+        pause_s = FIRST_RENEWAL_S
         while True:
-            await asyncio.sleep(min(self.stages.lease_s / RENEWALS, LONGEST_RENEWAL_S))
+            await asyncio.sleep(min(pause_s, self.stages.lease_s / RENEWALS))
+            pause_s = min(2 * pause_s, LONGEST_RENEWAL_S)
             told = {name: value for name, value in asdict(following.news or News()).items() if value is not None}
             try:
                 if not await self.stages.renew(call, told):

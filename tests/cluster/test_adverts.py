@@ -376,29 +376,31 @@ def test_a_follower_sees_the_stages_and_what_follows(client: httpx.Client) -> No
     assert [name for name, _ in heard] == ["progress"], "what was heard is not told again"
 
 
-def test_a_follower_of_one_among_many_sees_how_far_it_is(client: httpx.Client) -> None:
+def test_followers_of_some_among_many_see_how_far_they_are(client: httpx.Client) -> None:
     jobs = [Job(client) for _ in range(24)]
-    told: list[dict[str, Any]] = []
 
-    def follow() -> None:
-        with client.stream("GET", f"/api/yh/jobs/{jobs[-1].id}/events", params={"tenant_id": "acme"}) as response:
+    def follow(job: Job) -> list[dict[str, Any]]:
+        told = []
+        with client.stream("GET", f"/api/yh/jobs/{job.id}/events", params={"tenant_id": "acme"}) as response:
             for line in response.iter_lines():
                 if line.startswith("event: yolo_detect"):
-                    return
+                    break
                 if line.startswith("data: "):
                     told.append(json.loads(line.removeprefix("data: ")))
+        return told
 
-    with ThreadPoolExecutor(25) as pool:
-        following = pool.submit(follow)
-        wait_until(lambda: bool(told), 10)
+    with ThreadPoolExecutor(30) as pool:
+        following = [pool.submit(follow, job) for job in jobs[::4]]
+        time.sleep(1)
         assert {answer.status_code for answer in pool.map(Job.validate, jobs)} == {200}
-        following.result(20)
-    assert [each["state"] for each in told if each["state"] != "queued"][-1] == "done"
-    places = [each["place"] for each in told if "place" in each]
-    assert places == sorted(places, reverse=True), "it only comes nearer"
-    tokens = [each["tokens"] for each in told if "tokens" in each]
-    assert tokens == sorted(tokens)
-    assert places or tokens, "two dozen take longer than a second"
+        heard = [each.result(20) for each in following]
+    for told in heard:
+        assert told[-1]["state"] == "done"
+        places = [each["place"] for each in told if "place" in each]
+        assert places == sorted(places, reverse=True), "it only comes nearer"
+        tokens = [each["tokens"] for each in told if "tokens" in each]
+        assert tokens == sorted(tokens)
+    assert any("place" in each or "tokens" in each for told in heard for each in told)
 
 
 def test_of_calls_at_once_one_runs_and_the_others_are_told(client: httpx.Client) -> None:
@@ -430,7 +432,7 @@ def test_a_service_that_dies_leaves_nothing_running(client: httpx.Client, dure: 
     jobs = [Job(client) for _ in range(12)]
     with ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(job.validate) for job in jobs]
-        wait_until(lambda: any(job.state.endswith("running") for job in jobs[:3]), 5)
+        time.sleep(0.2)
         service.send_signal(signal.SIGKILL)
         codes = [answer.result().status_code for answer in answers]
     assert set(codes) <= {200, 409, 503}

@@ -66,7 +66,8 @@ def signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_b
 def test_interrupting_while_models_load_leaves_nothing(start: Start, tmp_path: Path) -> None:
     (tmp_path / "seconds_per_shard").write_text("30")
     dure = start()
-    dure.wait_for("shout: 15%")
+    dure.wait_for("Building the graph")
+    time.sleep(2)
     dure.process.send_signal(signal.SIGINT)
     is_over(dure, 15)
 
