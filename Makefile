@@ -14,7 +14,7 @@ stop: $(INSTALLED)
 	@$(BIN)/dure stop
 
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/pytest --numprocesses 2 $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -19,13 +19,6 @@ PRIVATE = ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "::1", "::ffff:127.
 MODELS = ["predictor", "vision", "embedder", "reranker", "shout", "growing"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests here in one process, one after the other; those elsewhere may run beside them."""
-    for item in items:
-        if "cluster" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="session")
 def hook() -> Iterator[Hook]:
     with hook_on(free_port()) as running:
