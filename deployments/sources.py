@@ -34,10 +34,10 @@ def local_folder(source: str) -> Path | None:
     return folder
 
 
-def resolve(source: str, revision: str | None) -> Path:
+def resolve(source: str, revision: str | None, download: bool = True) -> Path:
     """The folder with a model's files; a hub id is fetched at `revision` unless it is cached or HF_HUB_OFFLINE is set.
 
-    Raises CheckpointError saying what is missing.
+    Without `download` it has to be cached. Raises CheckpointError saying what is missing.
     """
     folder = local_folder(source)
     if folder is not None:
@@ -50,6 +50,6 @@ def resolve(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision))
+        return Path(snapshot_download(source, revision=revision, local_files_only=not download))
     except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
         raise CheckpointError(f"source {source!r} at revision {revision!r} can't be fetched: {error}") from error

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from deployments.spec import CheckpointError
 from serve import bench, environment, processes
-from serve.settings import ConfigFile, SettingsError, read_config
+from serve.config_file import ConfigFile, read_config
+from serve.settings import SettingsError
 from serve.store import locations, schema
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Loading, print_ready

@@ -18,7 +18,8 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from serve.board import NAME, NAMESPACE, Replica, board
-from serve.settings import ConfigFile, SettingsError
+from serve.config_file import ConfigFile
+from serve.settings import SettingsError
 from serve.watch import CONSTRUCTOR_TRIES
 
 OBJECT_STORE_BYTES = 256 * 2**20

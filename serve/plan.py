@@ -66,12 +66,15 @@ def gpus_of(text: str) -> list[Gpu]:
 
 
 def needs_of(settings: Settings) -> list[Need]:
-    """What the models that use a GPU take. Raises CheckpointError where one's config or headers can't be read."""
+    """What the models that use a GPU take; nothing is fetched for it.
+
+    Raises CheckpointError where one's config or headers can't be read, or a hub's model is not cached here.
+    """
     return [
         Need(
             name,
             model.autoscaling.max_replicas,
-            footprint(model.spec(name), resolve(model.source, model.revision)),
+            footprint(model.spec(name), resolve(model.source, model.revision, download=False)),
             model.num_gpus,
             model.spec(name),
         )
@@ -109,7 +112,7 @@ def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
 
 def _remedy(need: Need, room: float) -> str:
     """The mildest change to this model that would make it fit into so many bytes."""
-    folder = resolve(need.spec.source, need.spec.revision)
+    folder = resolve(need.spec.source, need.spec.revision, download=False)
     for change in _changes(need.spec):
         if footprint(replace(need.spec, **change), folder).total <= room:
             return f"it fits with {', '.join(f'{name}: {value}' for name, value in change.items())}"

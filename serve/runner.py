@@ -14,7 +14,7 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from serve.settings import read_config
+from serve.config_file import read_config
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ import httpx
 
 from deployments.sources import ROOT
 from serve import environment, processes
-from serve.settings import ConfigFile, SettingsError
+from serve.config_file import ConfigFile
+from serve.settings import SettingsError
 
 LOG_STARTS_KEPT = 5
 SHUTDOWN_S = 10.0

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from serve.settings import ConfigFile
+from serve.config_file import ConfigFile
 
 ENDPOINTS = {
     "next_word": ["POST /predict"],

@@ -6,60 +6,37 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator
 from typing import Any
 
 from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
-from deployments.answers import News
-from deployments.items import Answer, Question
+from deployments.items import Question
 from serve import errors
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
-from serve.calls import Model
-from serve.coalescer import Following
 from serve.errors import DureError
 from serve.fetching import fetch
 from serve.graph import Graph
 from serve.images import look_at
 from serve.services.dispatcher import Dispatcher
 from serve.services.janitor import Janitor
+from serve.services.stage_calls import Asked, StageCalls
 from serve.settings import CacheSettings, Settings
 from serve.store import locations, schema, stages
 from serve.store.assets import Assets
 from serve.store.database import PATIENCE_S, Database, Unavailable
 from serve.store.jobs import Image, Jobs, NewJob
 from serve.store.outbox import Outbox, State
-from serve.store.stages import Sources, Stage, Stages, Which
+from serve.store.stages import Sources, Stages, Which
 from serve.store.views import Progress, Views
 
 logger = logging.getLogger("ray.serve")
 
-STARTS = 3
-"""How often a stage is begun anew because its variant has changed meanwhile."""
-RENEWALS = 4
-"""Of a lease before it would end."""
-FIRST_RENEWAL_S, LONGEST_RENEWAL_S = 0.2, 1.0
-"""Renewing also tells followers how far the call is."""
 MAX_FOLLOWERS = 256
 """Of jobs, per replica."""
 CLAIM_SLACK_S = 30.0
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a model is to be asked in a stage."""
-
-    model: Model
-    question: Question
-    verdict: type[BaseModel]
-    record: dict[str, Any]
-    """Of it, for the trace."""
-    gone: bool = False
-    """Nobody waits for the answer any more."""
 
 
 class Adverts:
@@ -80,7 +57,7 @@ class Adverts:
         self.dispatcher = Dispatcher(self.outbox, webhook) if webhook else None
         self.janitor = Janitor(self.stages, self.jobs, self.assets, settings)
         self.followers = 0
-        self.ending: set[asyncio.Task[Any]] = set()
+        self.calls = StageCalls(self.stages, self.dispatcher.wake if self.dispatcher else lambda: None)
         self.graph = Graph.of(settings.model_copy(update={"cache": CacheSettings(ttl_s=0)}), models, {}, patient=True)
         self.graph.start()
         self.janitor.start()
@@ -156,7 +133,7 @@ class Adverts:
             told = {"ad_copy_text": ad_copy, "prompt": prompt}
             return await self._asked(model, sources.image, validation_prompt(ad_copy, prompt), Validation, told)
 
-        return await self._stage(stages.VALIDATE, which, call, timeout_s, ask)
+        return await self.calls.run(stages.VALIDATE, which, call, timeout_s, ask)
 
     async def judge(
         self,
@@ -181,7 +158,7 @@ class Adverts:
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
             return await self._asked(model, image, JUDGE, Judgement, told)
 
-        return await self._stage(stages.JUDGE, which, call, timeout_s, ask, overlay_id)
+        return await self.calls.run(stages.JUDGE, which, call, timeout_s, ask, overlay_id)
 
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
         """How far a job is, each time that it has come further. Raises DureError."""
@@ -215,118 +192,3 @@ class Adverts:
         content = await self.assets.read(image) if isinstance(image, str) else image
         record = {**told, "image": image if isinstance(image, str) else None, "model": asked.name, "question": prompt}
         return Asked(asked, Question(content, prompt, json.dumps(verdict.model_json_schema())), verdict, record)
-
-    async def _stage(
-        self,
-        stage: Stage,
-        which: Which,
-        call: uuid.UUID,
-        timeout_s: float,
-        ask: Callable[[Sources], Awaitable[Asked]],
-        overlay_id: uuid.UUID | None = None,
-    ) -> dict[str, Any]:
-        """Start the stage, ask the model, and put on record what came of it, whatever that is."""
-        started = time.monotonic()
-        if known := await self.stages.outcome(which, call):
-            return _answer(which, call, known)  # it is made again, by one who did not hear of its end
-        asked = await self._start(stage, which, call, ask, overlay_id)
-        verdict: dict[str, Any] | None = None
-        problem: DureError | None = None
-        gone = asked.gone
-        try:
-            if not gone:
-                verdict = await self._verdict(stage, call, asked, started + timeout_s - time.monotonic())
-        except DureError as error:
-            problem = error
-        except asyncio.CancelledError:
-            gone = True
-        except Exception:
-            logger.exception("stage %s failed", stage.step)
-            problem = errors.internal()
-        if gone:
-            problem = errors.gone()
-        response = verdict if problem is None else stages.failure(problem.kind, problem.message)
-        assert response is not None
-        elapsed_ms = round(1000 * (time.monotonic() - started))
-        ending = asyncio.get_running_loop().create_task(
-            self.stages.end(stage, which, call, response, elapsed_ms, problem.message if problem else None)
-        )
-        self.ending.add(ending)
-        ending.add_done_callback(self._ended)
-        if gone:
-            raise asyncio.CancelledError
-        if not await asyncio.shield(ending):
-            raise problem or stages.lost(stage)
-        if problem is not None:
-            raise problem
-        return _answer(which, call, response)
-
-    async def _start(
-        self,
-        stage: Stage,
-        which: Which,
-        call: uuid.UUID,
-        ask: Callable[[Sources], Awaitable[Asked]],
-        overlay_id: uuid.UUID | None,
-    ) -> Asked:
-        """What is to be asked in the stage, which has started. Raises DureError, and CancelledError, where it has not.
-
-        A client that leaves just then is `gone` where the stage has started.
-        """
-        for _ in range(STARTS):
-            sources = await self.stages.sources(stage, which, call, overlay_id)
-            asked = await ask(sources)
-            starting = asyncio.ensure_future(self.stages.start(stage, which, call, sources.revision, asked.record))
-            try:
-                started = await asyncio.shield(starting)
-            except asyncio.CancelledError:
-                if not await starting:
-                    raise
-                return replace(asked, gone=True)
-            if started:
-                return asked
-        raise errors.conflict("the variant keeps changing; send the request again", "job_variants_id", 1)
-
-    def _ended(self, ending: asyncio.Task[bool]) -> None:
-        self.ending.discard(ending)
-        if not ending.cancelled() and ending.exception():
-            logger.error("what came of a stage is not on record: %r", ending.exception())
-        elif self.dispatcher:
-            self.dispatcher.wake()
-
-    async def _verdict(self, stage: Stage, call: uuid.UUID, asked: Asked, timeout_s: float) -> dict[str, Any]:
-        """What the model says. Raises DureError, also where the lease is lost."""
-        following = Following()
-        results = asked.model.results([asked.question], timeout_s, "image", following)
-        asking = asyncio.ensure_future(results)
-        holding = asyncio.ensure_future(self._hold(call, following))
-        try:
-            await asyncio.wait((asking, holding), return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
-                raise stages.lost(stage)
-            answers: list[Answer] = asking.result()
-            return asked.verdict.model_validate_json(answers[0].json).model_dump()
-        finally:
-            for task in (asking, holding):
-                task.cancel()
-            await asyncio.gather(asking, holding, return_exceptions=True)
-
-    async def _hold(self, call: uuid.UUID, following: Following) -> None:
-        """Returns once the lease has been lost."""
-        pause_s = FIRST_RENEWAL_S
-        while True:
-            await asyncio.sleep(min(pause_s, self.stages.lease_s / RENEWALS))
-            pause_s = min(2 * pause_s, LONGEST_RENEWAL_S)
-            told = {name: value for name, value in asdict(following.news or News()).items() if value is not None}
-            try:
-                if not await self.stages.renew(call, told):
-                    return
-            except Exception as error:  # a database that is away may be back before the lease ends
-                logger.warning("a lease could not be renewed: %s", error)
-
-
-def _answer(which: Which, call: uuid.UUID, response: dict[str, Any]) -> dict[str, Any]:
-    """What is told of what is on record. Raises DureError where that is a failure."""
-    if "error" in response:
-        raise DureError(503, response["error"]["type"], response["error"]["message"], None, 1)
-    return {"job_id": str(which.job_id), "vlm_trace_id": str(call), **response}

@@ -16,7 +16,8 @@ import yaml
 from deployments.engines import load_engine
 from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
-from serve.settings import Settings, read_config
+from serve.config_file import read_config
+from serve.settings import Settings
 from tests.dure import ROOT, Dure, curls
 
 README = (ROOT / "README.md").read_text()

@@ -18,6 +18,7 @@ from serve.coalescer import Following
 from serve.errors import DureError
 from serve.services.adverts import Adverts
 from serve.services.janitor import Janitor
+from serve.services.stage_calls import StageCalls
 from serve.settings import ModelSettings, Settings, StoreSettings
 from serve.store.assets import Assets
 from serve.store.stages import EXPIRED, Which
@@ -68,7 +69,7 @@ def service(store: Store, folder: Path) -> tuple[Any, Model]:
     settings = Settings(models={"vision": ModelSettings(task="vision", source="x")})
     adverts.settings, adverts.graph = settings, Graph(model)
     adverts.stages, adverts.jobs, adverts.views = store.stages, store.jobs, store.views
-    adverts.assets, adverts.dispatcher, adverts.ending = Assets(str(folder)), None, set()
+    adverts.assets, adverts.calls = Assets(str(folder)), StageCalls(store.stages, lambda: None)
     return adverts, model
 
 
@@ -169,7 +170,7 @@ def test_what_is_refused_leaves_nothing(run: Callable[[Scenario], None], tmp_pat
         assert not (tmp_path / made.path).exists(), "what is not on record has no file"
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        await asyncio.gather(*adverts.ending)
+        await asyncio.gather(*adverts.calls.ending)
 
     run(scenario)
 
@@ -192,7 +193,7 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing_running(
             await asyncio.sleep(draw.uniform(0, 0.08))
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            await asyncio.gather(*adverts.ending)
+            await asyncio.gather(*adverts.calls.ending)
             now = await state(store, which)
             seen.add(now)
             assert now in ("img_gen/done", "vlm_analyze/failed", "vlm_analyze/done")

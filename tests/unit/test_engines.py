@@ -25,7 +25,7 @@ from deployments.progress import LoadEvent, LoadProgress
 from deployments.sources import ROOT, resolve
 from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal
 from serve.adverts import JUDGE, Judgement
-from serve.settings import read_config
+from serve.config_file import read_config
 
 SOURCES = {
     "next_word": "demo/next_word/checkpoint",

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -18,8 +19,9 @@ from deployments.progress import LoadProgress
 from deployments.sources import ROOT
 from deployments.spec import CheckpointError, ModelSpec
 from serve import plan as planning
+from serve.config_file import read_config
 from serve.plan import GIB, Need
-from serve.settings import Settings, SettingsError, read_config
+from serve.settings import Settings, SettingsError
 from tests.hub import COMMIT, write_cache
 
 VISION = ModelSpec("m", "vision", "demo/adverts/checkpoint")
@@ -83,6 +85,19 @@ def test_real_models_take_what_is_known_of_them(hub: Path) -> None:
     assert 0.25 < kogpt2.weights / 1e9 < 0.35
 
 
+def test_nothing_is_fetched_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def snapshot(source: str, revision: str, local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        raise FileNotFoundError(f"{source} is not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(CheckpointError, match="not in the cache"):
+        planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
+    assert asked == [True]
+
+
 def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config"):
         footprint(VISION, tmp_path)
@@ -133,7 +148,7 @@ def test_the_shipped_config_fits_the_gpu_that_it_is_for(hub: Path) -> None:
 
 
 def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resolve", lambda source, revision: folder_of(hub, source))
+    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
     needs = planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
     problems = planning.plan(needs, planning.gpus_of("1x16GiB")).problems
     [vision] = [problem for problem in problems if problem.startswith("vision books 0.44 of a GPU")]
@@ -141,7 +156,7 @@ def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch:
 
 
 def test_a_dozen_models_on_two_large_gpus(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resolve", lambda source, revision: folder_of(hub, source))
+    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
     shipped = read_config(ROOT / "configs/gpu.yaml").settings.models
     seven = shipped["vision"].model_copy(update={"num_gpus": 0.22, "precision": "fp16"})
     small = [shipped[name].model_copy(update={"num_gpus": 0.05}) for name in ("embedder", "reranker", "predictor")]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.settings import Settings, SettingsError, read_config
+from serve.config_file import read_config
+from serve.settings import Settings, SettingsError
 from tests.dure import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
