@@ -42,7 +42,8 @@ def test_curl(dure: Dure, command: str) -> None:
 
 def test_the_story_of_an_advert(dure: Dure, tmp_path: Path) -> None:
     """Run as a whole: each command needs what those before it answered."""
-    script = block("sh").replace("http://127.0.0.1:8000", dure.url).replace(".dure/job.json", str(tmp_path / "job.json"))
+    script = block("sh").replace("http://127.0.0.1:8000", dure.url)
+    script = script.replace(".dure/job.json", str(tmp_path / "job.json"))
     script = script.replace("curl ", "curl --fail-with-body --silent --show-error ")
     run = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
