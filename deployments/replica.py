@@ -55,7 +55,7 @@ class ModelReplica:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, spec: ModelSpec, outlet_class: type[Outlet]
+        self, spec: ModelSpec, make_outlet: Callable[[], Outlet]
     ) -> None:
         keep_to_loopback()
         if spec.own_cores:
@@ -65,7 +65,7 @@ class ModelReplica:
         self.reloading: asyncio.Task[None] | None = None
         self.ordered = 0
         """Number of the last order begun: one that is heard again, late, is old."""
-        self.outlet = outlet_class()
+        self.outlet = make_outlet()
         loop = asyncio.get_running_loop()
         order = await loop.run_in_executor(
             None,

@@ -3,12 +3,14 @@
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` to validate what it passes.
 import uuid
 from dataclasses import replace
+from functools import partial
 
 from ray import serve
 from ray.serve import Application
 
 from deployments.replica import ModelReplica
 from serve.board import Reporter
+from serve.graph import NEEDS
 from serve.ingress import Ingress
 from serve.services.adverts import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
@@ -27,12 +29,12 @@ def build(settings: Settings) -> Application:
     deploy = uuid.uuid4().hex
     models = {name: _model(name, model, settings, deploy) for name, model in settings.models.items()}
     services: dict[str, Application] = {}
-    if {"embedding", "rerank"} <= {model.task for model in settings.models.values()}:
+    if {*NEEDS["search"]} <= {model.task for model in settings.models.values()}:
         search = serve.deployment(Search).options(
             name="search",
             num_replicas=settings.search.replicas,
             ray_actor_options={"num_cpus": settings.search.num_cpus},
-            max_ongoing_requests=2 * settings.search.max_queue,
+            max_ongoing_requests=2 * settings.search.most,
             **_lifecycle(settings),
         )
         services["search"] = search.bind(settings, models)
@@ -41,7 +43,7 @@ def build(settings: Settings) -> Application:
             name="adverts",
             num_replicas=settings.adverts.replicas,
             ray_actor_options={"num_cpus": settings.adverts.num_cpus},
-            max_ongoing_requests=2 * settings.adverts.max_queue + MAX_FOLLOWERS,
+            max_ongoing_requests=2 * settings.adverts.most + MAX_FOLLOWERS,
             max_constructor_retry_count=CONSTRUCTOR_TRIES,
             **_lifecycle(settings),
         )
@@ -74,7 +76,8 @@ def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> 
         ),
         **_lifecycle(settings),
     )
-    return deployment.bind(replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores), Reporter)
+    spec = replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores)
+    return deployment.bind(spec, partial(Reporter, settings.guard))
 
 
 def _lifecycle(settings: Settings) -> dict[str, float]:

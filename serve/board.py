@@ -22,7 +22,9 @@ import ray
 
 from deployments.progress import LoadEvent
 from deployments.spec import Order
+from serve.guard import SAMPLE_S, Guard
 from serve.reloads import Reload, Reloads
+from serve.settings import GuardSettings
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,6 +50,8 @@ class Replica:
     facts: dict[str, Any] | None = None
     process: str = ""
     """The replica that loads a second copy, where this is one; else empty."""
+    overload: str = ""
+    """Why its machine should be given no more work."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,10 @@ def board() -> Any:
 class Reporter:
     """A process's line to the board. Nothing here but `open` waits for an answer: a report costs far below a ms."""
 
+    def __init__(self, limits: GuardSettings | None = None) -> None:
+        self.guard = Guard(limits or GuardSettings())
+        """Of this process's machine; looked at while there are reports."""
+
     def open(
         self,
         model: str,
@@ -276,9 +284,22 @@ class Reporter:
         self.said = replace(self.said, step=self.said.step + 1, **news)
         self.board.report.remote(self.said)
 
+    def _look(self) -> None:
+        """How the machine is, where that is news."""
+        self.guard.sample()
+        reason = self.guard.reason
+        with self._lock:
+            told = {name: replace(state, overload=reason) for name, state in self.said.states.items()}
+            if told != self.said.states:
+                self._say(states=told)
+
     def _beat(self) -> None:
+        looked_at = 0.0
         while True:
             try:
+                if time.monotonic() - looked_at >= SAMPLE_S:
+                    looked_at = time.monotonic()
+                    self._look()
                 with self._lock:
                     answer = self.board.report.remote(self.said)
                 self.board.measure.remote(self.said.model, self.said.process, list(self.registry.collect()))

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +19,11 @@ from deployments.answers import Answers, Piece
 from deployments.items import Requests
 from deployments.spec import Refusal
 from serve import errors
-from serve.coalescer import Coalescer, Following
+from serve.caller import Caller
+from serve.coalescer import Coalescer
 from serve.errors import DureError
-from serve.metrics import QUEUE_ITEMS, REJECTED
+from serve.following import Following, Progress
+from serve.lanes.gate import Gate
 from serve.settings import ModelSettings
 from serve.watch import Watch
 
@@ -30,55 +31,6 @@ TRIES = 3
 """A call whose replica died is made again on another. Models have no effects, and who asks a service for one gives the
 ids of what is made, so that the same call made twice has it once."""
 RETRY_PAUSE_S = 0.2
-MAX_RETRY_AFTER_S = 60.0
-
-
-class Gate:
-    """Counts what waits for a deployment in this process, in items, and measures how fast it goes."""
-
-    def __init__(self, name: str, max_items: int) -> None:
-        self.name = name
-        self.max_items = max_items
-        self.items = 0
-        self.seconds_per_item = 0.05
-        self._freed = asyncio.Event()
-        self._served = 0.0
-        self._gauge = QUEUE_ITEMS.labels(name)
-
-    @asynccontextmanager
-    async def admitted(self, items: int, patience_s: float = 0) -> AsyncIterator[None]:
-        """Raises a 429 where the queue is full and stays so for `patience_s`.
-
-        A list gets in whole while there is room for one item, so that long lists don't starve behind short ones.
-        """
-        deadline = time.monotonic() + patience_s
-        while self.items >= self.max_items:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                REJECTED.labels(self.name).inc()
-                raise errors.queue_full(self.name, self.items, self.retry_after_s())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._freed.wait(), left)
-        self.items += items
-        self._gauge.set(self.items)
-        try:
-            yield
-        finally:
-            self.items -= items
-            self._gauge.set(self.items)
-            self._freed.set()
-            self._freed = asyncio.Event()
-
-    def served(self, items: int, started: float) -> None:
-        """A call that `started` then (time.monotonic) has been answered: what it took beside those before it counts."""
-        now = time.monotonic()
-        measured = (now - max(started, self._served)) / items
-        self._served = now
-        self.seconds_per_item += 0.1 * (measured - self.seconds_per_item)
-
-    def retry_after_s(self) -> float:
-        """When what waits now will have been answered, at the pace measured lately."""
-        return min(MAX_RETRY_AFTER_S, self.items * self.seconds_per_item)
 
 
 class Deployment:
@@ -90,14 +42,29 @@ class Deployment:
         self.gate = Gate(name, max_queue)
         self.patient = patient
 
-    async def call(self, *arguments: Any, timeout_s: float, method: str = "run", admitted: bool = False) -> Any:
-        """Call a method within the deadline; `admitted` says that the caller has passed the gate already.
+    async def call(
+        self,
+        *arguments: Any,
+        caller: Caller,
+        method: str = "run",
+        admitted: bool = False,
+        grace_s: float | None = None,
+        following: Following | None = None,
+    ) -> Any:
+        """Call a method within the caller's deadline; `admitted` says that the caller has passed the gate already.
 
-        Raises DureError for everything that can go wrong.
+        With `grace_s` the method is given the time that is left, as `timeout_s`, and has that much more to say that it
+        is over. A `following` is told how far a service is. Raises DureError for everything that can go wrong.
         """
-        called = getattr(self.handle, method)
-        async with contextlib.nullcontext() if admitted else self.gate.admitted(1, timeout_s if self.patient else 0):
-            return await self._tried(lambda: _result(called.remote(*arguments)), 1, timeout_s)
+
+        async def attempt() -> Any:
+            known = {} if grace_s is None else {"timeout_s": caller.left_s()}
+            if following is None:
+                return await _result(getattr(self.handle, method).remote(*arguments, **known))
+            return await _last(self.streaming.followed.remote(method, *arguments, **known), following)
+
+        async with contextlib.nullcontext() if admitted else self.gate.admitted(1, caller=caller):
+            return await self._tried(attempt, 1, caller.left_s() + (grace_s or 0))
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
         """What a method yields, for as long as anybody listens. Raises DureError."""
@@ -108,7 +75,7 @@ class Deployment:
         except RayTaskError as error:
             raise _of_task(error) from error
         except BackPressureError as error:
-            raise errors.queue_full(self.name, self.gate.items, self.gate.retry_after_s()) from error
+            raise errors.overloaded(self.name) from error
         except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
             raise errors.unavailable(self.name) from error
         finally:
@@ -131,7 +98,7 @@ class Deployment:
             except RayTaskError as error:
                 raise _of_task(error) from error
             except BackPressureError as error:
-                raise errors.queue_full(self.name, self.gate.items, self.gate.retry_after_s()) from error
+                raise errors.overloaded(self.name) from error
             except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
                 if number == TRIES:
                     raise errors.unavailable(self.name) from error
@@ -156,31 +123,33 @@ class Model(Deployment):
         self.watch = watch
         self.load_wait_s = load_wait_s
         self.coalescer = Coalescer(
-            self._send, settings.max_batch_items, lambda: watch.ready(name), lambda: watch.in_steps(name)
+            self._send,
+            settings.max_batch_items,
+            lambda: watch.ready(name),
+            lambda: watch.in_steps(name),
+            self.gate.tickets.pace,
         )
+        self.gate.running = lambda: self.coalescer.under_way
 
-    async def ask(self, requests: list[Any], timeout_s: float, following: Following | None = None) -> Answers:
+    async def ask(self, requests: list[Any], caller: Caller, following: Following | None = None) -> Answers:
         """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""
-        deadline = time.monotonic() + timeout_s
-        async with self.gate.admitted(len(requests), timeout_s if self.patient else 0):
-            state = await self.watch.settled(self.name, min(self.load_wait_s, deadline - time.monotonic()))
+        async with self.gate.admitted(len(requests), caller.left_s() if self.patient else 0, caller):
+            state = await self.watch.settled(self.name, min(self.load_wait_s, caller.left_s()))
             if state == "failed":
                 raise errors.failed(self.name, self.watch.reason(self.name))
             if state == "loading":
                 raise errors.loading(self.name, 5)
             try:
-                return await self.coalescer.ask(requests, max(0.001, deadline - time.monotonic()), following)
+                return await self.coalescer.ask(requests, caller.left_s(), following)
             except TimeoutError as error:
-                raise errors.too_late(self.name, timeout_s) from error
+                raise errors.too_late(self.name, caller.timeout_s) from error
 
-    async def results(
-        self, requests: list[Any], timeout_s: float, param: str, following: Following | None = None
-    ) -> Any:
+    async def results(self, requests: list[Any], caller: Caller, param: str, following: Following | None = None) -> Any:
         """One result per request, a list or a dataclass of arrays; `following` says meanwhile how far they are.
 
         Raises DureError for the first that was refused; `param` is the field that holds the requests.
         """
-        answers = await self.ask(requests, timeout_s, following)
+        answers = await self.ask(requests, caller, following)
         if answers.refusals:
             number = min(answers.refusals)
             raise refused(answers.refusals[number], f"{param}.{number}" if len(requests) > 1 else param)
@@ -236,3 +205,15 @@ async def _result(response: DeploymentResponse) -> Any:
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+async def _last(response: Any, following: Following) -> Any:
+    """The last that a stream yields; what comes before it is told to `following`."""
+    result: Any = None
+    try:
+        async for result in response:
+            if isinstance(result, Progress):
+                following.tell(result)
+        return result
+    finally:
+        response.cancel()

@@ -16,14 +16,8 @@ from typing import Any
 from deployments.answers import Answers, Collector, News, Piece, Shares
 from deployments.items import Requests
 from deployments.pace import BatchCost, Linger
-
-
-class Following:
-    """How far a request is, as far as is known."""
-
-    def __init__(self) -> None:
-        self.news: News | None = None
-        """None before it has come to a queue."""
+from serve.following import Following
+from serve.lanes.tickets import Pace
 
 
 @dataclass(eq=False)
@@ -91,11 +85,14 @@ class Coalescer:
         max_call_items: int,
         replicas: Callable[[], int],
         in_steps: Callable[[], bool] = lambda: False,
+        pace: Pace | None = None,
     ) -> None:
+        """`pace`: how fast items are answered, for those who ask how long they will wait."""
         self.send = send
         self.max_call_items = max_call_items
         self.replicas = replicas
         self.in_steps = in_steps
+        self.pace = pace or Pace()
         self.waiting = 0
         """Items that have not been sent."""
         self.cost = BatchCost()
@@ -109,6 +106,11 @@ class Coalescer:
         self._wake = asyncio.Event()
         self._pumping: asyncio.Task[None] | None = None
 
+    @property
+    def under_way(self) -> int:
+        """Items that have been sent and not answered."""
+        return sum(call.left for call in self._calls)
+
     def start(self) -> None:
         """Begin to send; needs a running event loop."""
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
@@ -117,8 +119,7 @@ class Coalescer:
         """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following)
-        if following is not None:
-            following.news = News(ahead=self.waiting + sum(call.left for call in self._calls))
+        self._tell(parcel, News(ahead=self.waiting + self.under_way))
         self._parcels.append(parcel)
         self.waiting += len(items)
         self.linger.arrived(len(items))
@@ -166,8 +167,7 @@ class Coalescer:
         """For how many items the next call has room."""
         if not self.in_steps():
             return self.max_call_items
-        under_way = sum(call.left for call in self._calls)
-        return min(self.max_call_items, self.max_call_items * max(1, self.replicas()) - under_way)
+        return min(self.max_call_items, self.max_call_items * max(1, self.replicas()) - self.under_way)
 
     def _is_faster_apart(self, under_way: int) -> bool:
         """Are two calls, one right after the other, faster than one for which all clients have to be back?"""
@@ -243,13 +243,13 @@ class Coalescer:
         for parcel, (places, rows) in shares.of.items():
             parcel.collector.put(places, piece.results, rows)
             parcel.settle()
+            self._tell(parcel)
         for place, refusal in piece.refusals.items():
             parcel, own = call.owners[place]
             parcel.collector.refuse(own, refusal)
             parcel.settle()
         for place, news in piece.news.items():
-            if following := call.owners[place][0].following:
-                following.news = news
+            self._tell(call.owners[place][0], news)
         if not len(piece):
             return
         now = time.monotonic()
@@ -260,3 +260,15 @@ class Coalescer:
         call.since = now
         if self.waiting and self.in_steps():
             self._wake.set()
+
+    def _tell(self, parcel: Parcel, news: News | None = None) -> None:
+        """Whoever follows: that items have been answered, or how far one is that has not."""
+        following, items, left = parcel.following, len(parcel.items), parcel.collector.left
+        if following is None:
+            return
+        if items > 1 and (news is None or left < items):
+            following.running(done=items - left, items=items)
+        elif news and news.ahead is not None:
+            following.queued(news.ahead + 1, (news.ahead + items) * self.pace.seconds_per_item)
+        elif news:
+            following.running(tokens=news.tokens)

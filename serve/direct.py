@@ -2,7 +2,7 @@
 
 Of the time that the ingress spent on small requests, 54 % were below FastAPI's entry and 14 % in the endpoint (py-spy,
 samples that held the interpreter lock, 64 clients): the rest were middleware, routing and dependencies. An endpoint
-that takes a JSON body and the graph and nothing else needs none of that. It is declared as any other, so the
+that takes a JSON body, the graph and the caller needs none of that. It is declared as any other, so the
 documentation has it and its way through FastAPI stays open; requests that are out of the ordinary (another content
 type, a browser of another origin, a body over the limit) take that.
 """
@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serve import errors
+from serve.caller import Caller
 from serve.errors import DureError
 from serve.graph import Graph
 from serve.metrics import REQUESTS
@@ -38,7 +39,7 @@ Respond = Callable[[str, DureError | ValidationError], Response]
 
 @dataclass(frozen=True)
 class Direct:
-    """An endpoint `run(body=..., graph=..., **parts of the path)`."""
+    """An endpoint `run(body=..., graph=..., caller=..., **parts of the path)`."""
 
     path: str
     pattern: re.Pattern[str]
@@ -75,7 +76,7 @@ class DirectApp(FastAPI):
     async def _serve(self, direct: Direct, parts: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         status = CLIENT_LEFT
         try:
-            response = await self._answer(direct, parts, scope["path"], receive)
+            response = await self._answer(direct, parts, scope, receive)
             await response(scope, receive, send)
             status = response.status_code
         except ClientDisconnect:
@@ -83,10 +84,12 @@ class DirectApp(FastAPI):
         finally:
             REQUESTS.labels("POST", direct.path, str(status)).inc()
 
-    async def _answer(self, direct: Direct, parts: dict[str, str], path: str, receive: Receive) -> Response:
+    async def _answer(self, direct: Direct, parts: dict[str, str], scope: Scope, receive: Receive) -> Response:
+        path = scope["path"]
         try:
+            caller = Caller.of(scope["headers"], self._graph.settings.request_timeout_s)
             body = _parsed(direct.body, await read_body(receive, self._max_bytes))
-            return await direct.run(body=body, graph=self._graph, **parts)
+            return await direct.run(body=body, graph=self._graph, caller=caller, **parts)
         except (DureError, ValidationError) as error:
             return self._respond(path, error)
         except (ClientDisconnect, asyncio.CancelledError):
@@ -104,12 +107,12 @@ def _routes(app: FastAPI) -> Iterator[APIRoute]:
 
 
 def _direct(route: APIRoute) -> Direct | None:
-    """The short way to a route; None where it needs more than parts of the path, a body and the graph."""
+    """The short way to a route; None where it needs more than parts of the path, a body, the graph and the caller."""
     parameters = inspect.signature(route.endpoint, eval_str=True).parameters
     body = parameters["body"].annotation if "body" in parameters else None
     if not (isinstance(body, type) and issubclass(body, Body)):
         return None
-    if set(parameters) != {"body", "graph", *route.param_convertors}:
+    if set(parameters) != {"body", "graph", "caller", *route.param_convertors}:
         return None
     return Direct(route.path, route.path_regex, body, route.endpoint)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from serve.lanes.tickets import Refused
+
 LATE = "deadline_exceeded"
 
 
@@ -12,22 +14,30 @@ class DureError(Exception):
     """Carries an HTTP status and what the client is told. Survives the way between processes."""
 
     def __init__(
-        self, status: int, kind: str, message: str, param: str | None = None, retry_after_s: float | None = None
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        ticket: str | None = None,
     ) -> None:
-        super().__init__(status, kind, message, param, retry_after_s)
+        super().__init__(status, kind, message, param, retry_after_s, ticket)
         self.status = status
         self.kind = kind
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.ticket = ticket
 
     def __str__(self) -> str:
         return self.message
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1, where there is sense in coming back."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        """`Retry-After` in whole seconds, at least 1, where there is sense in coming back; what to send along then."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        return headers | ({"X-Dure-Ticket": self.ticket} if self.ticket else {})
 
 
 def body(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -59,8 +69,22 @@ def too_large(message: str, param: str | None = None) -> DureError:
     return DureError(413, "too_large", message, param)
 
 
-def queue_full(name: str, waiting: int, retry_after_s: float) -> DureError:
-    return DureError(429, "queue_full", f"{name} has {waiting} items waiting; come back later", None, retry_after_s)
+def queue_full(name: str, refused: Refused) -> DureError:
+    with_ticket = ", with X-Dure-Ticket to go ahead of newcomers" if refused.ticket else ""
+    message = f"{name} has {refused.waiting} waiting; come back in {refused.retry_after_s} s{with_ticket}"
+    return DureError(429, "queue_full", message, None, refused.retry_after_s, refused.ticket)
+
+
+def overloaded(name: str) -> DureError:
+    return DureError(429, "queue_full", f"{name} has all that it can take; come back later", None, 1)
+
+
+def no_capacity(name: str, reason: str) -> DureError:
+    return DureError(503, "overloaded", f"{name} takes no new work: {reason}", None, 5)
+
+
+def no_admission() -> DureError:
+    return DureError(503, "unavailable", "admission does not answer; send the request again", None, 2)
 
 
 def loading(name: str, retry_after_s: float) -> DureError:
@@ -78,7 +102,7 @@ def unavailable(name: str) -> DureError:
 
 
 def too_late(name: str, timeout_s: float) -> DureError:
-    return DureError(504, LATE, f"{name} did not answer within {timeout_s:g} s")
+    return DureError(504, LATE, f"{name} did not answer within {timeout_s:.3g} s")
 
 
 def internal() -> DureError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -11,11 +14,17 @@ from deployments.loopback import keep_to_loopback
 from serve import errors
 from serve.board import Reporter
 from serve.cache import cache_of
+from serve.caller import Caller
 from serve.calls import Deployment, Model
+from serve.following import Following
+from serve.lanes.client import Lanes
 from serve.metrics import REGISTRY
 from serve.predictions import Predictions
-from serve.settings import ServiceSettings, Settings
+from serve.settings import Settings
 from serve.watch import Watch
+
+NEEDS = {"search": ("embedding", "rerank"), "adverts": ("vision",)}
+"""Tasks of the models that a service calls."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,9 @@ class Graph:
     models: dict[str, Model]
     services: dict[str, Deployment]
     predictions: Predictions
+    lanes: Lanes
+    reporter: Reporter
+    patient: bool
 
     @classmethod
     def of(
@@ -47,8 +59,15 @@ class Graph:
                 name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s)
                 for name, handle in models.items()
             },
-            {name: Deployment(name, handle, _max_queue(name, settings)) for name, handle in services.items()},
+            {name: Deployment(name, handle, settings.service(name).most) for name, handle in services.items()},
             Predictions(cache_of(settings.cache)),
+            Lanes(
+                context.replica_id.unique_id,
+                {name: (settings.service(name).max_concurrent, settings.service(name).max_queue) for name in services},
+                {name: tenant.weight for name, tenant in settings.tenants.items()},
+            ),
+            Reporter(settings.guard),
+            patient,
         )
 
     def start(self) -> None:
@@ -57,7 +76,26 @@ class Graph:
         self.watch.start()
         for model in self.models.values():
             model.coalescer.start()
-        Reporter().open(*self.me, REGISTRY)
+        if not self.patient:  # what a service was let in with is done
+            for name, model in self.models.items():
+                model.gate.overload = partial(self._overload, [name])
+            for name, service in self.services.items():
+                service.gate.overload = partial(self._overload, [self.model(task).name for task in NEEDS[name]])
+        self.lanes.start([model.gate for model in self.models.values()])
+        self.reporter.open(*self.me, REGISTRY)
+
+    @asynccontextmanager
+    async def admitted(
+        self, service: Deployment, caller: Caller, following: Following | None = None
+    ) -> AsyncIterator[None]:
+        """A slot of a service's lane for as long as the body runs. Raises DureError where there is none in time."""
+        service.gate.check()
+        async with self.lanes.admitted(service.name, caller, following):
+            yield
+
+    def _overload(self, models: list[str]) -> str:
+        """Why this machine, or those that serve one of the models, should be given no more work."""
+        return self.reporter.guard.reason or next(filter(None, map(self.watch.overload, models)), "")
 
     def model(self, task: str, name: str | None = None) -> Model:
         """The named model, else the first with the task. Raises a 404, or a 400 where the task is another."""
@@ -79,8 +117,3 @@ class Graph:
         if service is None:
             raise errors.not_found(f"{name} needs {needs}; see GET /v1/models")
         return service
-
-
-def _max_queue(service: str, settings: Settings) -> int:
-    of: dict[str, ServiceSettings] = {"search": settings.search, "adverts": settings.adverts}
-    return of[service].max_queue

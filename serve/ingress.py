@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from serve import errors
+from serve.caller import TICKET_HEADER
 from serve.direct import DirectApp
 from serve.errors import DureError
 from serve.graph import Graph
@@ -30,6 +31,7 @@ from serve.routes import (
     models,
     predict,
     progress,
+    queues,
     rerank,
     search,
     stages,
@@ -38,7 +40,22 @@ from serve.routes import (
 )
 from serve.settings import Settings
 
-ROUTERS = (health, models, progress, predict, embeddings, rerank, search, vision, jobs, stages, events, ws, metrics)
+ROUTERS = (
+    health,
+    models,
+    progress,
+    predict,
+    embeddings,
+    rerank,
+    search,
+    vision,
+    jobs,
+    stages,
+    events,
+    ws,
+    queues,
+    metrics,
+)
 OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
 
 
@@ -60,7 +77,7 @@ def make_app(graph: Graph) -> FastAPI:
             allow_origins=graph.settings.ingress.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", TICKET_HEADER],
         )
     app.add_middleware(RequestCount)
     return app

@@ -32,6 +32,9 @@ CACHE = Counter(
     registry=REGISTRY,
 )
 CONNECTIONS = Gauge("dure_websocket_connections", "Clients connected over WebSocket", registry=REGISTRY)
+NODE_LOAD = Gauge(
+    "dure_node_load", "Share in use on a process's machine: cpu, memory, gpu_memory", ["of"], registry=REGISTRY
+)
 REQUESTS = Counter("dure_http_requests", "HTTP responses", ["method", "route", "status"], registry=REGISTRY)
 
 

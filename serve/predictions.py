@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from dataclasses import asdict, dataclass
 
 import orjson
@@ -12,6 +11,7 @@ import orjson
 from deployments.items import Prompt
 from serve import errors
 from serve.cache import Cache
+from serve.caller import Caller
 from serve.calls import Model
 from serve.errors import DureError
 from serve.metrics import CACHE
@@ -38,29 +38,27 @@ class Predictions:
         self._shared: dict[str, Shared] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def of(self, model: Model, prompt: Prompt, timeout_s: float) -> bytes:
+    async def of(self, model: Model, prompt: Prompt, caller: Caller) -> bytes:
         """The model's next words. Raises DureError as the model does."""
-        started = time.monotonic()
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._joined(model, prompt, timeout_s)
+            async with asyncio.timeout(caller.left_s()):
+                return await self._joined(model, prompt, caller)
         except TimeoutError as error:
-            raise errors.too_late(model.name, timeout_s) from error
+            raise errors.too_late(model.name, caller.timeout_s) from error
         except DureError as error:
-            left_s = started + timeout_s - time.monotonic()
-            if error.kind != errors.LATE or left_s < NOTICEABLE_S:
+            if error.kind != errors.LATE or caller.left_s() < NOTICEABLE_S:
                 raise
-            return await _asked(model, prompt, left_s)  # it was the deadline of the one who had asked first
+            return await _asked(model, prompt, caller)  # it was the deadline of the one who had asked first
 
-    async def _joined(self, model: Model, prompt: Prompt, timeout_s: float) -> bytes:
+    async def _joined(self, model: Model, prompt: Prompt, caller: Caller) -> bytes:
         """What somebody else is asking already, or what is known, or what the model says."""
         version = model.watch.version(model.name)
         if version is None:  # it is being loaded anew: who answers is not known
-            return await _asked(model, prompt, timeout_s)
+            return await _asked(model, prompt, caller)
         key = _key(model.name, version, prompt)
         shared = self._shared.get(key)
         if shared is None:
-            task = asyncio.get_running_loop().create_task(self._find(key, version, model, prompt, timeout_s))
+            task = asyncio.get_running_loop().create_task(self._find(key, version, model, prompt, caller))
             shared = self._shared[key] = Shared(task)
             task.add_done_callback(lambda _: self._over(key, task))
         else:
@@ -78,14 +76,14 @@ class Predictions:
         if key in self._shared and self._shared[key].task is task:
             del self._shared[key]
 
-    async def _find(self, key: str, version: str, model: Model, prompt: Prompt, timeout_s: float) -> bytes:
+    async def _find(self, key: str, version: str, model: Model, prompt: Prompt, caller: Caller) -> bytes:
         if self.cache is None:
-            return await _asked(model, prompt, timeout_s)
+            return await _asked(model, prompt, caller)
         known = await self.cache.get(key)
         CACHE.labels("hit" if known else "miss").inc()
         if known:
             return known
-        found = await _asked(model, prompt, timeout_s)
+        found = await _asked(model, prompt, caller)
         if model.watch.version(model.name) == version and len(self._writing) < WRITES:
             writing = asyncio.get_running_loop().create_task(self.cache.set(key, found))
             self._writing.add(writing)
@@ -93,8 +91,8 @@ class Predictions:
         return found
 
 
-async def _asked(model: Model, prompt: Prompt, timeout_s: float) -> bytes:
-    [words] = await model.results([prompt], timeout_s, "text")
+async def _asked(model: Model, prompt: Prompt, caller: Caller) -> bytes:
+    [words] = await model.results([prompt], caller, "text")
     return orjson.dumps(words)
 
 

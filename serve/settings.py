@@ -125,17 +125,24 @@ class Limits(Strict):
 
 
 class ServiceSettings(Strict):
-    """A composed service: its deployment's size and its bound."""
+    """A composed service: its deployment's size, and its lane's in the whole cluster."""
 
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, ge=0)
-    max_queue: int = Field(24, ge=1, description="requests waiting or running, per ingress replica; over it 429")
+    max_concurrent: int = Field(4, ge=1, description="requests that run at once")
+    max_queue: int = Field(20, ge=1, description="requests that wait; over it 429")
+
+    @property
+    def most(self) -> int:
+        """Requests that may wait or run."""
+        return self.max_concurrent + self.max_queue
 
 
 class AdvertSettings(ServiceSettings):
-    """The service that checks adverts and keeps the record of them."""
+    """The service that checks adverts and keeps the record of them; its lane is that of the two stages."""
 
-    max_queue: int = Field(64, ge=1, description="calls waiting or running, per ingress replica; over it 429")
+    max_concurrent: int = Field(16, ge=1, description="stages that run at once")
+    max_queue: int = Field(64, ge=1, description="stages that wait; over it 429")
     lease_s: float = Field(
         30, gt=0, description="a stage whose call has not been heard of for this long is over; heard of 4 times in it"
     )
@@ -185,6 +192,10 @@ class FetchSettings(Strict):
     timeout_s: float = Field(10, gt=0)
 
 
+class TenantSettings(Strict):
+    weight: float = Field(1, gt=0, description="turns in a full lane for one of another tenant's")
+
+
 class IngressSettings(Strict):
     replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, ge=0)
@@ -206,6 +217,17 @@ class CacheSettings(Strict):
         if scheme not in CACHES or (scheme != "memory" and len(url) <= len(scheme) + 3):
             raise ValueError(f"a cache is {', '.join(f'{scheme}://...' for scheme in CACHES)}")
         return url
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class GuardSettings(Strict):
+    """Over which share in use a machine is given no new work: 503 until it has fallen; null switches one off."""
+
+    memory: Share | None = 0.9
+    cpu: Share | None = 0.9
+    gpu_memory: Share | None = 0.9
 
 
 class WebSocketSettings(Strict):
@@ -232,11 +254,20 @@ class Settings(Strict):
     limits: Limits = Limits()
     cache: CacheSettings = CacheSettings()
     websocket: WebSocketSettings = WebSocketSettings()
-    request_timeout_s: float = Field(120, gt=0, description="a request's deadline; over it 504")
+    guard: GuardSettings = GuardSettings()
+    tenants: dict[str, TenantSettings] = {}
+    request_timeout_s: float = Field(
+        120, gt=0, description="a request's deadline; over it 504. X-Request-Timeout may ask for less"
+    )
     load_wait_s: float = Field(
         60, ge=0, description="how long a request waits for a model that is loading; over it 503"
     )
     drain_s: float = Field(30, ge=0, description="how long a replica that stops may finish its requests")
+
+    def service(self, name: str) -> ServiceSettings:
+        """Of the service with that name."""
+        of: dict[str, ServiceSettings] = {"search": self.search, "adverts": self.adverts}
+        return of[name]
 
     @property
     def keeps_record(self) -> bool:

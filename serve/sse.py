@@ -19,7 +19,7 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 def event(data: Any, name: str = "", id: str = "") -> bytes:
     lines = [b"event: " + name.encode()] if name else []
     lines += [b"id: " + id.encode()] if id else []
-    return b"\n".join([*lines, b"data: " + orjson.dumps(data)]) + b"\n\n"
+    return b"\n".join([*lines, b"data: " + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)]) + b"\n\n"
 
 
 def response(events: AsyncIterator[bytes]) -> StreamingResponse:

@@ -56,6 +56,11 @@ class Watch:
         versions = {(replica.facts or {}).get("version") for replica in serving}
         return versions.pop() if len(versions) == 1 else None
 
+    def overload(self, model: str) -> str:
+        """Why no machine that serves the model should be given more work; empty where one may."""
+        serving = [replica for replica in self.of(model) if replica.event.status == "ready" and not replica.process]
+        return serving[0].overload if serving and all(replica.overload for replica in serving) else ""
+
     def in_steps(self, model: str) -> bool:
         """Does the model's engine work in steps, at each of which it takes newcomers?"""
         return any((replica.facts or {}).get("in_steps") for replica in self.of(model))

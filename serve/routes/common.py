@@ -9,6 +9,7 @@ from fastapi import Depends, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from serve import errors
+from serve.caller import Caller
 from serve.graph import Graph
 from serve.settings import Limits
 
@@ -18,7 +19,17 @@ async def _graph(request: Request) -> Graph:
     return graph
 
 
+GRACE_S = 5.0
+"""After the deadline, for a service to say, and put on record, that it has passed."""
+
 GraphDep = Annotated[Graph, Depends(_graph)]
+
+
+async def _caller(request: Request, graph: GraphDep) -> Caller:
+    return Caller.of(request.scope["headers"], graph.settings.request_timeout_s)
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
 
 
 class Body(BaseModel):

@@ -11,8 +11,10 @@ from pydantic import Field, PlainValidator
 
 from deployments.items import Embeddings, Text
 from serve import errors
+from serve.following import Following
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer, check_texts
+from serve.routes.common import Body, CallerDep, GraphDep, check_texts
+from serve.routes.following import respond
 from serve.settings import Limits
 
 router = APIRouter(tags=["embeddings"])
@@ -47,18 +49,17 @@ class EmbeddingsRequest(Body):
 
 
 @router.post("/v1/embeddings")
-async def embeddings(body: EmbeddingsRequest, graph: GraphDep) -> Response:
+async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Vectors of one text or many, as texts or as token ids of the model's own tokenizer."""
     model = graph.model("embedding", body.model)
-    texts = _texts(body.input, graph.settings.limits)
-    with measured(model.name):
-        found: Embeddings = await model.results(
-            [Text(text, body.truncate) for text in texts], graph.settings.request_timeout_s, "input"
-        )
-    vectors = _shortened(found.vectors, body.dimensions)
-    tokens = int(found.tokens.sum())
-    return answer(
-        {
+    texts = [Text(text, body.truncate) for text in _texts(body.input, graph.settings.limits)]
+
+    async def work(following: Following | None) -> dict[str, Any]:
+        with measured(model.name):
+            found: Embeddings = await model.results(texts, caller, "input", following)
+        vectors = _shortened(found.vectors, body.dimensions)
+        tokens = int(found.tokens.sum())
+        return {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
@@ -67,7 +68,8 @@ async def embeddings(body: EmbeddingsRequest, graph: GraphDep) -> Response:
             "model": model.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-    )
+
+    return await respond(graph, caller, work)
 
 
 def _texts(given: Input, limits: Limits) -> list[str] | list[list[int]]:

@@ -74,8 +74,6 @@ def _shown(variant: dict[str, Any]) -> dict[str, Any]:
     """The state in one word, with the place in the queue, counted from 1 where known, or the tokens so far."""
     progress = variant["progress"] or {}
     shown = {name: variant[name] for name in ("job_variants_id", "step", "status")}
-    if "ahead" in progress:
-        return shown | {"state": "queued", "place": progress["ahead"] + 1}
     if variant["status"] == "running":
-        return shown | ({"state": "running", "tokens": progress["tokens"]} if progress else {"state": "queued"})
+        return shown | {"state": "running" if "tokens" in progress else "queued"} | progress
     return shown | {"state": variant["status"]} | ({"reason": variant["reason"]} if variant["reason"] else {})

@@ -13,11 +13,11 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile as Upload
 
 from serve import errors
+from serve.caller import TENANT_PATTERN, Caller
 from serve.calls import Deployment
-from serve.graph import Graph
 from serve.images import look_at
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer, check_text
+from serve.routes.common import Body, CallerDep, GraphDep, answer, check_text
 from serve.settings import Limits
 from serve.store.jobs import Image, NewJob
 from serve.store.outbox import State
@@ -28,7 +28,7 @@ router = APIRouter(prefix="/api/yh", tags=["adverts"])
 MAX_LAYOUT_BYTES = 256 * 1024
 MAX_PAGE = 500
 
-TenantId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TenantId = Annotated[str, StringConstraints(pattern=TENANT_PATTERN)]
 TENANT: TypeAdapter[str] = TypeAdapter(TenantId)
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
@@ -48,6 +48,7 @@ class OverlayBody(Body):
 @router.post("/jobs", status_code=201)
 async def create_job(
     graph: GraphDep,
+    caller: CallerDep,
     adverts: Service,
     tenant_id: Annotated[TenantId, Form()],
     image: Annotated[UploadFile, File()],
@@ -73,14 +74,18 @@ async def create_job(
                 idempotency_key,
                 _fingerprint(content, desc_eng, ad_copy_eng),
             )
-            timeout_s = graph.settings.request_timeout_s
-            made = await adverts.call(new, content, method="create_job", timeout_s=timeout_s, admitted=True)
+            made = await adverts.call(new, content, method="create_job", caller=caller, admitted=True)
     return Response(orjson.dumps(made), 201, media_type="application/json")
 
 
 @router.post("/jobs/{job_id}/variants/{job_variants_id}/overlay")
 async def record_overlay(
-    job_id: uuid.UUID, job_variants_id: uuid.UUID, request: Request, graph: GraphDep, adverts: Service
+    job_id: uuid.UUID,
+    job_variants_id: uuid.UUID,
+    request: Request,
+    graph: GraphDep,
+    caller: CallerDep,
+    adverts: Service,
 ) -> Response:
     """The finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
     with measured(adverts.name):
@@ -93,7 +98,7 @@ async def record_overlay(
                 content,
                 layout,
                 method="record_overlay",
-                timeout_s=graph.settings.request_timeout_s,
+                caller=caller,
                 admitted=True,
             )
     return answer(recorded)
@@ -101,62 +106,62 @@ async def record_overlay(
 
 @router.get("/jobs/{job_id}")
 async def show_job(
-    job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service
+    job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service
 ) -> Response:
     """A job with its variants, what was done with them, and the verdicts."""
-    return answer(await _called(adverts, graph, "view", tenant_id, job_id))
+    return answer(await _called(adverts, caller, "view", tenant_id, job_id))
 
 
 @router.delete("/jobs/{job_id}")
 async def delete_job(
-    job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service
+    job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service
 ) -> Response:
     """Delete a job now: rows and files."""
-    return answer({"deleted": await _called(adverts, graph, "delete", tenant_id, job_id)})
+    return answer({"deleted": await _called(adverts, caller, "delete", tenant_id, job_id)})
 
 
 @router.delete("/jobs")
-async def delete_jobs(tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service) -> Response:
+async def delete_jobs(tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service) -> Response:
     """Delete all jobs of a tenant now: rows and files."""
-    return answer({"deleted": await _called(adverts, graph, "delete", tenant_id, None)})
+    return answer({"deleted": await _called(adverts, caller, "delete", tenant_id, None)})
 
 
 @router.get("/traces")
 async def list_traces(
     tenant_id: Annotated[TenantId, Query()],
-    graph: GraphDep,
+    caller: CallerDep,
     adverts: Service,
     job_id: uuid.UUID | None = None,
     after: str | None = None,
     limit: Limit = 100,
 ) -> Response:
     """What models were asked and what they answered, the oldest first; `after` takes the `next` of the page before."""
-    return answer(await _called(adverts, graph, "traces", tenant_id, job_id, after, limit))
+    return answer(await _called(adverts, caller, "traces", tenant_id, job_id, after, limit))
 
 
 @router.get("/events")
 async def list_events(
     tenant_id: Annotated[TenantId, Query()],
-    graph: GraphDep,
+    caller: CallerDep,
     adverts: Service,
     state: State | None = None,
     limit: Limit = 100,
 ) -> Response:
     """What followed, the newest first, and how its delivery stands; `state=dead` are those that are tried no more."""
-    return answer({"events": await _called(adverts, graph, "events", tenant_id, state, limit)})
+    return answer({"events": await _called(adverts, caller, "events", tenant_id, state, limit)})
 
 
 @router.post("/events/{event_id}/redeliver")
 async def redeliver(
-    event_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], graph: GraphDep, adverts: Service
+    event_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service
 ) -> Response:
     """Deliver an event anew, also one that is dead or was delivered."""
-    return answer(await _called(adverts, graph, "deliver_again", tenant_id, event_id))
+    return answer(await _called(adverts, caller, "deliver_again", tenant_id, event_id))
 
 
-async def _called(adverts: Deployment, graph: Graph, method: str, *arguments: Any) -> Any:
+async def _called(adverts: Deployment, caller: Caller, method: str, *arguments: Any) -> Any:
     with measured(adverts.name):
-        return await adverts.call(*arguments, method=method, timeout_s=graph.settings.request_timeout_s)
+        return await adverts.call(*arguments, method=method, caller=caller)
 
 
 async def _finished(

@@ -15,9 +15,11 @@ from deployments.spec import Precision
 from serve import errors
 from serve.board import board
 from serve.errors import DureError
+from serve.following import Following
 from serve.graph import Graph
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer
+from serve.routes.common import Body, CallerDep, GraphDep
+from serve.routes.following import respond
 from serve.settings import TASKS, ModelSettings
 
 router = APIRouter(tags=["models"])
@@ -97,7 +99,7 @@ class ReloadRequest(Body):
 
 
 @router.post("/v1/models/{name}/reload")
-async def reload(name: str, body: ReloadRequest, graph: GraphDep) -> JSONResponse:
+async def reload(name: str, body: ReloadRequest, graph: GraphDep, caller: CallerDep) -> JSONResponse:
     """Load a model anew in another precision or from another source, replica by replica, while it goes on answering.
 
     If that fails the old one stays and the answer says why. It holds until the next deploy.
@@ -109,8 +111,7 @@ async def reload(name: str, body: ReloadRequest, graph: GraphDep) -> JSONRespons
         order = await _asked(actor.order.remote(name, body.changes(graph.settings.models[name])))
     except ValueError as error:
         raise DureError(409, "conflict", str(error)) from error
-    deadline = time.monotonic() + graph.settings.request_timeout_s
-    while body.wait and time.monotonic() < deadline:
+    while body.wait and time.monotonic() < caller.deadline:
         await asyncio.sleep(POLL_S)
         latest, change = await _asked(actor.reload.remote(name))
         if latest is None or latest.order.number != order.number or latest.state == "failed":
@@ -136,7 +137,7 @@ class RunRequest(Body):
 
 
 @router.post("/v1/models/{name}/run")
-async def run(name: str, body: RunRequest, graph: GraphDep) -> Response:
+async def run(name: str, body: RunRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Run a model of your own engine (`task: MODULE:CLASS`): each item goes to its `prepare` as it is."""
     if name not in graph.models:
         raise errors.not_found(f"no model {name!r}; there are {', '.join(graph.models)}", "name")
@@ -145,9 +146,13 @@ async def run(name: str, body: RunRequest, graph: GraphDep) -> Response:
         raise errors.invalid(f"model {name!r} has task {model.task}, which has an endpoint of its own; see GET /docs")
     if len(body.items) > graph.settings.limits.max_list_items:
         raise errors.invalid(f"items has more than {graph.settings.limits.max_list_items} entries", "items")
-    with measured(name):
-        results = await model.results(body.items, graph.settings.request_timeout_s, "items")
-    return answer({"model": name, "results": results})
+
+    async def work(following: Following | None) -> dict[str, Any]:
+        with measured(name):
+            results = await model.results(body.items, caller, "items", following)
+        return {"model": name, "results": results}
+
+    return await respond(graph, caller, work)
 
 
 def _entry(graph: Graph, name: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from deployments.items import Prompt
+from serve.caller import Caller
 from serve.graph import Graph
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer, check_text
+from serve.routes.common import Body, CallerDep, GraphDep, answer, check_text
 
 router = APIRouter(tags=["next word"])
 
@@ -25,17 +26,17 @@ class PredictRequest(Body):
 
 
 @router.post("/predict")
-async def predict(body: PredictRequest, graph: GraphDep) -> Response:
+async def predict(body: PredictRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """The likeliest next words, best first; with `complete_word: false`, single tokens."""
-    model, words = await next_words(body, graph)
+    model, words = await next_words(body, graph, caller)
     return answer({"predictions": words, "model": model})
 
 
-async def next_words(asked: PredictRequest, graph: Graph) -> tuple[str, orjson.Fragment]:
+async def next_words(asked: PredictRequest, graph: Graph, caller: Caller) -> tuple[str, orjson.Fragment]:
     """The name of the model that was asked, and its answer as JSON."""
     check_text(asked.text, "text", graph.settings.limits)
     model = graph.model("next_word", asked.model)
     prompt = Prompt(asked.text, asked.top_k, asked.temperature, asked.complete_word)
     with measured(model.name):
-        words = await graph.predictions.of(model, prompt, graph.settings.request_timeout_s)
+        words = await graph.predictions.of(model, prompt, caller)
     return model.name, orjson.Fragment(words)

@@ -8,8 +8,10 @@ from fastapi import APIRouter, Response
 from pydantic import Field, PlainValidator
 
 from deployments.items import Pair, Scores
+from serve.following import Following
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer, check_text, check_texts
+from serve.routes.common import Body, CallerDep, GraphDep, check_text, check_texts
+from serve.routes.following import respond
 
 router = APIRouter(tags=["rerank"])
 
@@ -40,19 +42,22 @@ class RerankRequest(Body):
 
 
 @router.post("/v1/rerank")
-async def rerank(body: RerankRequest, graph: GraphDep) -> Response:
+async def rerank(body: RerankRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Documents by how well they answer the query, best first, each scored between 0 and 1."""
     model = graph.model("rerank", body.model)
     texts = body.documents
     check_text(body.query, "query", graph.settings.limits)
     check_texts(texts, "documents", graph.settings.limits)
-    with measured(model.name):
-        found: Scores = await model.results(
-            [Pair(body.query, text, body.truncate) for text in texts], graph.settings.request_timeout_s, "documents"
-        )
-    scores = found.scores.tolist()
-    order = sorted(range(len(texts)), key=lambda index: -scores[index])[: body.top_n]
-    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
-    if body.return_documents:
-        results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
-    return answer({"model": model.name, "results": results, "usage": {"total_tokens": int(found.tokens.sum())}})
+    pairs = [Pair(body.query, text, body.truncate) for text in texts]
+
+    async def work(following: Following | None) -> dict[str, Any]:
+        with measured(model.name):
+            found: Scores = await model.results(pairs, caller, "documents", following)
+        scores = found.scores.tolist()
+        order = sorted(range(len(texts)), key=lambda index: -scores[index])[: body.top_n]
+        results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
+        if body.return_documents:
+            results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
+        return {"model": model.name, "results": results, "usage": {"total_tokens": int(found.tokens.sum())}}
+
+    return await respond(graph, caller, work)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
+from serve.following import Following
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer, check_text, check_texts
+from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text, check_texts
+from serve.routes.following import respond
 from serve.services.search import Found
 
 router = APIRouter(tags=["search"])
@@ -21,13 +23,20 @@ class SearchRequest(Body):
 
 
 @router.post("/v1/search")
-async def search(body: SearchRequest, graph: GraphDep) -> Response:
+async def search(body: SearchRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Embed, take the nearest, re-rank: the best documents first, scored between 0 and 1."""
     service = graph.service("search", "a model with task embedding and one with task rerank")
     check_text(body.query, "query", graph.settings.limits)
     check_texts(body.documents, "documents", graph.settings.limits)
-    timeout_s = graph.settings.request_timeout_s
-    with measured(service.name):
-        found: Found = await service.call(body.query, body.documents, body.top_k, timeout_s, timeout_s=timeout_s)
-    results = [{"index": hit.index, "score": hit.score, "document": body.documents[hit.index]} for hit in found.hits]
-    return answer({"results": results, "usage": {"total_tokens": found.tokens}})
+
+    async def work(following: Following | None) -> dict[str, Any]:
+        with measured(service.name):
+            async with graph.admitted(service, caller, following):
+                asked = (body.query, body.documents, body.top_k)
+                found: Found = await service.call(
+                    *asked, caller=caller, admitted=True, grace_s=GRACE_S, following=following
+                )
+        hits = [{"index": hit.index, "score": hit.score, "document": body.documents[hit.index]} for hit in found.hits]
+        return {"results": hits, "usage": {"total_tokens": found.tokens}}
+
+    return await respond(graph, caller, work)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
 from pydantic import StringConstraints
 
 from serve import errors
+from serve.caller import Caller
+from serve.following import Following
 from serve.graph import Graph
 from serve.metrics import measured
-from serve.routes.common import Body, GraphDep, answer, check_text
+from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text
+from serve.routes.following import respond
 from serve.routes.jobs import TenantId
 from serve.store.stages import Which
 
 router = APIRouter(prefix="/api/yh/llava", tags=["adverts"])
-
-GRACE_S = 5.0
-"""After the deadline, for putting on record that it has passed."""
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True)]
 
@@ -45,29 +46,35 @@ class JudgeBody(StageBody):
 
 
 @router.post("/stage1/validate")
-async def validate(body: ValidateBody, graph: GraphDep) -> Response:
+async def validate(body: ValidateBody, graph: GraphDep, caller: CallerDep) -> Response:
     """Does the variant's image fit the ad copy?"""
     for name in ("ad_copy_text", "prompt"):
         _check(getattr(body, name), name, graph)
-    return await _stage(graph, "validate", body, body.ad_copy_text or None, body.prompt or None)
+    return await _stage(graph, caller, "validate", body, body.ad_copy_text or None, body.prompt or None)
 
 
 @router.post("/stage2/judge")
-async def judge(body: JudgeBody, graph: GraphDep) -> Response:
+async def judge(body: JudgeBody, graph: GraphDep, caller: CallerDep) -> Response:
     """Is the variant's finished advert good?"""
     _check(body.render_asset_url, "render_asset_url", graph)
-    return await _stage(graph, "judge", body, body.overlay_id, body.render_asset_url or None)
+    return await _stage(graph, caller, "judge", body, body.overlay_id, body.render_asset_url or None)
 
 
-async def _stage(graph: Graph, method: str, body: StageBody, *arguments: object) -> Response:
+async def _stage(graph: Graph, caller: Caller, method: str, body: StageBody, *arguments: object) -> Response:
     adverts = graph.service("adverts", "a model with task vision")
-    timeout_s = graph.settings.request_timeout_s
-    with measured(adverts.name):
-        # The trace's id is made here: a call that is made again is the same call.
-        verdict = await adverts.call(
-            body.which, uuid.uuid4(), body.model, *arguments, timeout_s, method=method, timeout_s=timeout_s + GRACE_S
-        )
-    return answer(verdict)
+    caller = replace(caller, tenant=body.tenant_id)
+    # The trace's id is made here: a call that is made again is the same call.
+    asked = (body.which, uuid.uuid4(), body.model, *arguments)
+
+    async def work(following: Following | None) -> dict[str, Any]:
+        with measured(adverts.name):
+            async with graph.admitted(adverts, caller, following):
+                verdict: dict[str, Any] = await adverts.call(
+                    *asked, caller=caller, method=method, admitted=True, grace_s=GRACE_S, following=following
+                )
+        return verdict
+
+    return await respond(graph, caller, work)
 
 
 def _check(text: str | None, name: str, graph: Graph) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, File, Form, Response, UploadFile
 from pydantic import BaseModel, StringConstraints
 
 from deployments.items import Answer, Question
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
+from serve.caller import Caller
+from serve.following import Following
 from serve.graph import Graph
 from serve.images import read_image
 from serve.metrics import measured
-from serve.routes.common import GraphDep, answer, check_text
+from serve.routes.common import CallerDep, GraphDep, check_text
+from serve.routes.following import respond
 
 router = APIRouter(tags=["vision"])
 
@@ -23,6 +26,7 @@ Verdict = TypeVar("Verdict", bound=BaseModel)
 @router.post("/v1/vision/validate")
 async def validate(
     graph: GraphDep,
+    caller: CallerDep,
     image: Annotated[UploadFile, File()],
     ad_copy_text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), Form()],
     prompt: Annotated[str | None, Form()] = None,
@@ -31,23 +35,30 @@ async def validate(
     """Does the image fit the ad copy?"""
     check_text(ad_copy_text, "ad_copy_text", graph.settings.limits)
     check_text(prompt or "", "prompt", graph.settings.limits)
-    return await _ask(graph, image, validation_prompt(ad_copy_text, prompt), Validation, model)
+    return await _ask(graph, caller, image, validation_prompt(ad_copy_text, prompt), Validation, model)
 
 
 @router.post("/v1/vision/judge")
 async def judge(
-    graph: GraphDep, image: Annotated[UploadFile, File()], model: Annotated[str | None, Form()] = None
+    graph: GraphDep,
+    caller: CallerDep,
+    image: Annotated[UploadFile, File()],
+    model: Annotated[str | None, Form()] = None,
 ) -> Response:
     """Is the finished advert good?"""
-    return await _ask(graph, image, JUDGE, Judgement, model)
+    return await _ask(graph, caller, image, JUDGE, Judgement, model)
 
 
 async def _ask(
-    graph: Graph, image: UploadFile, prompt: str, verdict: type[Verdict], model_name: str | None
+    graph: Graph, caller: Caller, image: UploadFile, prompt: str, verdict: type[Verdict], model_name: str | None
 ) -> Response:
     model = graph.model("vision", model_name)
     content = await read_image(image, graph.settings.limits)
     question = Question(content, prompt, json.dumps(verdict.model_json_schema()))
-    with measured(model.name):
-        answers: list[Answer] = await model.results([question], graph.settings.request_timeout_s, "image")
-    return answer(verdict.model_validate_json(answers[0].json).model_dump())
+
+    async def work(following: Following | None) -> dict[str, Any]:
+        with measured(model.name):
+            answers: list[Answer] = await model.results([question], caller, "image", following)
+        return verdict.model_validate_json(answers[0].json).model_dump()
+
+    return await respond(graph, caller, work)

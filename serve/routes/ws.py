@@ -15,6 +15,7 @@ from fastapi import APIRouter, Path, WebSocket, WebSocketDisconnect, status
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from serve import errors
+from serve.caller import Caller
 from serve.errors import DureError
 from serve.graph import Graph
 from serve.metrics import CONNECTIONS
@@ -208,7 +209,7 @@ class Connection:
     async def _answer(self, asked: Input) -> dict[str, Any]:
         told = {} if asked.id is None else {"id": asked.id}
         try:
-            _, words = await next_words(asked, self.graph)
+            _, words = await next_words(asked, self.graph, Caller.waiting(self.graph.settings.request_timeout_s))
             return {"type": "prediction", "data": words, "input": asked.text, **told}
         except DureError as error:
             return {"type": "error", "message": error.message, **told}

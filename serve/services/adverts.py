@@ -18,10 +18,12 @@ from serve import errors
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
 from serve.errors import DureError
 from serve.fetching import fetch
+from serve.following import Following
 from serve.graph import Graph
 from serve.images import look_at
 from serve.services.dispatcher import Dispatcher
 from serve.services.janitor import Janitor
+from serve.services.service import Service
 from serve.services.stage_calls import Asked, StageCalls
 from serve.settings import CacheSettings, Settings
 from serve.store import locations, schema, stages
@@ -39,7 +41,7 @@ MAX_FOLLOWERS = 256
 CLAIM_SLACK_S = 30.0
 
 
-class Adverts:
+class Adverts(Service):
     """Whatever changes something takes the ids of what it makes, so that a call can be made again."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -120,7 +122,9 @@ class Adverts:
         model: str | None,
         ad_copy_text: str | None,
         prompt: str | None,
+        *,
         timeout_s: float,
+        following: Following | None = None,
     ) -> dict[str, Any]:
         """Stage 1. Raises DureError."""
 
@@ -133,7 +137,7 @@ class Adverts:
             told = {"ad_copy_text": ad_copy, "prompt": prompt}
             return await self._asked(model, sources.image, validation_prompt(ad_copy, prompt), Validation, told)
 
-        return await self.calls.run(stages.VALIDATE, which, call, timeout_s, ask)
+        return await self.calls.run(stages.VALIDATE, which, call, timeout_s, ask, following=following)
 
     async def judge(
         self,
@@ -142,7 +146,9 @@ class Adverts:
         model: str | None,
         overlay_id: uuid.UUID | None,
         render_asset_url: str | None,
+        *,
         timeout_s: float,
+        following: Following | None = None,
     ) -> dict[str, Any]:
         """Stage 2. Raises DureError."""
 
@@ -158,12 +164,12 @@ class Adverts:
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
             return await self._asked(model, image, JUDGE, Judgement, told)
 
-        return await self.calls.run(stages.JUDGE, which, call, timeout_s, ask, overlay_id)
+        return await self.calls.run(stages.JUDGE, which, call, timeout_s, ask, overlay_id, following)
 
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
         """How far a job is, each time that it has come further. Raises DureError."""
         if self.followers >= MAX_FOLLOWERS:
-            raise errors.queue_full("adverts", self.followers, 10)
+            raise errors.overloaded("adverts")
         self.followers += 1
         try:
             async for progress in self.views.follow(tenant_id, job_id):

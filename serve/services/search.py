@@ -8,7 +8,10 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from deployments.items import Embeddings, Pair, Scores, Text
+from serve.caller import Caller
+from serve.following import Following
 from serve.graph import Graph
+from serve.services.service import Service
 from serve.settings import Settings
 
 MIN_CANDIDATES = 20
@@ -30,22 +33,29 @@ class Found:
     tokens: int
 
 
-class Search:
+class Search(Service):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, models: dict[str, DeploymentHandle]
     ) -> None:
         self.graph = Graph.of(settings, models, {}, patient=True)
         self.graph.start()
 
-    async def run(self, query: str, documents: list[str], top_k: int, timeout_s: float) -> Found:
+    async def run(
+        self, query: str, documents: list[str], top_k: int, *, timeout_s: float, following: Following | None = None
+    ) -> Found:
         """The best `top_k` documents. Raises DureError naming the field at fault."""
+        caller = Caller.waiting(timeout_s)
         texts = [Text(text) for text in (*documents, query)]
-        embedded: Embeddings = await self.graph.model("embedding").results(texts, timeout_s, "documents")
+        embedded: Embeddings = await self.graph.model("embedding").results(
+            texts, caller, "documents", following and following.at("embedding")
+        )
         vectors = embedded.vectors / np.maximum(np.linalg.norm(embedded.vectors, axis=1, keepdims=True), 1e-12)
         count = min(len(documents), max(MIN_CANDIDATES, CANDIDATES_PER_RESULT * top_k))
         nearest = np.argsort(-(vectors[:-1] @ vectors[-1]), kind="stable")[:count].tolist()
         pairs = [Pair(query, documents[index]) for index in nearest]
-        scored: Scores = await self.graph.model("rerank").results(pairs, timeout_s, "documents")
+        scored: Scores = await self.graph.model("rerank").results(
+            pairs, caller, "documents", following and following.at("ranking")
+        )
         hits = [Hit(index, score) for index, score in zip(nearest, scored.scores.tolist(), strict=True)]
         tokens = int(embedded.tokens.sum() + scored.tokens.sum())
         return Found(sorted(hits, key=lambda hit: -hit.score)[:top_k], tokens)

@@ -7,17 +7,17 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
-from deployments.answers import News
 from deployments.items import Answer, Question
 from serve import errors
+from serve.caller import Caller
 from serve.calls import Model
-from serve.coalescer import Following
 from serve.errors import DureError
+from serve.following import Following
 from serve.store import stages
 from serve.store.stages import Sources, Stage, Stages, Which
 
@@ -60,9 +60,10 @@ class StageCalls:
         timeout_s: float,
         ask: Callable[[Sources], Awaitable[Asked]],
         overlay_id: uuid.UUID | None = None,
+        following: Following | None = None,
     ) -> dict[str, Any]:
         """Start the stage, ask the model, and put on record what came of it, whatever that is."""
-        started = time.monotonic()
+        started, caller = time.monotonic(), Caller.waiting(timeout_s)
         if known := await self.stages.outcome(which, call):
             return _answer(which, call, known)  # it is made again, by one who did not hear of its end
         asked = await self._start(stage, which, call, ask, overlay_id)
@@ -71,7 +72,7 @@ class StageCalls:
         gone = asked.gone
         try:
             if not gone:
-                verdict = await self._verdict(stage, call, asked, started + timeout_s - time.monotonic())
+                verdict = await self._verdict(stage, call, asked, caller, following or Following())
         except DureError as error:
             problem = error
         except asyncio.CancelledError:
@@ -130,10 +131,11 @@ class StageCalls:
         else:
             self.on_end()
 
-    async def _verdict(self, stage: Stage, call: uuid.UUID, asked: Asked, timeout_s: float) -> dict[str, Any]:
+    async def _verdict(
+        self, stage: Stage, call: uuid.UUID, asked: Asked, caller: Caller, following: Following
+    ) -> dict[str, Any]:
         """What the model says. Raises DureError, also where the lease is lost."""
-        following = Following()
-        results = asked.model.results([asked.question], timeout_s, "image", following)
+        results = asked.model.results([asked.question], caller, "image", following)
         asking = asyncio.ensure_future(results)
         holding = asyncio.ensure_future(self._hold(call, following))
         try:
@@ -153,9 +155,8 @@ class StageCalls:
         while True:
             await asyncio.sleep(min(pause_s, self.stages.lease_s / RENEWALS))
             pause_s = min(2 * pause_s, LONGEST_RENEWAL_S)
-            told = {name: value for name, value in asdict(following.news or News()).items() if value is not None}
             try:
-                if not await self.stages.renew(call, told):
+                if not await self.stages.renew(call, following.progress.told() if following.progress else {}):
                     return
             except Exception as error:  # a database that is away may be back before the lease ends
                 logger.warning("a lease could not be renewed: %s", error)

@@ -53,6 +53,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         limits={"max_body_mb": 6, "max_image_mb": 2, "max_text_chars": 120_000, "max_image_megapixels": 20},
         websocket={"max_connections": MAX_CONNECTIONS},
         adverts={"lease_s": 3},
+        search={"max_concurrent": 1, "max_queue": 2},
         webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
         fetch={"hosts": ["images.example.org", *PRIVATE]},
         request_timeout_s=10,

@@ -14,8 +14,9 @@ import pytest
 from deployments.items import Answer
 from serve import errors
 from serve.adverts import Validation
-from serve.coalescer import Following
+from serve.caller import Caller
 from serve.errors import DureError
+from serve.following import Following
 from serve.services.adverts import Adverts
 from serve.services.janitor import Janitor
 from serve.services.stage_calls import StageCalls
@@ -48,7 +49,7 @@ class Model:
     async def answer(self) -> list[Answer]:
         return [Answer(VERDICT.model_dump_json(), 50)]
 
-    async def results(self, requests: Any, timeout_s: float, param: str, following: Following) -> Any:
+    async def results(self, requests: Any, caller: Caller, param: str, following: Following) -> Any:
         self.asked += 1
         return await self.behaviour()
 
@@ -81,7 +82,7 @@ async def ready(store: Store, adverts: Any) -> Which:
 
 
 def validate(adverts: Any, which: Which, call: uuid.UUID | None = None, model: str | None = None) -> Any:
-    return adverts.validate(which, call or uuid.uuid4(), model, None, None, 5.0)
+    return adverts.validate(which, call or uuid.uuid4(), model, None, None, timeout_s=5.0)
 
 
 def test_a_verdict_is_answered_as_it_is_on_record(run: Callable[[Scenario], None], tmp_path: Path) -> None:
@@ -115,8 +116,8 @@ def test_a_call_made_again_after_its_end_has_the_same_answer(run: Callable[[Scen
         await adverts.record_overlay(which, uuid.uuid4(), made, b"advert", None)
         model.behaviour = judged
         call = uuid.uuid4()
-        first = await adverts.judge(which, call, None, None, None, 5.0)
-        assert await adverts.judge(which, call, None, None, None, 5.0) == first
+        first = await adverts.judge(which, call, None, None, None, timeout_s=5.0)
+        assert await adverts.judge(which, call, None, None, None, timeout_s=5.0) == first
         assert await state(store, which) == "vlm_judge/done"
 
     async def judged() -> list[Answer]:
@@ -159,7 +160,7 @@ def test_what_is_refused_leaves_nothing(run: Callable[[Scenario], None], tmp_pat
         adverts, model = service(store, tmp_path)
         which = await ready(store, adverts)
         assert await status_of(validate(adverts, which, model="another")) == 404
-        assert await status_of(adverts.judge(which, uuid.uuid4(), None, None, None, 5.0)) == 400
+        assert await status_of(adverts.judge(which, uuid.uuid4(), None, None, None, timeout_s=5.0)) == 400
         assert (await state(store, which), await traces(store, which), model.asked) == ("img_gen/done", [], 0)
         made = image(which.job_id)
         model.behaviour = asyncio.Event().wait

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from serve import errors
-from serve.calls import Gate, Model
+from serve.caller import Caller
+from serve.calls import Model
 from serve.errors import DureError
+from serve.lanes.gate import Gate
+from serve.lanes.tickets import Refused
 from serve.settings import ModelSettings
 
 
@@ -25,13 +28,13 @@ def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 
 
 def test_a_full_queue_refuses_with_the_time_to_come_back() -> None:
     async def scenario(gate: Gate) -> None:
-        gate.seconds_per_item = 2.0
+        gate.tickets.pace.seconds_per_item = 2.0
         async with gate.admitted(3), gate.admitted(1):
             with pytest.raises(DureError) as caught:
                 async with gate.admitted(1):
                     pass
             assert caught.value.status == 429
-            assert caught.value.headers == {"Retry-After": "8"}
+            assert caught.value.headers["Retry-After"] == "6"  # half of the queue is served by then, and this one
         async with gate.admitted(4):
             pass
 
@@ -81,13 +84,13 @@ def test_a_failed_call_gives_its_place_back() -> None:
 
 
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    assert errors.queue_full("m", 3, 0.01).headers == {"Retry-After": "1"}
-    assert errors.queue_full("m", 3, 7.2).headers == {"Retry-After": "8"}
+    assert errors.overloaded("m").headers == {"Retry-After": "1"}
+    assert DureError(503, "k", "m", None, 7.2).headers == {"Retry-After": "8"}
     assert errors.invalid("no").headers == {}
 
 
 def test_errors_survive_the_way_between_processes() -> None:
-    error = errors.queue_full("m", 3, 7.2)
+    error = errors.queue_full("m", Refused(3, 8, "a-ticket"))
     again = pickle.loads(pickle.dumps(error))
     assert (again.status, again.kind, str(again), again.headers) == (429, "queue_full", str(error), error.headers)
 
@@ -109,7 +112,7 @@ def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, ki
         model = Model("m", settings, handle, patient=False, watch=watch, load_wait_s=0.05)
         started = time.monotonic()
         with pytest.raises(DureError) as caught:
-            await model.ask(["a"], timeout_s=30)
+            await model.ask(["a"], Caller.waiting(30))
         assert (caught.value.status, caught.value.kind) == (503, kind)
         assert int(caught.value.headers["Retry-After"]) >= 1
         assert time.monotonic() - started < 5

@@ -13,6 +13,7 @@ import pytest
 from deployments.items import Prompt, Word
 from serve import errors
 from serve.cache import MemoryCache
+from serve.caller import Caller
 from serve.errors import DureError
 from serve.predictions import Predictions
 
@@ -36,17 +37,17 @@ class Model:
     fails: bool = False
     go: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def results(self, requests: list[Prompt], timeout_s: float, param: str) -> list[list[Word]]:
+    async def results(self, requests: list[Prompt], caller: Caller, param: str) -> list[list[Word]]:
         self.asked += requests
         told = str(self.watch.now)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(caller.left_s()):
                 await self.go.wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         except TimeoutError as error:
-            raise errors.too_late(self.name, timeout_s) from error
+            raise errors.too_late(self.name, caller.timeout_s) from error
         if self.fails:
             raise errors.internal()
         return [[Word(told, f" {told}", 0.5)]]
@@ -60,7 +61,7 @@ def run(scenario: Callable[[Predictions, Any], Coroutine[Any, Any, None]]) -> No
 
 
 def ask(predictions: Predictions, model: Any, **prompt: Any) -> asyncio.Task[bytes]:
-    return asyncio.ensure_future(predictions.of(model, Prompt(**{"text": "a", **prompt}), 5))
+    return asyncio.ensure_future(predictions.of(model, Prompt(**{"text": "a", **prompt}), Caller.waiting(5)))
 
 
 def text(answer: bytes) -> str:
@@ -155,10 +156,10 @@ def test_an_answer_during_which_the_model_changed_is_not_kept() -> None:
 
 def test_who_joins_has_a_deadline_of_their_own() -> None:
     async def scenario(predictions: Predictions, model: Model) -> None:
-        first = asyncio.ensure_future(predictions.of(model, Prompt("a"), 0.1))
+        first = asyncio.ensure_future(predictions.of(model, Prompt("a"), Caller.waiting(0.1)))
         await asyncio.sleep(0.01)
         patient = ask(predictions, model)
-        hasty = asyncio.ensure_future(predictions.of(model, Prompt("a"), 0.02))
+        hasty = asyncio.ensure_future(predictions.of(model, Prompt("a"), Caller.waiting(0.02)))
         for late in (hasty, first):
             with pytest.raises(DureError) as caught:
                 await late

@@ -1,0 +1,79 @@
+"""Who asks, how long they will wait, and how they want to hear of it: what a request's headers say."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from serve import errors
+
+DEFAULT_TENANT = "default"
+TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+TENANT = re.compile(TENANT_PATTERN)
+TENANT_HEADER, TICKET_HEADER = "X-Tenant-ID", "X-Dure-Ticket"
+TIMEOUT_HEADER, SERVES_HEADER = "X-Request-Timeout", "x-request-timeout-seconds"
+"""Dure's and Serve's own; both are in seconds."""
+FIRST_S = 0.1
+"""Serve ends a request at its own header's time with a plain text: Dure's answer has to be this much earlier."""
+EVENTS = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Caller:
+    timeout_s: float
+    deadline: float
+    """On the clock of time.monotonic."""
+    tenant: str = DEFAULT_TENANT
+    ticket: str | None = None
+    """From an earlier refusal."""
+    follows: bool = False
+    """Wants events of how far the request is."""
+
+    @classmethod
+    def waiting(cls, timeout_s: float) -> Caller:
+        """One who has said nothing."""
+        return cls(timeout_s, time.monotonic() + timeout_s)
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]], longest_s: float) -> Caller:
+        """What a request's raw headers say; nobody waits for more than `longest_s`. Raises DureError."""
+        said = {name: value.decode("latin-1") for name, value in headers if name in READ}
+        tenant = said.get(b"x-tenant-id", DEFAULT_TENANT)
+        if not TENANT.match(tenant):
+            raise errors.invalid(
+                f"{TENANT_HEADER} has 1 to 64 letters, digits, dots, dashes and underscores, and begins with one of "
+                "the first two",
+                TENANT_HEADER,
+            )
+        timeout_s = longest_s
+        if (text := said.get(b"x-request-timeout")) is not None:
+            timeout_s = min(timeout_s, _seconds(text, TIMEOUT_HEADER))
+        if (text := said.get(b"x-request-timeout-seconds")) is not None:
+            timeout_s = min(timeout_s, _seconds(text, SERVES_HEADER) - FIRST_S)
+        return cls(
+            timeout_s,
+            time.monotonic() + timeout_s,
+            tenant,
+            said.get(b"x-dure-ticket"),
+            EVENTS in said.get(b"accept", ""),
+        )
+
+    def left_s(self) -> float:
+        """Until the deadline; a little is left to those who are late, who are told so further on."""
+        return max(0.001, self.deadline - time.monotonic())
+
+
+READ = {b"x-tenant-id", b"x-dure-ticket", b"accept", b"x-request-timeout", b"x-request-timeout-seconds"}
+
+
+def _seconds(text: str, name: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise errors.invalid(f"{name} is {text[:20]!r}; it takes seconds, more than 0", name)
+    return seconds

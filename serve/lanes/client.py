@@ -1,0 +1,144 @@
+"""A process's way into the cluster's lanes, and what it has in them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+
+from serve import errors
+from serve.caller import Caller
+from serve.following import Following
+from serve.lanes.admission import BEAT_S, Held, Holding, admission
+from serve.lanes.gate import Gate
+from serve.lanes.lane import Asked, Decision, Standing
+from serve.lanes.tickets import Refused
+from serve.metrics import REJECTED
+
+logger = logging.getLogger("ray.serve")
+
+ANSWER_S = 5.0
+FOLLOWED_BEAT_S = 0.25
+"""While somebody wants to know their place."""
+RETRY_PAUSE_S = 0.2
+AWAY_S = 20.0
+"""How long a request waits for an admission that does not answer."""
+
+
+class Lanes:
+    """Lets requests into lanes, and tells admission every second what this process has, so that nothing is held twice
+    and nothing is forgotten."""
+
+    def __init__(self, holder: str, limits: dict[str, tuple[int, int]], weights: dict[str, float]) -> None:
+        """`limits` of each lane: how many run and how many wait. A tenant's weight is 1 where `weights` has none."""
+        self.holder = holder
+        self.limits = limits
+        self.weights = weights
+        self.running: dict[str, Asked] = {}
+        self.waiting: dict[str, Following | None] = {}
+        self.gates: list[Gate] = []
+        self._actor: Any = None
+        self._wake = asyncio.Event()
+        self._beating: asyncio.Task[None] | None = None
+
+    def start(self, gates: list[Gate]) -> None:
+        """Begin to tell, also of what waits here for models; needs a running event loop."""
+        self.gates = gates
+        self._beating = asyncio.get_running_loop().create_task(self._beat())
+
+    @asynccontextmanager
+    async def admitted(self, lane: str, caller: Caller, following: Following | None = None) -> AsyncIterator[None]:
+        """A slot of the lane's, for as long as the body runs. Raises DureError where there is none in time."""
+        max_concurrent, max_queue = self.limits[lane]
+        asked = Asked(
+            uuid.uuid4().hex,
+            lane,
+            caller.tenant,
+            self.holder,
+            caller.left_s(),
+            max_concurrent,
+            max_queue,
+            self.weights.get(caller.tenant, 1.0),
+            caller.ticket,
+        )
+        self.waiting[asked.id] = following
+        if following:
+            self._wake.set()
+        decision: Decision | None = None
+        try:
+            decision = await self._decision(asked, caller)
+            if isinstance(decision, Refused):
+                REJECTED.labels(lane).inc()
+                raise errors.queue_full(lane, decision)
+            if decision != "admitted":
+                raise errors.too_late(lane, caller.timeout_s)
+            self.running[asked.id] = asked
+            self.waiting.pop(asked.id)
+            if following:
+                following.running()
+            yield
+        finally:
+            self.waiting.pop(asked.id, None)
+            self.running.pop(asked.id, None)
+            if decision in (None, "admitted") and self._actor is not None:
+                self._actor.leave.remote(asked.id)
+
+    async def queues(self) -> dict[str, Any]:
+        """How the lanes of the cluster are, and what waits for models. Raises DureError."""
+        try:
+            actor = await self._admission()
+            told: dict[str, Any] = await asyncio.wait_for(actor.queues.remote(), ANSWER_S)
+        except (RayError, TimeoutError) as error:
+            raise errors.no_admission() from error
+        idle = {name: asdict(Standing.idle(*limits)) for name, limits in self.limits.items()}
+        return told | {"lanes": idle | told["lanes"]}
+
+    async def _decision(self, asked: Asked, caller: Caller) -> Decision:
+        """Asked again where the actor has died, which forgets nothing that holders know."""
+        give_up = min(caller.deadline, time.monotonic() + AWAY_S)
+        while True:
+            try:
+                actor = await self._admission()
+                async with asyncio.timeout(caller.left_s()):
+                    decision: Decision = await actor.enter.remote(replace(asked, timeout_s=caller.left_s()))
+                    return decision
+            except TimeoutError as error:
+                raise errors.too_late(asked.lane, caller.timeout_s) from error
+            except (RayActorError, ValueError) as error:
+                self._actor = None
+                if time.monotonic() > give_up:
+                    raise errors.no_admission() from error
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _admission(self) -> Any:
+        if self._actor is None:
+            self._actor = await asyncio.to_thread(admission)
+        return self._actor
+
+    async def _beat(self) -> None:
+        while True:
+            try:
+                actor = await self._admission()
+                models = [gate.standing() for gate in self.gates]
+                holding = Holding(self.holder, list(self.running.values()), list(self.waiting), models)
+                held: Held = await asyncio.wait_for(actor.hold.remote(holding), ANSWER_S)
+                for gate in self.gates:
+                    gate.tickets.key = held.key
+                for id, (place, wait_s) in held.places.items():
+                    if following := self.waiting.get(id):
+                        following.queued(place, wait_s)
+            except Exception as error:  # it restarts by itself; what is let in runs on
+                logger.warning("admission can't be told: %r", error)
+                self._actor = None
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                pause_s = FOLLOWED_BEAT_S if any(self.waiting.values()) else BEAT_S
+                await asyncio.wait_for(self._wake.wait(), pause_s)

@@ -1,0 +1,202 @@
+"""One service's queue for the whole cluster: so many run, so many wait, and the others are told when to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from serve.lanes.fair import FairQueue
+from serve.lanes.tickets import Refused, Tickets
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that asks to be let in, as its ingress knows it."""
+
+    id: str
+    lane: str
+    tenant: str
+    holder: str
+    """The process that waits and then runs it."""
+    timeout_s: float
+    max_concurrent: int
+    max_queue: int
+    weight: float = 1.0
+    ticket: str | None = None
+
+
+Decision = Refused | Literal["admitted", "late", "gone"]
+
+
+@dataclass(eq=False)
+class Entry:
+    """A request that waits or runs."""
+
+    asked: Asked
+    has_ticket: bool
+    deadline: float
+    """On the clock of time.monotonic."""
+    decision: asyncio.Future[Decision]
+    admitted_at: float | None = None
+    seen_at: float = field(default_factory=time.monotonic)
+    """When its holder last said that it has it."""
+
+    @property
+    def tenant(self) -> str:
+        return self.asked.tenant
+
+    @property
+    def weight(self) -> float:
+        return self.asked.weight
+
+    def decide(self, decision: Decision) -> None:
+        if not self.decision.done():
+            self.decision.set_result(decision)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a lane is."""
+
+    running: int
+    waiting: int
+    rejected: int
+    max_concurrent: int
+    max_queue: int
+    tickets: int
+    """Outstanding."""
+    service_time_p50_s: float | None
+    estimated_wait_s: float
+    """Of one who came now."""
+    waiting_by_tenant: dict[str, int]
+
+    @classmethod
+    def idle(cls, max_concurrent: int, max_queue: int) -> Standing:
+        """Of a lane that nobody has come to yet."""
+        return cls(0, 0, 0, max_concurrent, max_queue, 0, None, 0.0, {})
+
+
+class Lane:
+    """Grants slots in turns among tenants; needs a running event loop."""
+
+    def __init__(self, name: str, key: bytes) -> None:
+        self.tickets = Tickets(name, key)
+        self.max_concurrent = self.max_queue = 0
+        self.running: set[Entry] = set()
+        self.queue: FairQueue[Entry] = FairQueue()
+        self.rejected = 0
+        self.paused = False
+        """Nothing begins, as it is not known yet what runs."""
+
+    def enter(self, asked: Asked) -> Entry:
+        """What becomes of it is known once its `decision` is."""
+        self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue
+        entry = Entry(
+            asked,
+            self.tickets.redeem(asked.ticket, asked.tenant),
+            time.monotonic() + asked.timeout_s,
+            asyncio.get_running_loop().create_future(),
+        )
+        if not self._has_room(entry):
+            self._refuse(entry)
+            return entry
+        self.queue.put(entry)
+        self.fill()
+        if self._waiting > self.max_queue and not entry.decision.done():
+            last = self.queue.last(self._excess)
+            self.queue.remove(last)
+            self._refuse(last)
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """It is over, or nobody waits for it any more."""
+        if entry in self.running:
+            self.running.remove(entry)
+            assert entry.admitted_at is not None
+            self.tickets.pace.served(1, entry.admitted_at)
+        elif not entry.decision.done():
+            self.queue.remove(entry)
+            entry.decide("gone")
+        self.fill()
+
+    def resume(self, asked: Asked) -> Entry:
+        """It runs already, let in by one who has died since."""
+        self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue
+        decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        entry = Entry(asked, False, 0, decision, time.monotonic())
+        entry.decide("admitted")
+        self.running.add(entry)
+        return entry
+
+    def fill(self) -> None:
+        """Let in as many as have room. Who is too late is not."""
+        now = time.monotonic()
+        while len(self.queue) and len(self.running) < self.max_concurrent and not self.paused:
+            entry = self.queue.take()
+            if entry.deadline <= now:
+                entry.decide("late")
+                continue
+            entry.admitted_at = now
+            self.running.add(entry)
+            entry.decide("admitted")
+
+    def expire(self) -> None:
+        """Send away those whose deadline has passed while they waited."""
+        now = time.monotonic()
+        for entry in [entry for entry in self.queue if entry.deadline <= now]:
+            self.queue.remove(entry)
+            entry.decide("late")
+
+    def places(self) -> dict[str, tuple[int, float]]:
+        """Of each that waits, by id: its place, from 1, and the seconds that it may have to wait."""
+        pace_s = self.tickets.pace.seconds_per_item
+        return {entry.asked.id: (place, place * pace_s) for place, entry in enumerate(self.queue, 1)}
+
+    def standing(self) -> Standing:
+        waiting = self._waiting
+        busy = len(self.running) >= self.max_concurrent
+        return Standing(
+            len(self.running),
+            waiting,
+            self.rejected,
+            self.max_concurrent,
+            self.max_queue,
+            self.tickets.outstanding,
+            self.tickets.pace.p50_s,
+            (waiting + 1) * self.tickets.pace.seconds_per_item if busy else 0.0,
+            dict(Counter(entry.tenant for entry in self.queue)),
+        )
+
+    @property
+    def _waiting(self) -> int:
+        return len(self.queue)
+
+    def _has_room(self, entry: Entry) -> bool:
+        """A tenant's share of the queue is its, however much others have waiting or reserved."""
+        if not self._waiting and len(self.running) < self.max_concurrent:
+            return True
+        if entry.has_ticket:
+            return True
+        if self._waiting + self.tickets.reserved(self._waiting + 1) < self.max_queue:
+            return True
+        mine = self.queue.held(entry.tenant) + self.tickets.reserved(self._waiting + 1, entry.tenant)
+        return mine + 1 <= self._due_to(entry.tenant, entry.weight)
+
+    def _due_to(self, tenant: str, weight: float) -> float:
+        """How many places in the queue are a tenant's."""
+        return self.max_queue * self.queue.share(tenant, weight)
+
+    def _excess(self, tenant: str) -> float:
+        """By how many a tenant holds more places than are its."""
+        return self.queue.held(tenant) - self._due_to(tenant, self.queue.lines[tenant].weight)
+
+    def _refuse(self, entry: Entry) -> None:
+        """It is to come back when half of the queue will be free: the other half keeps slots busy until it does."""
+        self.rejected += 1
+        asked = entry.asked
+        share = self.queue.share(asked.tenant, asked.weight)
+        ahead = max(0, self.queue.held(asked.tenant) - self.max_queue // 2)
+        entry.decide(self.tickets.refuse(asked.tenant, self._waiting, ahead, 1, asked.ticket, share))

@@ -1,0 +1,189 @@
+"""When who was refused is to come back: a queue outside the queue, kept by signed tickets.
+
+With more load than there is room for, no time to come back can be right by itself: who was refused comes back into the
+same crowd. So a refusal reserves a place in the future, behind those reserved before, and whoever brings its ticket at
+that time goes ahead of newcomers.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import hashlib
+import hmac
+import math
+import secrets
+import statistics
+import struct
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MAX_WAIT_S = 60
+"""Nobody is told to come back later than this; those beyond it get no ticket."""
+VALID_S = 15
+"""After its time a ticket is good for this long."""
+HELD_S = 3
+"""After its time room is held for a ticket for this long."""
+EARLY_S = 0.3
+"""A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
+LEARNT = 0.1
+"""Weight of each new measurement of the pace."""
+REMEMBERED = 0.98
+"""Weight of what was known of tickets before each new one that came back or did not."""
+KEPT_TIMES = 101
+SIGNED_BYTES = 16
+FORMAT = struct.Struct(">QQ")
+
+
+class Pace:
+    """How fast a queue goes, measured at its end."""
+
+    def __init__(self) -> None:
+        self.seconds_per_item = 0.05
+        self._times: deque[float] = deque(maxlen=KEPT_TIMES)
+        self._last = 0.0
+
+    def served(self, items: int, started: float) -> None:
+        """What `started` then (time.monotonic) is over: what it took beside those before it counts."""
+        now = time.monotonic()
+        measured = (now - max(started, self._last)) / items
+        self._last = now
+        self.seconds_per_item += LEARNT * (measured - self.seconds_per_item)
+        self._times.append(now - started)
+
+    @property
+    def p50_s(self) -> float | None:
+        """Median of the last service times."""
+        return statistics.median(self._times) if self._times else None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """There is no room."""
+
+    waiting: int
+    retry_after_s: int
+    ticket: str | None
+    """To be sent back then; None where the time to come back is no promise."""
+
+
+@dataclass(frozen=True, order=True)
+class Reservation:
+    due: float
+    number: int
+    tenant: str
+    items: int
+
+
+class Tickets:
+    """Gives tickets for one queue and takes them back. All who share `key` and `name` honour each other's."""
+
+    def __init__(self, name: str, key: bytes, clock: Callable[[], float] = time.time) -> None:
+        self.name = name
+        self.key = key
+        self.clock = clock
+        self.pace = Pace()
+        self._reserved: list[Reservation] = []
+        """By time."""
+        self._items: Counter[str] = Counter()
+        """Of them, by tenant."""
+        self._ended = self._redeemed = 10.0
+        """Tickets whose time is over and those that came back, of which some may be others'; the last ones count."""
+        self._used: dict[int, float] = {}
+
+    def refuse(
+        self, tenant: str, waiting: int, ahead: int, items: int = 1, token: str | None = None, share: float = 1
+    ) -> Refused:
+        """`waiting` items wait, of which `ahead` have to be served before it may come back, at the tenant's `share`.
+
+        A ticket whose time has not come stays as it is.
+        """
+        now = self.clock()
+        early = self._read(token, tenant)
+        if early and early[0] > now + EARLY_S:
+            return Refused(waiting, math.ceil(early[0] - now), token)
+        self._forget(now)
+        reserved = self._items.total() if share == 1 else self._items[tenant]
+        wait_s = (ahead + self.returning * reserved + items) * self.pace.seconds_per_item / share
+        if wait_s > MAX_WAIT_S:
+            return Refused(waiting, MAX_WAIT_S, None)
+        retry_after_s = max(1, math.ceil(wait_s))
+        reservation = Reservation(round(now + retry_after_s, 3), secrets.randbits(63), tenant, items)
+        bisect.insort(self._reserved, reservation)
+        self._items[tenant] += items
+        return Refused(waiting, retry_after_s, self._token(reservation))
+
+    def redeem(self, token: str | None, tenant: str) -> bool:
+        """Does this ticket of the tenant's let it go ahead of newcomers? It does so once, at its time."""
+        now = self.clock()
+        self._forget(now)
+        read = self._read(token, tenant)
+        if read is None or not now - VALID_S <= read[0] <= now + EARLY_S or read[1] in self._used:
+            return False
+        due, number = read
+        self._used[number] = due
+        self._redeemed += 1
+        at = bisect.bisect_left(self._reserved, (due, number), key=lambda each: (each.due, each.number))
+        if at < len(self._reserved) and self._reserved[at].number == number:
+            self._end(at)
+        return True
+
+    def reserved(self, waiting: int, tenant: str | None = None) -> int:
+        """For how many items room is held that come back before `waiting` items have been served."""
+        now = self.clock()
+        first = bisect.bisect_left(self._reserved, now - HELD_S, key=lambda each: each.due)
+        last = bisect.bisect(self._reserved, now + waiting * self.pace.seconds_per_item, key=lambda each: each.due)
+        if last <= first:
+            return 0
+        if tenant is None:
+            held = (last - first) * self._items.total() / len(self._reserved)
+        else:
+            held = sum(each.items for each in self._reserved[first:last] if each.tenant == tenant)
+        return round(self.returning * held)
+
+    @property
+    def returning(self) -> float:
+        """Of the tickets given, the share that comes back."""
+        return min(1.0, self._redeemed / self._ended)
+
+    @property
+    def outstanding(self) -> int:
+        """Tickets that may still come back."""
+        self._forget(self.clock())
+        return len(self._reserved)
+
+    def _end(self, at: int) -> None:
+        over = self._reserved.pop(at)
+        self._items[over.tenant] -= over.items
+        if not self._items[over.tenant]:
+            del self._items[over.tenant]
+        self._ended = REMEMBERED * self._ended + 1
+        self._redeemed *= REMEMBERED
+
+    def _forget(self, now: float) -> None:
+        while self._reserved and self._reserved[0].due < now - VALID_S:
+            self._end(0)
+        while self._used and next(iter(self._used.values())) < now - 2 * VALID_S:
+            del self._used[next(iter(self._used))]
+
+    def _token(self, reservation: Reservation) -> str:
+        told = FORMAT.pack(round(1000 * reservation.due), reservation.number)
+        return base64.urlsafe_b64encode(told + self._signature(told, reservation.tenant)).decode()
+
+    def _read(self, token: str | None, tenant: str) -> tuple[float, int] | None:
+        """A ticket's time and number; None where it is not one of this queue's to this tenant."""
+        try:
+            told = base64.b64decode(token or "", b"-_", validate=True)
+        except ValueError:
+            return None
+        told, signature = told[: FORMAT.size], told[FORMAT.size :]
+        if len(told) < FORMAT.size or not hmac.compare_digest(signature, self._signature(told, tenant)):
+            return None
+        due_ms, number = FORMAT.unpack(told)
+        return due_ms / 1000, number
+
+    def _signature(self, told: bytes, tenant: str) -> bytes:
+        signed = told + f"{self.name}\0{tenant}".encode()
+        return hmac.digest(self.key, signed, hashlib.sha256)[:SIGNED_BYTES]

@@ -1,0 +1,67 @@
+"""Answers as they come to be: plain ones, or events of how far a request is for who asks for `text/event-stream`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Response
+
+from serve import errors, sse
+from serve.caller import Caller
+from serve.errors import DureError
+from serve.following import Following, Progress, followed
+from serve.graph import Graph
+from serve.routes.common import answer
+
+logger = logging.getLogger("ray.serve")
+
+Work = Callable[[Following | None], Awaitable[Any]]
+"""Makes an answer; tells meanwhile how far it is."""
+
+
+async def respond(graph: Graph, caller: Caller, work: Work) -> Response:
+    """What `work` answers, or a stream of `queued` and `running`, and `result` or `error`. Raises DureError.
+
+    What is refused before anything has happened is refused plainly.
+    """
+    if not caller.follows:
+        return answer(await work(None))
+    progress = followed(work)
+    try:
+        first = await anext(progress)
+    except BaseException:
+        await progress.aclose()
+        raise
+    return sse.response(_events(first, progress, graph.watch.stopping))
+
+
+async def _events(first: Any, progress: AsyncGenerator[Any], stopping: asyncio.Event) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(sse.with_pauses(_chained(first, progress), stopping)) as items:
+        try:
+            async for each in items:
+                if each is None:
+                    yield sse.HEARTBEAT
+                elif isinstance(each, Progress):
+                    yield sse.event(each.told(), each.state)
+                else:
+                    yield sse.event(each, "result")
+                    return
+            error = DureError(503, "stopping", "the server is stopping; send the request again", None, 5)
+        except DureError as problem:
+            error = problem
+        except Exception:  # the client gets no traceback; the log does
+            logger.exception("a followed request failed")
+            error = errors.internal()
+        told = errors.body(error.kind, error.message, error.param) | {"status": error.status}
+        yield sse.event(told | dict(error.headers), "error")
+
+
+async def _chained(first: Any, progress: AsyncGenerator[Any]) -> AsyncIterator[Any]:
+    async with contextlib.aclosing(progress):
+        yield first
+        async for each in progress:
+            yield each

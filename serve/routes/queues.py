@@ -1,0 +1,41 @@
+"""What waits where, in the whole cluster."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from fastapi import APIRouter
+
+from serve.routes.common import GraphDep
+
+router = APIRouter(tags=["queues"])
+
+
+@router.get("/v1/queues")
+async def queues(graph: GraphDep) -> dict[str, Any]:
+    """Each service's lane and each model's queue: running, waiting, rejected, service times and the estimated wait."""
+    told = await graph.lanes.queues()
+    of: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for gate in told["models"]:
+        of[gate["name"]].append(gate)
+    lanes = [{"name": name, **standing} for name, standing in told["lanes"].items()]
+    return {"object": "queues", "lanes": lanes, "models": [_model(name, of[name]) for name in graph.models]}
+
+
+def _model(name: str, gates: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum over all who call it. Their rates add up, too."""
+    busy = [gate for gate in gates if gate["service_time_p50_s"] is not None]
+    items = sum(gate["items"] for gate in gates)
+    running = sum(gate["running"] for gate in gates)
+    rate = sum(1 / gate["seconds_per_item"] for gate in busy)
+    return {
+        "name": name,
+        "running": running,
+        "waiting": items - running,
+        "rejected": sum(gate["rejected"] for gate in gates),
+        "max_queue": sum(gate["max_items"] for gate in gates),
+        "tickets": sum(gate["tickets"] for gate in gates),
+        "service_time_p50_s": max((gate["service_time_p50_s"] for gate in busy), default=None),
+        "estimated_wait_s": round(items / rate, 3) if rate else 0.0,
+    }

@@ -1,0 +1,52 @@
+"""What a request's headers say of who asks and how long they wait."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from serve.caller import FIRST_S, Caller
+from serve.errors import DureError
+
+
+def of(longest_s: float = 120, **headers: str) -> Caller:
+    return Caller.of([(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()], longest_s)
+
+
+def test_one_who_says_nothing_waits_as_long_as_the_config_says() -> None:
+    caller = of(30)
+    assert (caller.timeout_s, caller.tenant, caller.ticket, caller.follows) == (30, "default", None, False)
+    assert 29 < caller.left_s() <= 30
+
+
+def test_a_timeout_may_be_shorter_and_not_longer() -> None:
+    assert of(x_request_timeout="2.5").timeout_s == 2.5
+    assert of(10, x_request_timeout="600").timeout_s == 10
+    assert of(x_request_timeout="3", x_request_timeout_seconds="2").timeout_s == pytest.approx(2 - FIRST_S)
+
+
+def test_what_is_over_has_a_little_left() -> None:
+    caller = of(x_request_timeout="0.001")
+    time.sleep(0.01)
+    assert 0 < caller.left_s() < 0.01
+
+
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e999", "٣s"])
+def test_a_timeout_is_seconds(value: str) -> None:
+    with pytest.raises(DureError) as caught:
+        of(x_request_timeout=value)
+    assert (caught.value.status, caught.value.param) == (400, "X-Request-Timeout")
+
+
+@pytest.mark.parametrize("value", ["", "-a", "a b", "é", "x" * 65, "a/b"])
+def test_a_tenant_has_a_plain_name(value: str) -> None:
+    with pytest.raises(DureError) as caught:
+        of(x_tenant_id=value)
+    assert (caught.value.status, caught.value.param) == (400, "X-Tenant-ID")
+
+
+def test_events_are_asked_for_by_accept() -> None:
+    assert of(accept="text/event-stream").follows
+    assert of(accept="application/json, text/event-stream;q=0.9").follows
+    assert not of(accept="*/*").follows

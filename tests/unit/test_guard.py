@@ -1,0 +1,32 @@
+"""When a machine is given no more work, and when it is again."""
+
+from __future__ import annotations
+
+from serve.guard import Guard, Load, load
+from serve.settings import GuardSettings
+
+
+def test_work_is_taken_again_once_the_load_is_well_below_its_limit() -> None:
+    memory = 0.5
+    guard = Guard(GuardSettings(memory=0.9), lambda: Load(memory, 0.1, 0.0))
+    said = []
+    for memory in (0.5, 0.89, 0.9, 0.95, 0.89, 0.86, 0.84, 0.89):
+        guard.sample()
+        said.append(bool(guard.reason))
+    assert said == [False, False, True, True, True, True, False, False]
+
+
+def test_each_limit_may_be_off_and_the_reason_names_the_others() -> None:
+    guard = Guard(GuardSettings(memory=0.9, cpu=None, gpu_memory=0.8), lambda: Load(0.93, 1.0, 0.85))
+    guard.sample()
+    assert guard.reason == "memory is at 93% and gpu memory is at 85%"
+    off = Guard(GuardSettings(memory=None, cpu=None, gpu_memory=None), lambda: Load(1.0, 1.0, 1.0))
+    off.sample()
+    assert off.reason == ""
+
+
+def test_this_machine_is_looked_at() -> None:
+    found = load()
+    assert 0 < found.memory < 1
+    assert 0 <= found.cpu <= 1
+    assert 0 <= found.gpu_memory <= 1

@@ -1,0 +1,284 @@
+"""Lanes: who begins, who waits, who is refused, and what a ticket is worth."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from serve.lanes import admission
+from serve.lanes.admission import Admission, Held, Holding
+from serve.lanes.lane import Asked, Entry, Lane
+from serve.lanes.tickets import HELD_S, MAX_WAIT_S, VALID_S, Refused, Tickets
+
+KEY = b"k" * 32
+NUMBERS = itertools.count()
+
+
+def asked(tenant: str = "a", **more: Any) -> Asked:
+    known = {"id": str(next(NUMBERS)), "holder": "ingress", "timeout_s": 30.0, "max_concurrent": 2, "max_queue": 4}
+    return Asked(lane="search", tenant=tenant, **{**known, **more})
+
+
+def run(scenario: Callable[[Lane], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await scenario(Lane("search", KEY))
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def said(entry: Entry) -> Any:
+    return entry.decision.result() if entry.decision.done() else "waiting"
+
+
+def refusal(entry: Entry) -> Refused:
+    decision = said(entry)
+    assert isinstance(decision, Refused)
+    return decision
+
+
+def test_so_many_run_so_many_wait_and_the_next_is_refused_at_once() -> None:
+    async def scenario(lane: Lane) -> None:
+        entries = [lane.enter(asked()) for _ in range(7)]
+        assert [said(entry) for entry in entries[:6]] == ["admitted"] * 2 + ["waiting"] * 4
+        assert refusal(entries[6]).retry_after_s >= 1
+        lane.leave(entries[0])
+        assert said(entries[2]) == "admitted"
+        assert said(entries[3]) == "waiting"
+        standing = lane.standing()
+        assert (standing.running, standing.waiting, standing.rejected) == (2, 3, 1)
+
+    run(scenario)
+
+
+def test_who_waits_knows_the_place_and_who_leaves_makes_room() -> None:
+    async def scenario(lane: Lane) -> None:
+        lane.tickets.pace.seconds_per_item = 2.0
+        running = [lane.enter(asked()) for _ in range(2)]
+        first, second, third = (lane.enter(asked()) for _ in range(3))
+        assert lane.places()[second.asked.id] == (2, 4.0)
+        lane.leave(first)
+        assert said(first) == "gone"
+        assert lane.places() == {second.asked.id: (1, 2.0), third.asked.id: (2, 4.0)}
+        lane.leave(running[0])
+        assert said(second) == "admitted"
+
+    run(scenario)
+
+
+def test_what_is_too_late_is_not_begun() -> None:
+    async def scenario(lane: Lane) -> None:
+        running = [lane.enter(asked()) for _ in range(2)]
+        late, in_time = lane.enter(asked(timeout_s=0.01)), lane.enter(asked())
+        await asyncio.sleep(0.02)
+        lane.leave(running[0])
+        assert said(late) == "late"
+        assert said(in_time) == "admitted"
+        waiting = lane.enter(asked(timeout_s=0.01))
+        await asyncio.sleep(0.02)
+        lane.expire()
+        assert said(waiting) == "late"
+
+    run(scenario)
+
+
+def test_tenants_take_turns_by_their_weight() -> None:
+    async def scenario(lane: Lane) -> None:
+        more = {"max_queue": 100, "max_concurrent": 1}
+        running = lane.enter(asked(**more))
+        for _ in range(30):
+            lane.enter(asked("flood", **more))
+        for _ in range(6):
+            lane.enter(asked("small", **more))
+            lane.enter(asked("important", weight=2, **more))
+        order = []
+        for _ in range(12):
+            lane.leave(running)
+            [running] = lane.running
+            order.append(running.tenant)
+        assert order.count("flood") == order.count("small") == 3
+        assert order.count("important") == 6
+        assert [entry.tenant for entry in lane.queue][:4].count("important") == 0  # all of its have been served
+
+    run(scenario)
+
+
+def test_a_full_queue_makes_room_for_a_tenant_that_has_less_than_its_share() -> None:
+    async def scenario(lane: Lane) -> None:
+        flood = [lane.enter(asked("flood")) for _ in range(8)]
+        assert [said(entry) for entry in flood].count("waiting") == 4
+        small = [lane.enter(asked("small")) for _ in range(3)]
+        assert [said(entry) for entry in small[:2]] == ["waiting"] * 2
+        assert isinstance(said(small[2]), Refused)  # half of the queue is its share
+        assert [said(entry) for entry in flood[2:4]] == ["waiting"] * 2
+        assert all(refusal(entry).ticket for entry in flood[4:])
+        assert lane.standing().waiting == 4
+
+    run(scenario)
+
+
+def test_a_ticket_goes_ahead_of_newcomers_at_its_time_and_once() -> None:
+    async def scenario(lane: Lane) -> None:
+        now = 1000.0
+        lane.tickets.clock = lambda: now
+        running = [lane.enter(asked()) for _ in range(2)]
+        newcomers = [lane.enter(asked()) for _ in range(4)]
+        refused = refusal(lane.enter(asked()))
+        early = refusal(lane.enter(asked(ticket=refused.ticket)))
+        assert early.ticket == refused.ticket
+        assert early.retry_after_s == refused.retry_after_s
+        now += refused.retry_after_s
+        back = lane.enter(asked(ticket=refused.ticket))
+        assert said(back) == "waiting"
+        assert isinstance(said(newcomers[3]), Refused)  # it came last of those without one
+        assert lane.places()[back.asked.id][0] == 1
+        again = refusal(lane.enter(asked(ticket=refused.ticket)))
+        assert again.ticket not in (None, refused.ticket)
+        lane.leave(running[0])
+        assert said(back) == "admitted"
+
+    run(scenario)
+
+
+def test_room_is_held_for_who_is_to_come_back() -> None:
+    async def scenario(lane: Lane) -> None:
+        now = 1000.0
+        lane.tickets.clock = lambda: now
+        lane.tickets.pace.seconds_per_item = 1.0
+        entries = [lane.enter(asked()) for _ in range(6)]
+        tickets = [refusal(lane.enter(asked())) for _ in range(3)]
+        assert [refused.retry_after_s for refused in tickets] == [3, 4, 5]
+        now += 4
+        for entry in entries[:4]:
+            lane.leave(entry)
+        assert (lane.standing().running, lane.standing().waiting) == (2, 0)
+        newcomers = [lane.enter(asked()) for _ in range(4)]
+        assert [said(entry) for entry in newcomers[:1]] == ["waiting"]
+        assert isinstance(said(newcomers[3]), Refused)
+        back = [lane.enter(asked(ticket=refused.ticket)) for refused in tickets[:2]]
+        assert [said(entry) for entry in back] == ["waiting"] * 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("ticket", ["", "no ticket", "AAAA", "é", "A" * 44, "A" * 10_000])
+def test_what_is_no_ticket_is_a_newcomer(ticket: str) -> None:
+    assert not Tickets("search", KEY).redeem(ticket, "a")
+
+
+def test_a_ticket_is_good_for_its_tenant_and_queue_and_for_a_while() -> None:
+    now = 5.0
+    tickets = Tickets("search", KEY, lambda: now)
+    ticket = tickets.refuse("a", 1, 1).ticket
+    now += 1
+    assert not tickets.redeem(ticket, "b")
+    assert not Tickets("chat", KEY, lambda: now).redeem(ticket, "a")
+    assert not Tickets("search", b"another", lambda: now).redeem(ticket, "a")
+    elsewhere = Tickets("search", KEY, lambda: now)
+    assert elsewhere.redeem(ticket, "a")
+    assert not elsewhere.redeem(ticket, "a")
+    now += VALID_S + 1
+    assert not tickets.redeem(ticket, "a")
+    assert tickets.outstanding == 0
+
+
+def test_times_to_come_back_follow_each_other_and_end_somewhere() -> None:
+    tickets = Tickets("search", KEY, lambda: 0.0)
+    tickets.pace.seconds_per_item = 1.0
+    refusals = [tickets.refuse("a", 4, 4) for _ in range(100)]
+    assert [refused.retry_after_s for refused in refusals[:3]] == [5, 6, 7]
+    assert max(refused.retry_after_s for refused in refusals) == MAX_WAIT_S
+    assert refusals[-1].ticket is None
+    assert sum(refused.ticket is not None for refused in refusals) == MAX_WAIT_S - 4
+
+
+def test_who_never_comes_back_is_not_waited_for() -> None:
+    now = 0.0
+    tickets = Tickets("search", KEY, lambda: now)
+    tickets.pace.seconds_per_item = 0.1
+    for _ in range(200):
+        tickets.refuse("a", 4, 4)
+        now += VALID_S + 2
+    assert tickets.returning < 0.1
+    held = [tickets.refuse("a", 4, 4) for _ in range(20)]
+    assert max(refused.retry_after_s for refused in held) == 1
+    now += HELD_S
+    assert tickets.reserved(4) == 0
+
+
+def admitting(scenario: Callable[[Admission], Coroutine[Any, Any, None]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "SILENCE_S", 0.3)
+    monkeypatch.setattr(admission, "SWEEP_S", 0.02)
+    monkeypatch.setattr(admission, "BEAT_S", 0.1)
+    monkeypatch.setattr(admission, "LEARN_S", 0.2)
+
+    async def main() -> None:
+        actor = Admission(KEY)
+        await scenario(actor)
+        if actor.sweeping:
+            actor.sweeping.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+async def hold(actor: Admission, running: list[Asked] = [], waiting: list[Asked] = [], holder: str = "ingress") -> Held:  # noqa: B006
+    return await actor.hold(Holding(holder, running, [each.id for each in waiting], []))
+
+
+def test_a_silent_holder_has_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(actor: Admission) -> None:
+        one = {"max_concurrent": 1}
+        assert await actor.enter(asked(holder="dead", **one)) == "admitted"
+        alive = asked(**one)
+        waiting = asyncio.ensure_future(actor.enter(alive))
+        while not waiting.done():
+            assert (await hold(actor, waiting=[alive])).places.get(alive.id, (1, 0))[0] == 1
+            await asyncio.sleep(0.02)
+        assert waiting.result() == "admitted"
+
+    admitting(scenario, monkeypatch)
+
+
+def test_what_its_holder_does_not_know_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(actor: Admission) -> None:
+        lost = asked(max_concurrent=1)
+        assert await actor.enter(lost) == "admitted"
+        while (await actor.queues())["lanes"]["search"]["running"]:
+            await hold(actor)
+            await asyncio.sleep(0.02)
+
+    admitting(scenario, monkeypatch)
+
+
+def test_one_that_starts_anew_lets_nobody_in_before_it_knows_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(actor: Admission) -> None:
+        newcomer, runs = asked(max_concurrent=1), asked(max_concurrent=1)
+        entering = asyncio.ensure_future(actor.enter(newcomer))
+        await asyncio.sleep(0.05)
+        await hold(actor, [runs], [newcomer])
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            await hold(actor, [runs], [newcomer])
+        assert not entering.done()
+        await actor.leave(runs.id)
+        assert await entering == "admitted"
+
+    admitting(scenario, monkeypatch)
+
+
+def test_a_leave_that_overtakes_its_enter_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(actor: Admission) -> None:
+        left = asked(max_concurrent=1)
+        await actor.leave(left.id)
+        assert await actor.enter(left) == "gone"
+        assert await actor.enter(asked(max_concurrent=1)) == "admitted"
+        twice = asked(max_concurrent=2)
+        assert await actor.enter(twice) == "admitted"
+        assert await actor.enter(dataclasses.replace(twice, timeout_s=1)) == "admitted"
+        assert (await actor.queues())["lanes"]["search"]["running"] == 2
+
+    admitting(scenario, monkeypatch)
