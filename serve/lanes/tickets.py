@@ -42,6 +42,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.seconds_per_item = 0.05
+        self._count = 0
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._last = 0.0
 
@@ -50,7 +51,8 @@ class Pace:
         now = time.monotonic()
         measured = (now - max(started, self._last)) / items
         self._last = now
-        self.seconds_per_item += LEARNT * (measured - self.seconds_per_item)
+        self._count += 1
+        self.seconds_per_item += max(LEARNT, 1 / self._count) * (measured - self.seconds_per_item)
         self._times.append(now - started)
 
     @property

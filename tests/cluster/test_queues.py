@@ -76,8 +76,10 @@ def test_a_full_lane_refuses_at_once_and_its_ticket_lets_in(client: httpx.Client
         time.sleep(int(refused.headers["Retry-After"]))
         back = client.post(SEARCH, json=search(SHORT), headers={"X-Dure-Ticket": refused.headers["X-Dure-Ticket"]})
         assert back.status_code == 200
-        assert [each.result().status_code for each in under_way] == [200] * (RUNS + WAITS)
-    assert (lane(client)["running"], lane(client)["waiting"]) == (0, 0)
+        displaced = [each.result() for each in under_way if each.result().status_code != 200]
+        assert len(displaced) <= 1  # where the queue was still full, the last newcomer is to come back
+        assert all(each.status_code == 429 and each.headers["X-Dure-Ticket"] for each in displaced)
+    wait_until(lambda: (lane(client)["running"], lane(client)["waiting"]) == (0, 0))
 
 
 def test_another_tenant_is_let_in_where_one_has_filled_the_queue(client: httpx.Client) -> None:

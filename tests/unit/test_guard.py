@@ -10,7 +10,8 @@ def test_work_is_taken_again_once_the_load_is_well_below_its_limit() -> None:
     memory = 0.5
     guard = Guard(GuardSettings(memory=0.9), lambda: Load(memory, 0.1, 0.0))
     said = []
-    for memory in (0.5, 0.89, 0.9, 0.95, 0.89, 0.86, 0.84, 0.89):
+    for share in (0.5, 0.89, 0.9, 0.95, 0.89, 0.86, 0.84, 0.89):
+        memory = share
         guard.sample()
         said.append(bool(guard.reason))
     assert said == [False, False, True, True, True, True, False, False]
