@@ -102,7 +102,7 @@ def test_who_follows_hears_of_place_progress_and_result(client: httpx.Client) ->
     assert places == sorted(places, reverse=True)
     assert all(data["estimated_wait_s"] > 0 for name, data in heard if name == "queued")
     running = [data for name, data in heard if name == "running" and "done" in data]
-    assert {data["doing"] for data in running} == {"embedding", "ranking"}
+    assert "embedding" in {data["doing"] for data in running} <= {"embedding", "ranking"}
     embedded = [data["done"] for data in running if data["doing"] == "embedding"]
     assert embedded == sorted(embedded)
     assert len(set(embedded)) > 2
@@ -169,12 +169,9 @@ def test_headers_that_mean_nothing_are_refused(client: httpx.Client, headers: di
 def test_who_leaves_gives_the_place_in_the_queue_back(client: httpx.Client) -> None:
     with searching(client, RUNS + 1):
         wait_until(lambda: lane(client)["waiting"] == 1)
-        with (
-            pytest.raises(httpx.ReadTimeout),
-            client.stream("POST", SEARCH, json=search(LONG), headers=EVENTS, timeout=1) as response,
-        ):
-            for _ in response.iter_raw():
-                time.sleep(0.01)
+        with client.stream("POST", SEARCH, json=search(LONG), headers=EVENTS) as response:
+            assert b"queued" in next(response.iter_raw())
+            assert lane(client)["waiting"] == 2
         wait_until(lambda: lane(client)["waiting"] <= 1)
 
 
