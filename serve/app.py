@@ -4,6 +4,7 @@
 import uuid
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -14,12 +15,14 @@ from serve.graph import NEEDS
 from serve.ingress import Ingress
 from serve.services.adverts import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
-from serve.settings import ModelSettings, Settings
+from serve.settings import Autoscaling, ModelSettings, Settings
 from serve.watch import CONSTRUCTOR_TRIES
 
 HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 10
-POLICY = {"policy_function": "deployments.scaling:by_items"}
+POLICY = "deployments.scaling:by_items"
+METRICS_INTERVAL_S = 1
+"""Serve's 10 s hide a rush, and the first request for a model that sleeps, for as long."""
 INGRESS_MAX_ONGOING = 4096
 """Every stream and WebSocket holds one; HAProxy's own limit is the same."""
 
@@ -69,19 +72,23 @@ def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> 
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         max_ongoing_requests=max(2 * model.max_queue, model.max_batch_items),
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
-        **(
-            {"num_replicas": scaling.min_replicas}
-            if fixed
-            else {"autoscaling_config": scaling.model_dump() | {"policy": POLICY}}
-        ),
-        **_lifecycle(settings),
+        **({"num_replicas": scaling.min_replicas} if fixed else {"autoscaling_config": _autoscaling(scaling)}),
+        **_lifecycle(settings, model.num_gpus),
     )
     spec = replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores)
     return deployment.bind(spec, partial(Reporter, settings.guard))
 
 
-def _lifecycle(settings: Settings) -> dict[str, float]:
+def _autoscaling(scaling: Autoscaling) -> dict[str, Any]:
+    known = scaling.model_dump(exclude_none=True)
+    known["policy"] = {"policy_function": known.get("policy", POLICY)}
+    return known | {"metrics_interval_s": METRICS_INTERVAL_S}
+
+
+def _lifecycle(settings: Settings, num_gpus: float = 0) -> dict[str, float]:
+    """A new version's replicas are ready before the old one's stop, but where both would not find room on a GPU."""
     return {
+        "max_surge_percent": 0 if num_gpus else 100,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_timeout_s": settings.drain_s,

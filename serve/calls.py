@@ -22,7 +22,7 @@ from serve import errors
 from serve.caller import Caller
 from serve.coalescer import Coalescer
 from serve.errors import DureError
-from serve.following import Following, Progress
+from serve.following import Following, Progress, telling
 from serve.lanes.gate import Gate
 from serve.settings import ModelSettings
 from serve.watch import Watch
@@ -64,7 +64,10 @@ class Deployment:
             return await _last(self.streaming.followed.remote(method, *arguments, **known), following)
 
         async with contextlib.nullcontext() if admitted else self.gate.admitted(1, caller=caller):
-            return await self._tried(attempt, 1, caller.left_s() + (grace_s or 0))
+            started = time.monotonic()
+            result = await self._tried(attempt, caller.left_s() + (grace_s or 0))
+            self.gate.served(1, started)
+            return result
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
         """What a method yields, for as long as anybody listens. Raises DureError."""
@@ -85,14 +88,12 @@ class Deployment:
     def streaming(self) -> DeploymentHandle:
         return self.handle.options(stream=True)
 
-    async def _tried(self, attempt: Callable[[], Awaitable[Any]], items: int, timeout_s: float) -> Any:
+    async def _tried(self, attempt: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
         """What `attempt` returns, which is made again where a replica died over it."""
         started = time.monotonic()
         for number in range(1, TRIES + 1):
             try:
-                result = await asyncio.wait_for(attempt(), max(0.001, started + timeout_s - time.monotonic()))
-                self.gate.served(items, started)
-                return result
+                return await asyncio.wait_for(attempt(), max(0.001, started + timeout_s - time.monotonic()))
             except TimeoutError as error:
                 raise errors.too_late(self.name, timeout_s) from error
             except RayTaskError as error:
@@ -134,15 +135,43 @@ class Model(Deployment):
     async def ask(self, requests: list[Any], caller: Caller, following: Following | None = None) -> Answers:
         """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""
         async with self.gate.admitted(len(requests), caller.left_s() if self.patient else 0, caller):
-            state = await self.watch.settled(self.name, min(self.load_wait_s, caller.left_s()))
-            if state == "failed":
-                raise errors.failed(self.name, self.watch.reason(self.name))
-            if state == "loading":
-                raise errors.loading(self.name, 5)
             try:
-                return await self.coalescer.ask(requests, caller.left_s(), following)
+                if self.watch.state(self.name) == "ready":
+                    return await self.coalescer.ask(requests, caller.left_s(), following)
+                async with telling(following, self._loading) if following else contextlib.nullcontext():
+                    return await self._ask_when_loaded(requests, caller, following)
             except TimeoutError as error:
                 raise errors.too_late(self.name, caller.timeout_s) from error
+
+    async def _ask_when_loaded(self, requests: list[Any], caller: Caller, following: Following | None) -> Answers:
+        if self.watch.state(self.name) != "asleep":
+            await self._loaded(min(self.load_wait_s, caller.left_s()))
+            return await self.coalescer.ask(requests, caller.left_s(), following)
+        # Serve starts a replica for a call that waits for one, so it is made at once.
+        asking = asyncio.ensure_future(self.coalescer.ask(requests, caller.left_s(), following))
+        loaded = asyncio.ensure_future(self._loaded(caller.left_s()))
+        try:
+            await asyncio.wait((asking, loaded), return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                loaded.result()
+            return await asking
+        finally:
+            for task in (asking, loaded):
+                task.cancel()
+            await asyncio.gather(asking, loaded, return_exceptions=True)
+
+    async def _loaded(self, timeout_s: float) -> None:
+        """Raises DureError where the model has failed or is not loaded in time."""
+        state = await self.watch.settled(self.name, timeout_s)
+        if state == "failed":
+            raise errors.failed(self.name, self.watch.reason(self.name))
+        if state != "ready":
+            raise errors.loading(self.name, 5)
+
+    async def _loading(self, following: Following) -> None:
+        while self.watch.state(self.name) != "ready":
+            following.tell(Progress("queued", doing="loading", loaded=self.watch.progress(self.name)))
+            await self.watch.changed()
 
     async def results(self, requests: list[Any], caller: Caller, param: str, following: Following | None = None) -> Any:
         """One result per request, a list or a dataclass of arrays; `following` says meanwhile how far they are.
@@ -179,7 +208,10 @@ class Model(Deployment):
                 response.cancel()
                 raise
 
-        await self._tried(ask_for_the_rest, len(requests.items), max(requests.timeouts_s))
+        awake, started = self.watch.ready(self.name), time.monotonic()
+        await self._tried(ask_for_the_rest, max(requests.timeouts_s))
+        if awake:  # loading is not what an item takes
+            self.gate.served(len(requests.items), started)
         if left:
             raise errors.internal()
 

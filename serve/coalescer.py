@@ -177,8 +177,8 @@ class Coalescer:
         return items * (self.cost.seconds(together) + self.linger.back_s) >= together * apart_s
 
     def _begin(self) -> None:
-        """Those that come first are what the replicas work on."""
-        for call in self._calls[: max(1, self.replicas())]:
+        """Those that come first are what the replicas work on; where there are none yet, nothing is."""
+        for call in self._calls[: self.replicas()]:
             call.since = call.since or time.monotonic()
 
     async def _pump(self) -> None:
@@ -253,9 +253,9 @@ class Coalescer:
         if not len(piece):
             return
         now = time.monotonic()
-        seconds = now - (call.since or now)
-        self.cost.observe(len(piece), seconds)
-        self.linger.ended(len(piece), seconds)
+        if call.since is not None:
+            self.cost.observe(len(piece), now - call.since)
+            self.linger.ended(len(piece), now - call.since)
         call.left -= len(piece)
         call.since = now
         if self.waiting and self.in_steps():

@@ -19,7 +19,6 @@ EVERYWHERE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Dure has its own GET /metrics
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a log line is in its file when its request has been answered
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",  # Serve's 10 s hide a rush for as long
     "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),
     "RAY_ROTATION_BACKUP_COUNT": str(LOG_FILES),
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # `limits` bounds requests; Serve's 4 MB would too

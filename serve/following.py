@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 PAUSE_S = 0.1
@@ -20,7 +22,9 @@ class Progress:
     """In the queue, from 1."""
     estimated_wait_s: float | None = None
     doing: str | None = None
-    """What is being done to the items: embedding, ranking."""
+    """What is being done to the items, embedding or ranking, or to the model: loading."""
+    loaded: float | None = None
+    """Of the model, in percent."""
     done: int | None = None
     """Items, of `items`."""
     items: int | None = None
@@ -71,7 +75,20 @@ class Step(Following):
 
     def tell(self, progress: Progress) -> None:
         """Waiting for a model is part of running."""
-        self.whole.running(doing=self.doing, done=progress.done, items=progress.items, tokens=progress.tokens)
+        doing = progress.doing or self.doing
+        self.whole.tell(replace(progress, state="running", doing=doing, place=None, estimated_wait_s=None))
+
+
+@asynccontextmanager
+async def telling(following: Following, tell: Callable[[Following], Awaitable[None]]) -> AsyncIterator[None]:
+    """Meanwhile `tell` says how it is."""
+    task = asyncio.ensure_future(tell(following))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 async def followed(work: Callable[[Following], Awaitable[Result]]) -> AsyncGenerator[Progress | Result]:

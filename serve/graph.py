@@ -50,7 +50,7 @@ class Graph:
     ) -> Graph:
         """The graph as the running replica sees it. A service, whose own queue is bounded, is `patient` with models."""
         context = serve.get_replica_context()
-        watch = Watch()
+        watch = Watch(name for name, model in settings.models.items() if not model.autoscaling.min_replicas)
         return cls(
             (context.deployment, context.replica_id.unique_id),
             settings,

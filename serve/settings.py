@@ -56,14 +56,23 @@ def _known_task(task: str) -> str:
 
 
 class Autoscaling(Strict):
-    """How many replicas a model has, by the items waiting and running for each."""
+    """How many replicas a model has, by the items waiting and running for each.
 
-    min_replicas: int = Field(1, ge=1)
+    With `min_replicas: 0` it sleeps while nobody asks for it, and the first who does waits until it is loaded.
+    """
+
+    min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(16, gt=0)
     look_back_period_s: float = Field(10, gt=0, description="seconds that the items are averaged over")
     upscale_delay_s: float = Field(10, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="for the last; left out: the same")
+    policy: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="MODULE:FUNCTION of your own that says how many are wanted, from Serve's AutoscalingContext",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "Autoscaling":

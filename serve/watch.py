@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ logger = logging.getLogger("ray.serve")
 CONSTRUCTOR_TRIES = 2
 """How often Serve tries to start a replica before the deployment has failed for good."""
 
-State = Literal["loading", "ready", "failed"]
+State = Literal["loading", "ready", "failed", "asleep"]
 
 
 class Watch:
-    def __init__(self) -> None:
+    def __init__(self, sleepers: Iterable[str] = ()) -> None:
+        """`sleepers` are the models that have no replica while nobody asks for them."""
+        self.sleepers = frozenset(sleepers)
         self.replicas: dict[Key, Replica] = {}
         self.stopping = asyncio.Event()
         """Set once the application is about to stop."""
@@ -40,6 +42,8 @@ class Watch:
     def state(self, model: str) -> State:
         """`failed` once as many replicas have failed as Serve will try."""
         statuses = [replica.event.status for replica in self.of(model)]
+        if not statuses and model in self.sleepers:
+            return "asleep"
         if "ready" in statuses:
             return "ready"
         if len(statuses) >= CONSTRUCTOR_TRIES and all(status == "failed" for status in statuses):
@@ -70,10 +74,18 @@ class Watch:
         failures = [r.event.message for r in self.of(model) if r.event.status == "failed"]
         return failures[-1].removeprefix("Failed: ") if failures else ""
 
+    def progress(self, model: str) -> float:
+        """How far the replica is that is loaded most, 0 to 100."""
+        return max((replica.event.progress for replica in self.of(model)), default=0.0)
+
     async def settled(self, model: str, timeout_s: float) -> State:
-        """The model's state once it is no longer loading, or at the end of the wait."""
-        await self._until(lambda: self.state(model) != "loading", timeout_s)
+        """The model's state once it is ready or failed, or at the end of the wait."""
+        await self._until(lambda: self.state(model) in ("ready", "failed"), timeout_s)
         return self.state(model)
+
+    async def changed(self) -> None:
+        """Returns at the next change of any replica."""
+        await self._changed.wait()
 
     async def reached(self, sequence: int, timeout_s: float) -> None:
         """Returns once the board's change of this number is known here, or at the end of the wait."""

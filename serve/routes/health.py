@@ -21,9 +21,9 @@ async def live() -> dict[str, str]:
 
 @router.get("/health")
 async def health(graph: GraphDep) -> JSONResponse:
-    """200 when all models are up, else 503 with what is missing."""
+    """200 when all models are up that need not be asked for first, else 503 with what is missing."""
     models = {name: _model(graph.watch, name) for name in graph.models}
-    missing = [name for name, model in models.items() if model["state"] != "ready"]
+    missing = [name for name, model in models.items() if model["state"] not in ("ready", "asleep")]
     if not missing:
         return JSONResponse({"status": "healthy", "model_loaded": True, "models": models})
     failed = any(models[name]["state"] == "failed" for name in missing)
@@ -40,6 +40,6 @@ def _model(watch: Watch, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "state": state,
         "replicas": sum(replica.event.status == "ready" for replica in replicas),
-        "progress": max((replica.event.progress for replica in replicas), default=0),
+        "progress": watch.progress(name),
     }
     return found | ({"reason": watch.reason(name)} if state == "failed" else {})

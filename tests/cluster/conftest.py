@@ -17,6 +17,7 @@ MAX_CONNECTIONS = 12
 PRIVATE = ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "10.0.0.1"]
 """Allowed, so that only their addresses stand in the way."""
 MODELS = ["predictor", "vision", "embedder", "reranker", "shout", "growing"]
+"""That are loaded at the start; `sleeper` is not."""
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,16 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
             "look_back_period_s": 2,
             "upscale_delay_s": 0.5,
             "downscale_delay_s": 1,
+        },
+    }
+    models["sleeper"] = {
+        **shout,
+        "autoscaling": {
+            "min_replicas": 0,
+            "max_replicas": 2,
+            "look_back_period_s": 2,
+            "downscale_delay_s": 1,
+            "policy": "tests.engines:pairs",
         },
     }
     port = free_port()

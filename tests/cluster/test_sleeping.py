@@ -1,0 +1,45 @@
+"""A model that nobody asks for has no replica; who asks first waits and sees what for."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import httpx
+
+from tests.cluster.test_queues import EVENTS, events
+from tests.dure import wait_until
+
+RUN = "/v1/models/sleeper/run"
+
+
+def told(client: httpx.Client) -> dict[str, Any]:
+    model: dict[str, Any] = client.get("/v1/models/sleeper").raise_for_status().json()
+    return model
+
+
+def ready(client: httpx.Client) -> int:
+    return sum(replica["status"] == "ready" for replica in told(client)["replicas"])
+
+
+def test_the_first_request_waits_and_sees_it_load(client: httpx.Client) -> None:
+    wait_until(lambda: told(client)["state"] == "asleep")
+    assert client.get("/health").json()["models"]["sleeper"]["state"] == "asleep"
+    heard = list(events(client.post(RUN, json={"items": [{"say": "good morning"}]}, headers=EVENTS)))
+    assert heard[0] == ("queued", {"doing": "loading", "loaded": 0.0})
+    assert heard[-1][1]["results"] == [{"said": "GOOD MORNING", "batch": 1}]
+    loaded = [data["loaded"] for _, data in heard if "loaded" in data]
+    assert loaded == sorted(loaded)
+    wait_until(lambda: told(client)["state"] == "asleep")
+
+
+def test_a_policy_of_ones_own_says_how_many_there_are(client: httpx.Client) -> None:
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(client.post(RUN, json={"items": [{"say": "a", "wait": 8}]}))
+    )
+    asking.start()
+    wait_until(lambda: ready(client) == 2)
+    asking.join()
+    assert answers[0].status_code == 200
+    wait_until(lambda: told(client)["state"] == "asleep")
