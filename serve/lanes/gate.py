@@ -53,13 +53,14 @@ class Gate:
         """Raises a 429 where the queue is full and stays so for `patience_s`, and a 503 where there is overload.
 
         A list gets in whole while there is room for one item, so that long lists don't starve behind short ones. Those
-        who are told to come back have room held for them; what they go ahead of is newcomers.
+        who are told to come back have room held for them, at most half of all there is.
         """
         self.check()
         tenant, ticket = (caller.tenant, caller.ticket) if caller else (DEFAULT_TENANT, None)
         held = 0 if self.tickets.redeem(ticket, tenant) or patience_s else self.tickets.reserved(self.items)
+        most = self.max_items - min(held, self.max_items // 2)
         deadline = time.monotonic() + patience_s
-        while self.items and self.items + held >= self.max_items:
+        while self.items >= most:
             left = deadline - time.monotonic()
             if left <= 0:
                 self.rejected += 1

@@ -180,7 +180,8 @@ class Lane:
             return True
         if entry.has_ticket:
             return True
-        if self._waiting + self.tickets.reserved(self._waiting + 1) < self.max_queue:
+        held = self.tickets.reserved(self._waiting + 1)
+        if self._waiting < self.max_queue - min(held, self.max_queue // 2):
             return True
         mine = self.queue.held(entry.tenant) + self.tickets.reserved(self._waiting + 1, entry.tenant)
         return mine + 1 <= self._due_to(entry.tenant, entry.weight)

@@ -24,8 +24,8 @@ MAX_WAIT_S = 60
 """Nobody is told to come back later than this; those beyond it get no ticket."""
 VALID_S = 15
 """After its time a ticket is good for this long."""
-HELD_S = 3
-"""After its time room is held for a ticket for this long."""
+HELD_S = 1
+"""After its time room is held for a ticket for this long; then it counts as one that does not come back."""
 EARLY_S = 0.3
 """A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
 LEARNT = 0.1
@@ -91,7 +91,7 @@ class Tickets:
         """By time."""
         self._items: Counter[str] = Counter()
         """Of them, by tenant."""
-        self._ended = self._redeemed = 10.0
+        self._ended = self._redeemed = 2.0
         """Tickets whose time is over and those that came back, of which some may be others'; the last ones count."""
         self._used: dict[int, float] = {}
 
@@ -135,14 +135,14 @@ class Tickets:
     def reserved(self, waiting: int, tenant: str | None = None) -> int:
         """For how many items room is held that come back before `waiting` items have been served."""
         now = self.clock()
-        first = bisect.bisect_left(self._reserved, now - HELD_S, key=lambda each: each.due)
+        self._forget(now)
         last = bisect.bisect(self._reserved, now + waiting * self.pace.seconds_per_item, key=lambda each: each.due)
-        if last <= first:
+        if not last:
             return 0
         if tenant is None:
-            held = (last - first) * self._items.total() / len(self._reserved)
+            held = last * self._items.total() / len(self._reserved)
         else:
-            held = sum(each.items for each in self._reserved[first:last] if each.tenant == tenant)
+            held = sum(each.items for each in self._reserved[:last] if each.tenant == tenant)
         return round(self.returning * held)
 
     @property
@@ -152,7 +152,7 @@ class Tickets:
 
     @property
     def outstanding(self) -> int:
-        """Tickets that may still come back."""
+        """Tickets that room is held for, or will be."""
         self._forget(self.clock())
         return len(self._reserved)
 
@@ -165,7 +165,7 @@ class Tickets:
         self._redeemed *= REMEMBERED
 
     def _forget(self, now: float) -> None:
-        while self._reserved and self._reserved[0].due < now - VALID_S:
+        while self._reserved and self._reserved[0].due < now - HELD_S:
             self._end(0)
         while self._used and next(iter(self._used.values())) < now - 2 * VALID_S:
             del self._used[next(iter(self._used))]

@@ -18,10 +18,13 @@ router = APIRouter(tags=["models"])
 
 @router.get("/model/upload-stream", response_class=StreamingResponse)
 async def upload_stream(graph: GraphDep, model: str | None = None, follow: bool = False) -> StreamingResponse:
-    """First each replica's present state, then what changes; ends once all shown are ready or failed, or follows on."""
+    """First each replica's present state, then what changes; ends once all shown are ready or failed, or follows on.
+
+    Of all models, those that sleep are left out; a model that is named is waited for.
+    """
     if model is not None and model not in graph.models:
         raise errors.not_found(f"no model {model!r}; there are {', '.join(graph.models)}", "model")
-    names = [model] if model else list(graph.models)
+    names = [model] if model else [name for name in graph.models if graph.watch.state(name) != "asleep"]
     return sse.response(_stream(graph.watch, names, follow))
 
 

@@ -51,6 +51,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
             "min_replicas": 0,
             "max_replicas": 2,
             "look_back_period_s": 2,
+            "upscale_delay_s": 0.5,
             "downscale_delay_s": 1,
             "policy": "tests.engines:pairs",
         },

@@ -224,6 +224,7 @@ def test_over_the_queue_is_429_at_once_and_the_admitted_are_answered(client: htt
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["type"] == "queue_full"
             assert seconds < 2
+    wait_until(lambda: not any(queue["tickets"] for queue in client.get("/v1/queues").json()["models"]))
 
 
 def timed(call: Any) -> tuple[httpx.Response, float]:

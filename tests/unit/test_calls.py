@@ -98,6 +98,9 @@ def test_errors_survive_the_way_between_processes() -> None:
 @pytest.mark.parametrize(("state", "kind"), [("loading", "loading"), ("failed", "model_failed")])
 def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, kind: str) -> None:
     class Watch:
+        def state(self, model: str) -> str:
+            return state
+
         async def settled(self, model: str, timeout_s: float) -> str:
             await asyncio.sleep(timeout_s)
             return state
