@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -52,6 +52,10 @@ bench-vision: $(INSTALLED)
 
 bench-adverts: $(INSTALLED)
 	$(BIN)/python -m loadtests.adverts $(ARGS)
+
+loadtest: $(INSTALLED)
+	$(BIN)/python -m locust --locustfile loadtests/locustfile.py --headless --users 20 --run-time 2m --only-summary \
+		--loglevel WARNING --html .dure/loadtest.html --json-file .dure/loadtest $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml

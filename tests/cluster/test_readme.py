@@ -60,6 +60,21 @@ def test_make_target_exists(command: str) -> None:
             assert read_config(ROOT / word.removeprefix("CONFIG=")).settings.models
 
 
+def test_the_load_test(dure: Dure, tmp_path: Path) -> None:
+    """For some seconds, as `make loadtest` says it."""
+    arguments = f"--host {dure.url} --users 12 --run-time 8s --html {tmp_path}/report.html --json-file {tmp_path}/all"
+    told = subprocess.run(
+        ["make", "--dry-run", "loadtest", f"ARGS={arguments}"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.replace("\\\n", "")
+    recipe = next(line for line in told.splitlines() if "-m locust" in line)
+    command = [sys.executable, *shlex.split(recipe)[1:]]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("WS /ws/{id}", "POST /v1/embeddings (lists)", "GET /metrics"):
+        assert f"| {name} " in run.stdout
+    assert (tmp_path / "report.html").stat().st_size
+
+
 @pytest.mark.parametrize("command", [each for each in COMMANDS if "dure " in each])
 def test_dure_command(dure: Dure, command: str) -> None:
     words = [word for word in shlex.split(command) if not word.startswith("RAY_ADDRESS=")]

@@ -1,0 +1,31 @@
+"""How many people are there when: a shape is a line through points (share of its time, share of the peak)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+Line = tuple[tuple[float, float], ...]
+
+FEWEST = 2
+"""People at any time: one who watches, and one who works."""
+
+SHAPES: dict[str, Line] = {
+    # People come in the morning, half of them go to lunch, and the evening ends slowly.
+    "day": ((0, 0.1), (0.2, 1), (0.42, 1), (0.48, 0.5), (0.54, 0.5), (0.6, 1), (0.8, 1), (0.85, 0.4), (1, 0.1)),
+    # A link to it was sent to everyone.
+    "spike": ((0, 0.2), (0.3, 0.2), (0.32, 1), (0.6, 1), (0.62, 0.2), (1, 0.2)),
+    # The same for hours: what leaks or fills up is seen here.
+    "soak": ((0, 0.1), (0.05, 0.7), (0.95, 0.7), (1, 0.1)),
+    # Four times as many as are ever there on a day; then it is seen how soon the queues are short again.
+    "overload": ((0, 0.5), (0.1, 1), (0.3, 4), (0.75, 4), (0.77, 0.5), (1, 0.5)),
+}
+
+
+def people(shape: str, peak: int, elapsed: float) -> int:
+    """How many there are after the share `elapsed` of the time (0 to 1), where `peak` come on a day at most."""
+    line = SHAPES[shape]
+    (since, before), (until, after) = next(
+        (ends for ends in pairwise(line) if elapsed <= ends[1][0]), (line[-2], line[-1])
+    )
+    share = before + (after - before) * min((elapsed - since) / (until - since), 1)
+    return max(FEWEST, round(share * peak))
