@@ -17,8 +17,6 @@ NAME = "/ws/{id}"
 COME_BACK = (1012, 1013)
 """Close codes that mean: connect again."""
 RECONNECT_S = 2.0
-REFUSALS = ("come back later", "is still loading", "send the request again")
-"""In the messages of a full queue, a loading model and a lost replica, which have neither status nor Retry-After."""
 
 
 class Refused(Exception):
@@ -80,8 +78,8 @@ class TypingSocket:
                 raise Refused
             raise WrongAnswer(f"closed with {code}: {data[2:].decode()}")
         answer = json.loads(data)
-        if answer.get("type") == "error" and any(words in answer.get("message", "") for words in REFUSALS):
-            raise Refused
+        if answer.get("type") == "error" and "retry_after" in answer:
+            raise Refused(answer["retry_after"])
         if not (answer.get("input") == answer.get("id") == text and right(answer)):
             raise WrongAnswer(str(answer))
 

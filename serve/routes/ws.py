@@ -212,7 +212,8 @@ class Connection:
             _, words = await next_words(asked, self.graph, Caller.waiting(self.graph.settings.request_timeout_s))
             return {"type": "prediction", "data": words, "input": asked.text, **told}
         except DureError as error:
-            return {"type": "error", "message": error.message, **told}
+            later = {"retry_after": int(error.headers["Retry-After"])} if error.retry_after_s is not None else {}
+            return {"type": "error", "message": error.message, **later, **told}
         except Exception:  # the client gets no traceback; the log does
             logger.exception("an input could not be answered")
             return {"type": "error", "message": errors.internal().message, **told}

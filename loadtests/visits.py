@@ -1,0 +1,147 @@
+"""Many requests at once from one small process: an open or a closed loop, with what was refused asked again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+PATIENCE_S = 150.0
+
+Body = Callable[[], Any]
+"""A fresh one each time."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """One request, from when it was sent until its answer was there."""
+
+    at: float
+    """Since the start of the run."""
+    seconds: float
+    status: int
+    """0: no answer."""
+    with_ticket: bool
+    retry_after_s: float = 0.0
+    ticket: str | None = None
+
+
+@dataclass
+class Tries:
+    """All that was sent in a run of so many seconds."""
+
+    run_s: float
+    of: list[Try] = field(default_factory=list)
+
+    def answered(self) -> list[Try]:
+        return [each for each in self.of if each.status == 200]
+
+    def refused(self) -> list[Try]:
+        return [each for each in self.of if each.status in (429, 503)]
+
+    def failed(self) -> list[Try]:
+        return [each for each in self.of if each.status not in (200, 429, 503)]
+
+    def with_ticket(self) -> list[Try]:
+        return [each for each in self.of if each.with_ticket]
+
+    def goodput(self) -> float:
+        """Answers a second while the run lasted."""
+        return sum(each.at + each.seconds <= self.run_s for each in self.answered()) / self.run_s
+
+
+def quantile(tries: list[Try], share: float) -> float:
+    """Of their seconds; 0 where there are none."""
+    times = sorted(each.seconds for each in tries)
+    return times[min(len(times) - 1, int(share * len(times)))] if times else 0.0
+
+
+def median(tries: list[Try]) -> float:
+    return statistics.median(each.seconds for each in tries) if tries else 0.0
+
+
+class Visits:
+    """Sends bodies to one URL."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, body: Body, run_s: float, **headers: str) -> None:
+        self.session = session
+        self.url = url
+        self.body = body
+        self.headers = headers
+        self.started = time.monotonic()
+        self.tries = Tries(run_s)
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() - self.started >= self.tries.run_s
+
+    async def send(self, body: Any, ticket: str | None = None) -> Try:
+        headers = self.headers | ({"X-Dure-Ticket": ticket} if ticket else {})
+        began = time.monotonic()
+        status, retry_after_s, given = 0, 0.0, None
+        try:
+            async with self.session.post(self.url, json=body, headers=headers) as response:
+                await response.read()
+                status = response.status
+                retry_after_s = float(response.headers.get("Retry-After", 0))
+                given = response.headers.get("X-Dure-Ticket")
+        except (aiohttp.ClientError, TimeoutError):
+            pass
+        made = Try(began - self.started, time.monotonic() - began, status, bool(ticket), retry_after_s, given)
+        self.tries.of.append(made)
+        return made
+
+    async def visit(self, tries: int = 10) -> None:
+        """Until there is an answer, or the run is over, or it has been refused so often."""
+        body, ticket = self.body(), None
+        for _ in range(tries):
+            made = await self.send(body, ticket)
+            if made.status not in (429, 503):
+                return
+            ticket = made.ticket
+            left_s = self.started + self.tries.run_s - time.monotonic()
+            if made.retry_after_s > left_s:
+                return
+            await asyncio.sleep(made.retry_after_s)
+
+    async def closed(self, clients: int) -> Tries:
+        """So many clients, each with its next request as soon as it has its answer."""
+
+        async def client() -> None:
+            while not self.over:
+                await self.visit()
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return self.tries
+
+    async def open(self, rate: float) -> Tries:
+        """New requests at this rate, whatever becomes of those before; the times between are exponential."""
+        draw = random.Random(0)
+        under_way: set[asyncio.Task[None]] = set()
+        due = time.monotonic()
+        while not self.over:
+            due += draw.expovariate(rate)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            task = asyncio.create_task(self.visit())
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+        await asyncio.gather(*under_way)
+        return self.tries
+
+
+def run(scenario: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, Any]]) -> Any:
+    """With a session that opens as many connections as there are requests."""
+
+    async def main() -> Any:
+        connector = aiohttp.TCPConnector(limit=0, force_close=False)
+        timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            return await scenario(session)
+
+    return asyncio.run(main())
