@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal
 logger = logging.getLogger("ray.serve")
 
 PREPARING_THREADS = 2
+NICENESS = 5
+"""Of an engine's thread and those that it starts: where cores are short, who refuses or hands on a request goes first,
+which takes next to nothing."""
 LAST_CALLS_S = 600.0
 """How long calls may still run on a model that another has taken the place of."""
 
@@ -114,6 +118,8 @@ def keep_to_share(share: float) -> None:
 def _load(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
     import torch
 
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
     torch.set_num_threads(spec.threads or _cores())
     keep_to_share(spec.gpu_share)
     engine = load_engine(spec, progress)

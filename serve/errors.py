@@ -70,7 +70,7 @@ def too_large(message: str, param: str | None = None) -> DureError:
 
 
 def queue_full(name: str, refused: Refused) -> DureError:
-    with_ticket = ", with X-Dure-Ticket to go ahead of newcomers" if refused.ticket else ""
+    with_ticket = ", with X-Dure-Ticket to be let in before newcomers" if refused.ticket else ""
     message = f"{name} has {refused.waiting} waiting; come back in {refused.retry_after_s} s{with_ticket}"
     return DureError(429, "queue_full", message, None, refused.retry_after_s, refused.ticket)
 

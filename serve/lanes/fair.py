@@ -19,7 +19,8 @@ class Entrant(Protocol):
         """Turns that its tenant gets for one of another's."""
 
     @property
-    def has_ticket(self) -> bool: ...
+    def has_ticket(self) -> bool:
+        """Was it let in where a newcomer would not have been?"""
 
 
 E = TypeVar("E", bound=Entrant)
@@ -33,18 +34,14 @@ class Line(Generic[E]):
         self.turn = 0.0
         """When its next one is due: the line with the least is served, which adds the inverse of its weight (stride
         scheduling, Waldspurger and Weihl 1995)."""
-        self.ticketed: deque[E] = deque()
-        self.newcomers: deque[E] = deque()
+        self.entries: deque[E] = deque()
 
     def __len__(self) -> int:
-        return len(self.ticketed) + len(self.newcomers)
-
-    def of(self, entry: E) -> deque[E]:
-        return self.ticketed if entry.has_ticket else self.newcomers
+        return len(self.entries)
 
 
 class FairQueue(Generic[E]):
-    """Within a tenant those with a ticket come first, else who came first."""
+    """Among a tenant's own, who came first is first: so whoever waits knows for how long at most."""
 
     def __init__(self) -> None:
         self.lines: dict[str, Line[E]] = {}
@@ -59,7 +56,7 @@ class FairQueue(Generic[E]):
         turns = [
             (line.turn + number / line.weight, at, entry)
             for at, line in enumerate(self.lines.values())
-            for number, entry in enumerate((*line.ticketed, *line.newcomers))
+            for number, entry in enumerate(line.entries)
         ]
         yield from (entry for _, _, entry in sorted(turns, key=lambda turn: turn[:2]))
 
@@ -68,20 +65,20 @@ class FairQueue(Generic[E]):
         if not line:
             line.turn = max(line.turn, self._turn)
         line.weight = entry.weight
-        line.of(entry).append(entry)
+        line.entries.append(entry)
 
     def take(self) -> E:
         """The next one. Raises ValueError where there is none."""
         line = min((line for line in self.lines.values() if line), key=lambda line: line.turn)
         self._turn = line.turn
         line.turn += 1 / line.weight
-        entry = (line.ticketed or line.newcomers).popleft()
+        entry = line.entries.popleft()
         self._forget_idle()
         return entry
 
     def remove(self, entry: E) -> None:
         """Raises ValueError where it does not wait."""
-        self.lines[entry.tenant].of(entry).remove(entry)
+        self.lines[entry.tenant].entries.remove(entry)
 
     def held(self, tenant: str) -> int:
         """How many of a tenant's wait."""
@@ -93,19 +90,12 @@ class FairQueue(Generic[E]):
         return weight / (weight + others)
 
     def last(self, excess: Callable[[str], float]) -> E:
-        """The one of least right: the last newcomer of the tenant that holds most in `excess` of what is its.
-
-        Where those in excess have no newcomers, the last with a ticket. Raises ValueError where nobody waits.
+        """The one of least right: of the tenant that holds most in `excess` of what is its, the last newcomer, else the
+        last. Raises ValueError where nobody waits.
         """
-        _, _, line = max(
-            (
-                (excess(name) > 0 and bool(line.newcomers), excess(name), line)
-                for name, line in self.lines.items()
-                if line
-            ),
-            key=lambda each: each[:2],
-        )
-        return (line.newcomers or line.ticketed)[-1]
+        line = max((excess(name), name, line) for name, line in self.lines.items() if line)[2]
+        newcomers = [entry for entry in line.entries if not entry.has_ticket]
+        return (newcomers or line.entries)[-1]
 
     def _forget_idle(self) -> None:
         if len(self.lines) > MAX_LINES:

@@ -53,20 +53,21 @@ class Gate:
         """Raises a 429 where the queue is full and stays so for `patience_s`, and a 503 where there is overload.
 
         A list gets in whole while there is room for one item, so that long lists don't starve behind short ones. Those
-        who are told to come back have room held for them, at most half of all there is.
+        who are told to come back have room held for them.
         """
         self.check()
         tenant, ticket = (caller.tenant, caller.ticket) if caller else (DEFAULT_TENANT, None)
-        held = 0 if self.tickets.redeem(ticket, tenant) or patience_s else self.tickets.reserved(self.items)
-        most = self.max_items - min(held, self.max_items // 2)
+        most = self.max_items
+        if not patience_s and not self.tickets.redeem(ticket, tenant):
+            most -= self.tickets.held(self.items, self.max_items)
         deadline = time.monotonic() + patience_s
         while self.items >= most:
             left = deadline - time.monotonic()
             if left <= 0:
                 self.rejected += 1
                 REJECTED.labels(self.name).inc()
-                ahead = max(0, self.items - self.max_items // 2)
-                raise errors.queue_full(self.name, self.tickets.refuse(tenant, self.items, ahead, items, ticket))
+                refused = self.tickets.refuse(tenant, self.items, self.max_items, items, ticket)
+                raise errors.queue_full(self.name, refused)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._freed.wait(), left)
         self.items += items

@@ -105,7 +105,9 @@ class Lane:
             return entry
         self.queue.put(entry)
         self.fill()
-        if self._waiting > self.max_queue and not entry.decision.done():
+        if (
+            self._waiting > self.max_queue
+        ):  # it is its tenant's turn rather than that of one who has more than its share
             last = self.queue.last(self._excess)
             self.queue.remove(last)
             self._refuse(last)
@@ -178,10 +180,8 @@ class Lane:
         """A tenant's share of the queue is its, however much others have waiting or reserved."""
         if not self._waiting and len(self.running) < self.max_concurrent:
             return True
-        if entry.has_ticket:
-            return True
-        held = self.tickets.reserved(self._waiting + 1)
-        if self._waiting < self.max_queue - min(held, self.max_queue // 2):
+        held = 0 if entry.has_ticket else self.tickets.held(self._waiting, self.max_queue)
+        if self._waiting < self.max_queue - held:
             return True
         mine = self.queue.held(entry.tenant) + self.tickets.reserved(self._waiting + 1, entry.tenant)
         return mine + 1 <= self._due_to(entry.tenant, entry.weight)
@@ -195,9 +195,8 @@ class Lane:
         return self.queue.held(tenant) - self._due_to(tenant, self.queue.lines[tenant].weight)
 
     def _refuse(self, entry: Entry) -> None:
-        """It is to come back when half of the queue will be free: the other half keeps slots busy until it does."""
         self.rejected += 1
         asked = entry.asked
         share = self.queue.share(asked.tenant, asked.weight)
-        ahead = max(0, self.queue.held(asked.tenant) - self.max_queue // 2)
-        entry.decide(self.tickets.refuse(asked.tenant, self._waiting, ahead, 1, asked.ticket, share))
+        held = self.queue.held(asked.tenant)
+        entry.decide(self.tickets.refuse(asked.tenant, self._waiting, self.max_queue, 1, asked.ticket, held, share))

@@ -1,8 +1,8 @@
 """When who was refused is to come back: a queue outside the queue, kept by signed tickets.
 
 With more load than there is room for, no time to come back can be right by itself: who was refused comes back into the
-same crowd. So a refusal reserves a place in the future, behind those reserved before, and whoever brings its ticket at
-that time goes ahead of newcomers.
+same crowd. So a refusal reserves a place in the queue for later, behind those reserved before, and whoever brings its
+ticket at that time is let in where a newcomer is not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+FOR_TICKETS = 0.8
+"""Of what is served, at most; the rest is for newcomers, and for a pace that was measured too fast."""
+FOR_NEWCOMERS = 0.25
+"""Of a queue, the part that is never held for tickets; who comes back finds it as full as this on average."""
 MAX_WAIT_S = 60
 """Nobody is told to come back later than this; those beyond it get no ticket."""
 VALID_S = 15
@@ -28,7 +32,7 @@ HELD_S = 1
 """After its time room is held for a ticket for this long; then it counts as one that does not come back."""
 EARLY_S = 0.3
 """A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
-LEARNT = 0.1
+LEARNT = 0.05
 """Weight of each new measurement of the pace."""
 REMEMBERED = 0.98
 """Weight of what was known of tickets before each new one that came back or did not."""
@@ -96,9 +100,16 @@ class Tickets:
         self._used: dict[int, float] = {}
 
     def refuse(
-        self, tenant: str, waiting: int, ahead: int, items: int = 1, token: str | None = None, share: float = 1
+        self,
+        tenant: str,
+        waiting: int,
+        most: int,
+        items: int = 1,
+        token: str | None = None,
+        held: int | None = None,
+        share: float = 1,
     ) -> Refused:
-        """`waiting` items wait, of which `ahead` have to be served before it may come back, at the tenant's `share`.
+        """`waiting` items wait where `most` may, `held` of them the tenant's, which has this `share` of the turns.
 
         A ticket whose time has not come stays as it is.
         """
@@ -107,12 +118,21 @@ class Tickets:
         if early and early[0] > now + EARLY_S:
             return Refused(waiting, math.ceil(early[0] - now), token)
         self._forget(now)
+        item_s = self.pace.seconds_per_item / (FOR_TICKETS * share)
         reserved = self._items.total() if share == 1 else self._items[tenant]
-        wait_s = (ahead + self.returning * reserved + items) * self.pace.seconds_per_item / share
-        if wait_s > MAX_WAIT_S:
+        ahead = max(0, (waiting if held is None else held) - int(FOR_NEWCOMERS * most))
+        wait_s = (ahead + self.returning * reserved + items) * item_s
+        whom = None if share == 1 else tenant
+        near_s = max(2 * items * item_s, min(1.0, most / 2 * item_s))
+        first = max(1, math.ceil(wait_s))
+        for retry_after_s in range(first, MAX_WAIT_S + 1):  # whole seconds make crowds, which the queue has to hold
+            due = round(now + retry_after_s, 3)
+            near = self.returning * self._between(due - near_s, due + near_s, whom)
+            if (near + items) * item_s <= 2 * near_s:
+                break
+        else:
             return Refused(waiting, MAX_WAIT_S, None)
-        retry_after_s = max(1, math.ceil(wait_s))
-        reservation = Reservation(round(now + retry_after_s, 3), secrets.randbits(63), tenant, items)
+        reservation = Reservation(due, secrets.randbits(63), tenant, items)
         bisect.insort(self._reserved, reservation)
         self._items[tenant] += items
         return Refused(waiting, retry_after_s, self._token(reservation))
@@ -132,18 +152,15 @@ class Tickets:
             self._end(at)
         return True
 
+    def held(self, waiting: int, most: int) -> int:
+        """For how many items newcomers have to leave room where `most` may wait."""
+        return min(self.reserved(waiting + 1), most - max(1, int(FOR_NEWCOMERS * most)))
+
     def reserved(self, waiting: int, tenant: str | None = None) -> int:
-        """For how many items room is held that come back before `waiting` items have been served."""
+        """How many items are to come back before `waiting` items have been served."""
         now = self.clock()
         self._forget(now)
-        last = bisect.bisect(self._reserved, now + waiting * self.pace.seconds_per_item, key=lambda each: each.due)
-        if not last:
-            return 0
-        if tenant is None:
-            held = last * self._items.total() / len(self._reserved)
-        else:
-            held = sum(each.items for each in self._reserved[:last] if each.tenant == tenant)
-        return round(self.returning * held)
+        return round(self.returning * self._between(0, now + waiting * self.pace.seconds_per_item, tenant))
 
     @property
     def returning(self) -> float:
@@ -155,6 +172,16 @@ class Tickets:
         """Tickets that room is held for, or will be."""
         self._forget(self.clock())
         return len(self._reserved)
+
+    def _between(self, since: float, until: float, tenant: str | None) -> float:
+        """Items of reservations between two times, all or a tenant's; of all, by their mean."""
+        first = bisect.bisect_left(self._reserved, since, key=lambda each: each.due)
+        last = bisect.bisect(self._reserved, until, key=lambda each: each.due)
+        if last <= first:
+            return 0
+        if tenant is None:
+            return (last - first) * self._items.total() / len(self._reserved)
+        return sum(each.items for each in self._reserved[first:last] if each.tenant == tenant)
 
     def _end(self, at: int) -> None:
         over = self._reserved.pop(at)

@@ -73,12 +73,14 @@ def test_a_full_lane_refuses_at_once_and_its_ticket_lets_in(client: httpx.Client
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "queue_full"
         assert lane(client)["rejected"] == rejected + 1
-        time.sleep(int(refused.headers["Retry-After"]))
-        back = client.post(SEARCH, json=search(SHORT), headers={"X-Dure-Ticket": refused.headers["X-Dure-Ticket"]})
-        assert back.status_code == 200
-        displaced = [each.result() for each in under_way if each.result().status_code != 200]
-        assert len(displaced) <= 1  # where the queue was still full, the last newcomer is to come back
-        assert all(each.status_code == 429 and each.headers["X-Dure-Ticket"] for each in displaced)
+        for _ in range(6):  # its pace is known of shorter ones only
+            time.sleep(int(refused.headers["Retry-After"]))
+            ticket = {"X-Dure-Ticket": refused.headers["X-Dure-Ticket"]}
+            refused = client.post(SEARCH, json=search(SHORT), headers=ticket)
+            if refused.is_success:
+                break
+        assert refused.status_code == 200
+        assert [each.result().status_code for each in under_way] == [200] * (RUNS + WAITS)
     wait_until(lambda: (lane(client)["running"], lane(client)["waiting"]) == (0, 0))
 
 

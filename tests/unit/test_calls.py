@@ -34,7 +34,7 @@ def test_a_full_queue_refuses_with_the_time_to_come_back() -> None:
                 async with gate.admitted(1):
                     pass
             assert caught.value.status == 429
-            assert caught.value.headers["Retry-After"] == "6"  # half of the queue is served by then, and this one
+            assert caught.value.headers["Retry-After"] == "10"  # three of four are served by then, and this one
         async with gate.admitted(4):
             pass
 

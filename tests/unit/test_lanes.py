@@ -13,7 +13,7 @@ import pytest
 from serve.lanes import admission
 from serve.lanes.admission import Admission, Held, Holding
 from serve.lanes.lane import Asked, Entry, Lane
-from serve.lanes.tickets import HELD_S, MAX_WAIT_S, VALID_S, Refused, Tickets
+from serve.lanes.tickets import FOR_TICKETS, HELD_S, MAX_WAIT_S, VALID_S, Refused, Tickets
 
 KEY = b"k" * 32
 NUMBERS = itertools.count()
@@ -121,46 +121,28 @@ def test_a_full_queue_makes_room_for_a_tenant_that_has_less_than_its_share() -> 
     run(scenario)
 
 
-def test_a_ticket_goes_ahead_of_newcomers_at_its_time_and_once() -> None:
-    async def scenario(lane: Lane) -> None:
-        now = 1000.0
-        lane.tickets.clock = lambda: now
-        running = [lane.enter(asked()) for _ in range(2)]
-        newcomers = [lane.enter(asked()) for _ in range(4)]
-        refused = refusal(lane.enter(asked()))
-        early = refusal(lane.enter(asked(ticket=refused.ticket)))
-        assert early.ticket == refused.ticket
-        assert early.retry_after_s == refused.retry_after_s
-        now += refused.retry_after_s
-        back = lane.enter(asked(ticket=refused.ticket))
-        assert said(back) == "waiting"
-        assert isinstance(said(newcomers[3]), Refused)  # it came last of those without one
-        assert lane.places()[back.asked.id][0] == 1
-        again = refusal(lane.enter(asked(ticket=refused.ticket)))
-        assert again.ticket not in (None, refused.ticket)
-        lane.leave(running[0])
-        assert said(back) == "admitted"
-
-    run(scenario)
-
-
-def test_room_is_held_for_who_is_to_come_back() -> None:
+def test_a_ticket_is_let_in_at_its_time_where_a_newcomer_is_not_and_once() -> None:
     async def scenario(lane: Lane) -> None:
         now = 1000.0
         lane.tickets.clock = lambda: now
         lane.tickets.pace.seconds_per_item = 1.0
         entries = [lane.enter(asked()) for _ in range(6)]
         tickets = [refusal(lane.enter(asked())) for _ in range(3)]
-        assert [refused.retry_after_s for refused in tickets] == [3, 4, 5]
-        now += 4
-        for entry in entries[:4]:
+        assert [refused.retry_after_s for refused in tickets] == [5, 7, 8]  # at four fifths of the pace
+        early = refusal(lane.enter(asked(ticket=tickets[0].ticket)))
+        assert (early.ticket, early.retry_after_s) == (tickets[0].ticket, 5)
+        now += 5
+        for entry in entries[:2]:
             lane.leave(entry)
-        assert (lane.standing().running, lane.standing().waiting) == (2, 0)
-        newcomers = [lane.enter(asked()) for _ in range(4)]
-        assert [said(entry) for entry in newcomers[:1]] == ["waiting"]
-        assert isinstance(said(newcomers[3]), Refused)
-        back = [lane.enter(asked(ticket=refused.ticket)) for refused in tickets[:2]]
-        assert [said(entry) for entry in back] == ["waiting"] * 2
+        assert (lane.standing().running, lane.standing().waiting) == (2, 2)
+        newcomer = lane.enter(asked())
+        assert isinstance(said(newcomer), Refused)  # most of the queue is held for those who are to come now
+        back = lane.enter(asked(ticket=tickets[0].ticket))
+        assert said(back) == "waiting"
+        assert lane.places()[back.asked.id][0] == 3  # nobody who waits is overtaken
+        lane.leave(entries[2])
+        again = lane.enter(asked(ticket=tickets[0].ticket))
+        assert again.has_ticket is False
 
     run(scenario)
 
@@ -173,7 +155,7 @@ def test_what_is_no_ticket_is_a_newcomer(ticket: str) -> None:
 def test_a_ticket_is_good_for_its_tenant_and_queue_and_for_a_while() -> None:
     now = 5.0
     tickets = Tickets("search", KEY, lambda: now)
-    ticket = tickets.refuse("a", 1, 1).ticket
+    ticket = tickets.refuse("a", 1, 0).ticket
     now += 1
     assert not tickets.redeem(ticket, "b")
     assert not Tickets("chat", KEY, lambda: now).redeem(ticket, "a")
@@ -189,11 +171,11 @@ def test_a_ticket_is_good_for_its_tenant_and_queue_and_for_a_while() -> None:
 def test_times_to_come_back_follow_each_other_and_end_somewhere() -> None:
     tickets = Tickets("search", KEY, lambda: 0.0)
     tickets.pace.seconds_per_item = 1.0
-    refusals = [tickets.refuse("a", 4, 4) for _ in range(100)]
-    assert [refused.retry_after_s for refused in refusals[:3]] == [5, 6, 7]
+    refusals = [tickets.refuse("a", 4, 0) for _ in range(100)]
+    assert [refused.retry_after_s for refused in refusals[:3]] == [7, 8, 9]  # a fifth is for newcomers
     assert max(refused.retry_after_s for refused in refusals) == MAX_WAIT_S
     assert refusals[-1].ticket is None
-    assert sum(refused.ticket is not None for refused in refusals) == MAX_WAIT_S - 4
+    assert sum(refused.ticket is not None for refused in refusals) == int(FOR_TICKETS * MAX_WAIT_S) - 4
 
 
 def test_who_never_comes_back_is_not_waited_for() -> None:
@@ -201,10 +183,10 @@ def test_who_never_comes_back_is_not_waited_for() -> None:
     tickets = Tickets("search", KEY, lambda: now)
     tickets.pace.seconds_per_item = 0.1
     for _ in range(200):
-        tickets.refuse("a", 4, 4)
+        tickets.refuse("a", 4, 0)
         now += VALID_S + 2
     assert tickets.returning < 0.1
-    held = [tickets.refuse("a", 4, 4) for _ in range(20)]
+    held = [tickets.refuse("a", 4, 0) for _ in range(20)]
     assert max(refused.retry_after_s for refused in held) == 1
     now += HELD_S
     assert tickets.reserved(4) == 0
