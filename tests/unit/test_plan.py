@@ -147,6 +147,12 @@ def test_the_shipped_config_fits_the_gpu_that_it_is_for(hub: Path) -> None:
     assert "GPU 0" in run.stdout
 
 
+def test_the_most_replicas_in_production_fit_its_workers(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    needs = planning.needs_of(read_config(ROOT / "configs/production.yaml").settings)
+    assert planning.plan(needs, planning.gpus_of("4x24GiB")).problems == []
+
+
 def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
     needs = planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
