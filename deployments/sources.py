@@ -35,7 +35,7 @@ def local_folder(source: str) -> Path | None:
 
 
 def resolve(source: str, revision: str | None, download: bool = True) -> Path:
-    """The folder with a model's files; a hub id is fetched at `revision` unless it is cached or HF_HUB_OFFLINE is set.
+    """The folder with a model's files; of a hub id those that Dure loads are fetched, unless they are cached.
 
     Without `download` it has to be cached. Raises CheckpointError saying what is missing.
     """
@@ -47,9 +47,11 @@ def resolve(source: str, revision: str | None, download: bool = True) -> Path:
             f"source {source!r}: there is no folder {ROOT / source}; if it is a hub id, add `revision` (a commit or "
             "tag), so that every replica loads the same weights"
         )
-    from huggingface_hub import snapshot_download
+    from deployments import hub  # here, because reading a config does not need it
 
     try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=not download))
-    except Exception as error:  # the hub client raises many kinds, all of which mean: not to be had
-        raise CheckpointError(f"source {source!r} at revision {revision!r} can't be fetched: {error}") from error
+        return hub.folder(source, revision, download)
+    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
+        raise CheckpointError(
+            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+        ) from error

@@ -54,7 +54,7 @@ def embed() -> Any:
 
 
 LIST = 32
-MAX_QUEUE = {"embedder": 16 * LIST, "predictor": 64}
+MAX_QUEUE = {"embedder": 24 * LIST, "predictor": 64}
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int)
     peak, tries, memory = run(scenario)
     refused, answered, back = tries.refused(), tries.answered(), tries.with_ticket()
     let_in = [each for each in back if each.status == 200]
-    bound_s = endpoint.queue / peak.goodput()
+    bound_s = endpoint.queue / endpoint.clients * quantile(peak.answered(), 0.99)
     kept = tries.goodput() / peak.goodput()
     admitted = len(let_in) / max(1, len(back))
     print(
@@ -118,7 +118,7 @@ def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int)
         f"{len(tries.of) / seconds / peak.goodput():.1f} times the peak\n"
         f"  goodput {tries.goodput():.1f}/s, {kept:.0%} of the peak\n"
         f"  accepted: p50 {1000 * median(answered):.0f} ms, p99 {1000 * quantile(answered, 0.99):.0f} ms; "
-        f"the queue's bound is {1000 * bound_s:.0f} ms ({endpoint.queue} at the peak's rate)\n"
+        f"a full queue takes {1000 * bound_s:.0f} ms ({endpoint.queue} places, {endpoint.clients} in the peak's p99)\n"
         f"  refused: {len(refused)}, p50 {1000 * median(refused):.1f} ms, p99 {1000 * quantile(refused, 0.99):.1f} ms\n"
         f"  tickets: {len(back)} sent back at their time, {admitted:.1%} let in\n"
         f"  failed: {len(tries.failed())}; memory {memory[0]:.0f} -> {memory[1]:.0f} MB",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
@@ -11,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import httpx
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from deployments.spec import CheckpointError
@@ -19,7 +21,7 @@ from serve.config_file import ConfigFile, read_config
 from serve.settings import SettingsError
 from serve.store import locations, schema
 from serve.supervisor import Stopped, Supervisor
-from serve.terminal import Loading, print_ready
+from serve.terminal import Fetching, Loading, print_ready
 
 main = typer.Typer(
     no_args_is_help=True,
@@ -151,6 +153,31 @@ def plan(
         out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
     if made.problems:
         _fail("\n".join(made.problems))
+
+
+@main.command()
+def fetch(config: ConfigOption = Path("configs/gpu.yaml")) -> None:
+    """Fetch a config's models from the hub into this machine's cache, as far as they are not there."""
+    from serve import prefetch
+
+    try:
+        needs, problems = prefetch.needs_of(read_config(config.resolve()).settings)
+    except SettingsError as error:
+        _fail(str(error), 2)
+    for need in needs:
+        listing = need.listing
+        state = f"{decimal(need.bytes)} in {len(need.missing)} files" if need.missing else "is here"
+        out.print(f"{need.title}: {listing.source} at {listing.commit}: {state}", highlight=False, soft_wrap=True)
+    shortage = prefetch.shortage(needs)
+    if shortage:
+        _fail("\n".join([shortage, *problems]))
+    drawing = Fetching(out, {need.title: need.bytes for need in needs if need.missing})
+    with drawing.drawn():
+        failures = [prefetch.fetch(need, partial(drawing.came, need.title)) for need in needs if need.missing]
+    problems += filter(None, failures)
+    if problems:
+        _fail("\n".join(problems))
+    out.print("All models are here")
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""What a person sees while models load: a live bar per model, or plain lines where there is no terminal."""
+"""What a person sees while models load or are fetched: a live bar per model, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from serve.config_file import ConfigFile
 
@@ -56,6 +67,33 @@ class Loading:
         elif self.said.get(model) != message.partition("...")[0]:  # one plain line per shard, not per percent
             self.said[model] = message.partition("...")[0]
             self.console.print(f"{model}: {percent:.0f}% {message}", highlight=False, markup=False)
+
+
+class Fetching:
+    """Draws how many bytes of each title have come."""
+
+    def __init__(self, console: Console, bytes_of: dict[str, int]) -> None:
+        self.console = console
+        self.bytes_of = bytes_of
+        self.done = dict.fromkeys(bytes_of, 0)
+        self.bars: Progress | None = None
+        self.tasks: dict[str, TaskID] = {}
+        if console.is_terminal:
+            columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self.bars = Progress(TextColumn("{task.description:<12}"), BarColumn(), *columns, console=console)
+            self.tasks = {title: self.bars.add_task(title, total=total) for title, total in bytes_of.items()}
+
+    def drawn(self) -> AbstractContextManager[object]:
+        return self.bars or nullcontext()
+
+    def came(self, title: str, count: int) -> None:
+        """Tell of `count` bytes more."""
+        before, total = self.done[title], self.bytes_of[title]
+        self.done[title] = now = before + count
+        if self.bars is not None:
+            self.bars.update(self.tasks[title], completed=now)
+        elif 10 * now // total > 10 * before // total:  # a plain line for each tenth
+            self.console.print(f"{title}: {100 * now // total}% of {decimal(total)}", highlight=False)
 
 
 def print_ready(console: Console, config: ConfigFile) -> None:

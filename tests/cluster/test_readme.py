@@ -16,12 +16,30 @@ import yaml
 from deployments.engines import load_engine
 from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
+from serve.cli import main
 from serve.config_file import read_config
 from serve.settings import Settings
 from tests.dure import ROOT, Dure, curls
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = curls(README)
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+VERBS = (
+    "ray get-auth-token",
+    "ray up",
+    "ray exec",
+    "ray down",
+    "kubectl create",
+    "kubectl apply",
+    "kubectl port-forward",
+)
+HOME = "~/"
+"""Of a node, where cluster.yaml puts the configs."""
+
+
+def of(*programs: str) -> list[str]:
+    """The commands that call one of these programs."""
+    return [each for each in COMMANDS if next(word for word in shlex.split(each) if "=" not in word) in programs]
 
 
 def block(language: str) -> str:
@@ -30,7 +48,7 @@ def block(language: str) -> str:
     return found.group(1)
 
 
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("curl")])
+@pytest.mark.parametrize("command", of("curl"))
 def test_curl(dure: Dure, command: str) -> None:
     words = [word.replace("http://127.0.0.1:8000", dure.url) for word in shlex.split(command)]
     run = subprocess.run(
@@ -51,7 +69,7 @@ def test_the_story_of_an_advert(dure: Dure, tmp_path: Path) -> None:
         assert told in run.stdout
 
 
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("make")])
+@pytest.mark.parametrize("command", of("make"))
 def test_make_target_exists(command: str) -> None:
     words = shlex.split(command)
     subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
@@ -75,7 +93,7 @@ def test_the_load_test(dure: Dure, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").stat().st_size
 
 
-@pytest.mark.parametrize("command", [each for each in COMMANDS if "dure " in each])
+@pytest.mark.parametrize("command", of("dure"))
 def test_dure_command(dure: Dure, command: str) -> None:
     words = [word for word in shlex.split(command) if not word.startswith("RAY_ADDRESS=")]
     if words[1] in ("status", "predict", "bench"):
@@ -88,8 +106,43 @@ def test_dure_command(dure: Dure, command: str) -> None:
             assert read_config(ROOT / words[words.index("--config") + 1]).settings.models
 
 
+def assert_dure_takes(words: list[str]) -> None:
+    """A `dure` command on another machine: there is such a command, and its config is valid."""
+    known = {each.name or getattr(each.callback, "__name__", "") for each in main.registered_commands}
+    assert (words[0], words[1] in known) == ("dure", True)
+    config = words[words.index("--config") + 1]
+    assert read_config(ROOT / config.removeprefix(HOME)).settings.models
+
+
+@pytest.mark.parametrize("command", of("docker"))
+def test_docker_command_is_for_the_dockerfile(command: str) -> None:
+    words = shlex.split(command)
+    if words[1] == "build":
+        arguments = {words[place + 1].partition("=")[0] for place, word in enumerate(words) if word == "--build-arg"}
+        assert arguments <= set(re.findall(r"^ARG (\w+)=", DOCKERFILE, re.MULTILINE))
+        assert words[-1] == "."
+    else:
+        images = {shlex.split(each)[3] for each in of("docker") if each.startswith("docker build --tag")}
+        image = next(place for place, word in enumerate(words) if word in images)
+        assert words[1] == "run"
+        if words[image + 1 :]:
+            assert_dure_takes(words[image + 1 :])
+
+
+@pytest.mark.parametrize("command", of("ray", "kubectl"))
+def test_command_for_a_cluster_names_what_is_there(command: str) -> None:
+    program, verb, *rest = shlex.split(command)
+    assert f"{program} {verb}" in VERBS
+    if verb == "exec":
+        assert_dure_takes([word for word in shlex.split(rest.pop()) if not word.startswith("RAY_ADDRESS=")])
+    for word in rest:
+        if word.endswith(".yaml"):
+            assert list(yaml.safe_load_all((ROOT / word).read_text()))
+
+
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    others = [each for each in COMMANDS if not each.startswith(("curl", "make")) and "dure " not in each]
+    tested = of("curl", "make", "dure", "docker", "ray", "kubectl")
+    others = [each for each in COMMANDS if each not in tested]
     assert others == ["python -m loadtests.baseline", "pre-commit run --all-files"]
     subprocess.run([sys.executable, "-c", "import loadtests.baseline"], cwd=ROOT, check=True)
     assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

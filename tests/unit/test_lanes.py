@@ -134,6 +134,7 @@ def test_a_ticket_is_let_in_at_its_time_where_a_newcomer_is_not_and_once() -> No
         now += 5
         for entry in entries[:2]:
             lane.leave(entry)
+        lane.tickets.pace.seconds_per_item = 1.0
         assert (lane.standing().running, lane.standing().waiting) == (2, 2)
         newcomer = lane.enter(asked())
         assert isinstance(said(newcomer), Refused)  # most of the queue is held for those who are to come now

@@ -8,10 +8,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
+from deployments import hub as hubs
 from deployments import live
 from deployments.engines import load_engine
 from deployments.footprint import Footprint, footprint
@@ -85,17 +85,17 @@ def test_real_models_take_what_is_known_of_them(hub: Path) -> None:
     assert 0.25 < kogpt2.weights / 1e9 < 0.35
 
 
-def test_nothing_is_fetched_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def snapshot(source: str, revision: str, local_files_only: bool) -> str:
-        asked.append(local_files_only)
+    def folder(source: str, revision: str, download: bool) -> Path:
+        asked.append(download)
         raise FileNotFoundError(f"{source} is not in the cache")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(hubs, "folder", folder)
     with pytest.raises(CheckpointError, match="not in the cache"):
         planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
-    assert asked == [True]
+    assert asked == [False]
 
 
 def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None:
@@ -145,6 +145,12 @@ def test_the_shipped_config_fits_the_gpu_that_it_is_for(hub: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert "vision" in run.stdout
     assert "GPU 0" in run.stdout
+
+
+def test_the_most_replicas_in_production_fit_its_workers(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    needs = planning.needs_of(read_config(ROOT / "configs/production.yaml").settings)
+    assert planning.plan(needs, planning.gpus_of("4x24GiB")).problems == []
 
 
 def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+# Dure on CPUs. On NVIDIA's GPUs, with an index of torch that suits the driver:
+#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg PACKAGES="boto3 s3fs" .
+FROM python:3.11-slim
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# What a place needs besides: openvino on CPUs, s3fs for images of adverts on S3, boto3 on a head that `ray up` starts.
+ARG PACKAGES=openvino
+
+# wget for KubeRay's probes and the health check; ssh and rsync for a head of `ray up` to reach its workers by.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends bash openssh-client rsync wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 1000 dure \
+    && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash dure \
+    && install --directory --owner=dure --group=dure /models /dure/.dure /home/dure/.ray
+
+WORKDIR /dure
+COPY constraints.txt pyproject.toml ./
+# torch comes first and alone, as in the Makefile. That of TORCH_INDEX has a suffix to its version, so pip prefers it.
+RUN pip install --no-cache-dir --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+    > /tmp/dependencies \
+    && pip install --no-cache-dir --constraint constraints.txt --requirement /tmp/dependencies $PACKAGES
+
+COPY LICENSE README.md ./
+COPY configs configs
+COPY demo demo
+COPY deployments deployments
+COPY serve serve
+RUN pip install --no-cache-dir --no-deps --editable . \
+    && python -m compileall -q deployments serve
+
+# What serve/environment.py asks for wherever Ray starts.
+ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    RAY_SERVE_HAPROXY_METRICS_ENABLED=0 \
+    RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE=1 \
+    RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S=1 \
+    RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH=2147483647 \
+    RAY_ROTATION_MAX_BYTES=10485760 \
+    RAY_ROTATION_BACKUP_COUNT=5 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    RAY_worker_niceness=0 \
+    OMP_WAIT_POLICY=PASSIVE \
+    TOKENIZERS_PARALLELISM=false
+# /models: a volume, or filled in an image made from this one by `RUN dure fetch --config configs/gpu.yaml`.
+ENV HOME=/home/dure HF_HOME=/models/huggingface DURE_CACHE=/models/dure
+
+USER 1000:1000
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s CMD wget -q -O /dev/null http://127.0.0.1:8000/health/live
+CMD ["dure", "serve"]
