@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from deployments.spec import CheckpointError
-from serve import bench, environment, processes
-from serve.config_file import ConfigFile, read_config
+from serve import bench, environment, history, processes
+from serve.config_file import ConfigFile, checked, read_config
 from serve.settings import SettingsError
 from serve.store import locations, schema
 from serve.supervisor import Stopped, Supervisor
@@ -80,8 +81,9 @@ def _serve_here(config: ConfigFile) -> None:
         supervisor.stop()
 
 
-def _serve_there(config: ConfigFile) -> None:
+def _serve_there(config: ConfigFile, source: str | None = None) -> None:
     cluster = _joined()
+    history.record(source or str(config.path), config.document)
     cluster.deploy(config)
     _show((asdict(event) for event in cluster.follow(config)), config)
     print_ready(out, config)
@@ -126,6 +128,36 @@ def stop() -> None:
         return
     count = processes.stop_all()
     out.print(f"Stopped {count}" if count else "Nothing to stop", highlight=False)
+
+
+@main.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(help="Number of the deploy; else the one before the last.")] = None,
+) -> None:
+    """Deploy anew what the cluster at RAY_ADDRESS had before."""
+    try:
+        _joined()
+        known = history.earlier(to)
+        out.print(f"Going back to deploy {known.number}, {known.source}", highlight=False, soft_wrap=True)
+        _serve_there(checked(Path(known.source), known.document), known.source)
+    except SettingsError as error:
+        _fail(str(error), 2)
+
+
+@main.command("history")
+def history_command() -> None:
+    """What has been deployed into the cluster at RAY_ADDRESS, the last one last."""
+    try:
+        _joined()
+    except SettingsError as error:
+        _fail(str(error), 2)
+    table = Table("deploy", "at", "from", "models")
+    for deploy in history.deploys():
+        models = deploy.document["applications"][0].get("args", {}).get("models", {})
+        table.add_row(
+            str(deploy.number), f"{datetime.fromtimestamp(deploy.at):%F %T}", deploy.source, ", ".join(models)
+        )
+    out.print(table)
 
 
 @main.command()

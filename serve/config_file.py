@@ -31,14 +31,19 @@ class ConfigFile(BaseModel):
 
 def read_config(path: Path) -> ConfigFile:
     """Read and check a config file. Raises SettingsError with a line for each thing to change."""
-    from ray.serve.schema import ServeDeploySchema
-
     try:
         document = yaml.safe_load(path.read_text())
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not YAML: {error}") from error
+    return checked(path, document)
+
+
+def checked(path: Path, document: Any) -> ConfigFile:
+    """The config file that `path` has, or had when it was deployed. Raises SettingsError."""
+    from ray.serve.schema import ServeDeploySchema
+
     if not isinstance(document, dict) or not document.get("applications"):
         raise SettingsError(f"{path}: a config file has `applications`, a list of one; see configs/local.yaml")
     try:

