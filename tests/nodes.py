@@ -35,6 +35,7 @@ class Nodes:
         self.gcs = free_port()
         self.sockets = Path(tempfile.mkdtemp(prefix="dure-test-"))
         mark = {"DURE_OWNER": f"0:0:{state}", "SERVE_SOCKET_REUSE_PORT_ENABLED": "1"}
+        mark["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # Ray's word for several nodes at 127.0.0.1
         self.environment = local_environment(self.sockets) | QUICK | mark
         self.count = 0
 
@@ -43,7 +44,12 @@ class Nodes:
         at = ["--head", f"--port={self.gcs}", "--include-dashboard=false"]
         if self.count:
             at = [f"--address=127.0.0.1:{self.gcs}"]
-        ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        ports = [
+            "--node-ip-address=127.0.0.1",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+        ]
         size = [f"--num-cpus={cpus:g}", f"--num-gpus={gpus:g}", f"--object-store-memory={100 * 2**20}"]
         subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *at, *ports, *size, "--disable-usage-stats"],
