@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from serve.environment import local_environment
+from serve.environment import joining_environment, local_environment
 from tests.dure import ROOT, free_port
 
 START_S = 90
@@ -53,7 +53,12 @@ class Nodes:
         size = [f"--num-cpus={cpus:g}", f"--num-gpus={gpus:g}", f"--object-store-memory={100 * 2**20}"]
         subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *at, *ports, *size, "--disable-usage-stats"],
-            env={**os.environ, **self.environment, NODE: f"{self.gcs}.{self.count}"},
+            env={
+                **os.environ,
+                **(joining_environment() if self.count else {}),
+                **self.environment,
+                NODE: f"{self.gcs}.{self.count}",
+            },
             cwd=ROOT,
             check=True,
             capture_output=True,
