@@ -58,6 +58,8 @@ def start() -> None:
 def connect() -> None:
     """Join the cluster at RAY_ADDRESS. Raises SettingsError where there is none."""
     _quiet()
+    if ray.is_initialized():
+        return
     try:
         ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
