@@ -1,0 +1,199 @@
+"""Processes and a machine of a cluster are killed under load, one after the other: what fails, and for how long.
+
+Three nodes on this machine, two ingress replicas. A steady number of clients searches and embeds through one port. In
+turn a model's replica, the admission actor, an ingress replica, a HAProxy and a node get a SIGKILL, each when what was
+killed before is back. What a client is refused or loses is asked for once more, which is counted by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from loadtests.report import machine
+from tests.cluster.test_nodes import READY_S, production
+from tests.dure import Dure, free_port
+from tests.nodes import NODE, Nodes
+
+CLIENTS = 6
+PAUSE_S = 0.05
+BETWEEN_S = 5.0
+RECOVER_S = 90.0
+GOOD_IN_A_ROW = 10
+"""So many answers without a failure between them, and what was killed is over."""
+
+
+@dataclass
+class Load:
+    """What the clients saw."""
+
+    url: str
+    kind: str = "none"
+    """Of what was killed last."""
+    answered: Counter[str] = field(default_factory=Counter)
+    failed_once: Counter[str] = field(default_factory=Counter)
+    failed_again: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    last_failure: float = 0.0
+    in_a_row: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not self.over.wait(PAUSE_S):
+                self._ask(client)
+
+    def _ask(self, client: httpx.Client) -> None:
+        stamp = time.monotonic_ns()
+        body = {"query": f"Who pays {stamp}?", "documents": [f"{stamp} the tenant pays", "It rains."], "top_k": 1}
+        began = time.monotonic()
+        for failed in (self.failed_once, self.failed_again):
+            problem = self._try(client, body)
+            if problem is None:
+                self.answered[self.kind] += 1
+                self.seconds.append(time.monotonic() - began)
+                self.in_a_row += 1
+                return
+            failed[self.kind] += 1
+            self.reasons[f"{self.kind}: {problem}"] += 1
+            self.last_failure, self.in_a_row = time.monotonic(), 0
+
+    def _try(self, client: httpx.Client, body: dict[str, object]) -> str | None:
+        try:
+            response = client.post(f"{self.url}/v1/search", json=body)
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        if response.is_success:
+            return None
+        time.sleep(float(response.headers.get("Retry-After", 0)))
+        return f"{response.status_code} {response.text[:90]}"
+
+
+@dataclass(frozen=True)
+class Outage:
+    kind: str
+    kill: Callable[[], None]
+    is_back: Callable[[], bool]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=int, default=240, help="of load, at least")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = Path(tempfile.mkdtemp(prefix="dure-outages-"))
+    nodes = Nodes(folder)
+    try:
+        nodes.add(cpus=2)
+        for _ in range(2):
+            nodes.add(cpus=4, gpus=2)
+        port = free_port()
+        deploying = Dure(production(folder, port, replicas=2), folder, port, **nodes.address)
+        if deploying.ended(READY_S):
+            sys.exit(deploying.said)
+        print(f"{machine()}; 3 nodes on these cores, 2 ingress replicas, {CLIENTS} clients")
+        wrong = _run(nodes, deploying.url, options.seconds)
+    finally:
+        nodes.stop()
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+def _run(nodes: Nodes, url: str, seconds: int) -> list[str]:
+    load = Load(url)
+    clients = [threading.Thread(target=load.run) for _ in range(CLIENTS)]
+    started = time.monotonic()
+    for client in clients:
+        client.start()
+    wrong: list[str] = []
+    try:
+        time.sleep(BETWEEN_S)
+        for outage in _outages(nodes):
+            wrong += _suffer(outage, load)
+            time.sleep(BETWEEN_S)
+        time.sleep(max(0.0, started + seconds - time.monotonic()))
+    finally:
+        load.over.set()
+        for client in clients:
+            client.join()
+    times = sorted(load.seconds)
+    p99_s, elapsed_s = times[int(0.99 * len(times))], time.monotonic() - started
+    print(
+        f"{load.answered.total()} answers in {elapsed_s:.0f} s, p50 {statistics.median(times):.2f} s, p99 {p99_s:.2f}, "
+        f"longest {times[-1]:.1f}"
+    )
+    for reason, count in load.reasons.items():
+        print(f"  {count} times {reason}")
+    return wrong
+
+
+def _suffer(outage: Outage, load: Load) -> list[str]:
+    load.kind, load.in_a_row = outage.kind, 0
+    killed_at = time.monotonic()
+    outage.kill()
+    while not (outage.is_back() and load.in_a_row >= GOOD_IN_A_ROW):
+        if time.monotonic() - killed_at > RECOVER_S:
+            return [f"{outage.kind}: not back after {RECOVER_S:g} s"]
+        time.sleep(0.1)
+    back_s = time.monotonic() - killed_at
+    failing_s = max(0.0, load.last_failure - killed_at)
+    once, again = load.failed_once[outage.kind], load.failed_again[outage.kind]
+    print(f"{outage.kind}: {once} requests failed once, {again} again; failures for {failing_s:.1f} s, as many "
+          f"processes as before after {back_s:.1f} s", flush=True)  # fmt: skip
+    may_fail_once = outage.kind in ("ingress replica", "HAProxy", "node with an ingress")
+    problems = {f"{again} failed twice": again, f"{once} failed": once and not may_fail_once}
+    return [f"{outage.kind}: {problem}" for problem, is_so in problems.items() if is_so]
+
+
+def _outages(nodes: Nodes) -> list[Outage]:
+    def one(kind: str, title: str) -> Outage:
+        before: dict[psutil.Process, int] = {}
+
+        def kill() -> None:
+            before.update(nodes.actors(title))
+            min(before, key=lambda process: before[process] == 0).kill()
+
+        def is_back() -> bool:
+            now = nodes.actors(title)
+            return len(now) >= len(before) and now.keys() != before.keys()
+
+        return Outage(kind, kill, is_back)
+
+    def node(with_ingress: bool) -> Outage:
+        def kill() -> None:
+            doors = set(nodes.actors("ServeReplica:dure:ingress").values())
+            workers = {int(process.environ()[NODE].rpartition(".")[2]) for process in nodes.processes()} - {0}
+            chosen = sorted(workers & doors if with_ingress else workers - doors) or sorted(workers)
+            nodes.add(cpus=4, gpus=2)
+            nodes.kill(chosen[0])
+
+        def is_back() -> bool:
+            return len(nodes.actors("ServeReplica:dure:ingress")) == 2
+
+        return Outage("node with an ingress" if with_ingress else "node without an ingress", kill, is_back)
+
+    return [
+        one("model replica", "ServeReplica:dure:embedder"),
+        one("admission", "Admission"),
+        one("ingress replica", "ServeReplica:dure:ingress"),
+        one("HAProxy", "haproxy -"),
+        node(with_ingress=False),
+        node(with_ingress=True),
+    ]
+
+
+if __name__ == "__main__":
+    main()
