@@ -32,7 +32,7 @@ def production(folder: Path, port: int, replicas: int = 1, **args: Any) -> Path:
         name: known["models"][name] | shape | {"source": source, "autoscaling": fixed}
         for name, source in SOURCES.items()
     }
-    known |= {"cache": {"url": "memory://"}, "drain_s": 5, "guard": {"cpu": None, "gpu_memory": None}, **args}
+    known |= {"cache": {"url": "memory://"}, "guard": {"cpu": None, "gpu_memory": None}, **args}
     del known["store"]
     application["deployments"] = [each for each in application["deployments"] if each["name"] != "adverts"]
     path = folder / "production.yaml"
