@@ -44,15 +44,16 @@ def test_a_share_given_stands_and_without_gpus_there_is_none(
     assert model.gpu_share == model.spec("m").gpu_share == share
 
 
-def test_what_is_filled_in_is_what_is_booked_and_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    booked: dict[str, Any] = {}
-    monkeypatch.setattr(app, "_model", lambda name, model, settings, deploy: booked.update({name: (model, settings)}))
-    monkeypatch.setattr(app.Ingress, "__init__", lambda *_: None)
-    app.build(settings(GPUS, m=RERANKER, cpu=RERANKER | {"num_gpus": 0, "threads": 1}))
-    model, filled = booked["m"]
-    assert model.gpu_share == model.spec("m").gpu_share > 0
-    assert booked["cpu"][0].gpu_share == 0
-    assert filled.own_cores, "a model on a GPU takes no cores"
+def test_what_is_filled_in_is_what_is_booked_and_kept_to() -> None:
+    built = app.build(settings(GPUS, m=RERANKER, cpu=RERANKER | {"num_gpus": 0, "threads": 1}))
+    filled, models, _ = built._bound_deployment.init_args
+    share = filled.models["m"].gpu_share
+    deployments = {name: model._bound_deployment for name, model in models.items()}
+    assert {name: each.ray_actor_options["num_gpus"] for name, each in deployments.items()} == {"m": share, "cpu": 0}
+    specs = {name: each.init_args[0] for name, each in deployments.items()}
+    assert {name: spec.gpu_share for name, spec in specs.items()} == {"m": share, "cpu": 0}
+    assert share > 0
+    assert specs["cpu"].own_cores, "a model on a GPU takes no cores"
 
 
 def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
