@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from deployments.layout import tensors
 from deployments.spec import CheckpointError, ModelSpec
 
@@ -53,15 +51,20 @@ class Footprint:
 
 def footprint(spec: ModelSpec, folder: Path) -> Footprint:
     """What one replica takes. Raises CheckpointError where config or headers can't be read."""
+    from transformers import AutoConfig  # here, because a config that says all shares is served without it
+
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the config in {folder} can't be read: {error}") from error
     text = getattr(config, "text_config", config)
-    activations = _activations(spec, text) + (_tower(spec, config.vision_config) if spec.task == "vision" else 0)
-    return Footprint(
-        round((1 + SLACK) * _weights(spec, folder)), _cache(spec, config, text), round((1 + SLACK) * activations)
-    )
+    weights = _weights(spec, folder)
+    try:
+        activations = _activations(spec, text) + (_tower(spec, config.vision_config) if spec.task == "vision" else 0)
+        cache = _cache(spec, config, text)
+    except AttributeError as error:
+        raise CheckpointError(f"the config in {folder} is of no kind that is known here: {error}") from error
+    return Footprint(round((1 + SLACK) * weights), cache, round((1 + SLACK) * activations))
 
 
 def _weights(spec: ModelSpec, folder: Path) -> int:

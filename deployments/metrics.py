@@ -30,4 +30,11 @@ OUT_OF_MEMORY = Counter("dure_out_of_memory", "Batches that ran out of memory", 
 RELOADS = Counter("dure_reloads", "Reloads of a running model", ["status"], registry=REGISTRY)
 WEIGHTS = Gauge("dure_weights_bytes", "Bytes of the model's weights", registry=REGISTRY)
 LOAD_SECONDS = Gauge("dure_load_seconds", "Time from start of loading to ready", registry=REGISTRY)
-GPU_MEMORY = Gauge("dure_gpu_memory_bytes", "GPU memory that this process has allocated", registry=REGISTRY)
+GPU_MEMORY = Gauge(
+    "dure_gpu_memory_bytes",
+    "GPU memory that this process takes: torch's, in use or kept, and CUDA's",
+    registry=REGISTRY,
+)
+GPU_SHARE = Gauge("dure_gpu_share_bytes", "Its share of the GPU's memory", registry=REGISTRY)
+GPU_PLANNED = Gauge("dure_gpu_planned_bytes", "What it was planned to take of it", registry=REGISTRY)
+GPU_OVER_SHARE = Gauge("dure_gpu_over_share", "1 where it takes more than its share", registry=REGISTRY)

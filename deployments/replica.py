@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from ray import serve
 
 from deployments.answers import Piece
+from deployments.gpu_share import LOOK_S, GpuShare, GpuUse, planned_bytes
 from deployments.items import Requests
 from deployments.live import Live, reason
 from deployments.loopback import keep_to_loopback
-from deployments.metrics import GPU_MEMORY, LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
+from deployments.metrics import LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
 from deployments.progress import LoadEvent, LoadProgress
 from deployments.scaling import BACKLOG, ITEMS
 from deployments.spec import ModelSpec, Order
@@ -44,6 +45,8 @@ class Outlet(Protocol):
 
     def facts(self, facts: dict[str, Any], order: Order | None = None) -> None: ...
 
+    def gpu(self, use: GpuUse) -> None: ...
+
     def refused(self, order: Order, reason: str) -> None: ...
 
 
@@ -63,6 +66,8 @@ class ModelReplica:
         self.spec = spec
         self.backlog, self.backlog_at = 0, 0.0
         self.reloading: asyncio.Task[None] | None = None
+        self.gpu: GpuShare | None = None
+        """None on a CPU."""
         self.ordered = 0
         """Number of the last order begun: one that is heard again, late, is old."""
         self.outlet = make_outlet()
@@ -82,7 +87,7 @@ class ModelReplica:
         except Exception:
             await asyncio.sleep(0.5)  # the process ends with this constructor; let the report leave first
             raise
-        self._tell(order)
+        await self._tell(order)
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
         """A result or a Refusal per request, batch by batch."""
@@ -117,17 +122,13 @@ class ModelReplica:
             return
         self.live, old = new, self.live
         RELOADS.labels("done").inc()
-        self._tell(order)
+        await self._tell(order)
         await old.retire()
 
-    def _tell(self, order: Order | None) -> None:
+    async def _tell(self, order: Order | None) -> None:
         facts = self.live.engine.facts
         WEIGHTS.set(facts.weights_bytes)
         LOAD_SECONDS.set(self.live.load_seconds)
-        if facts.device == "cuda":
-            import torch
-
-            GPU_MEMORY.set_function(torch.cuda.memory_allocated)
         told = {
             "source": self.live.spec.source,
             "load_seconds": round(self.live.load_seconds, 2),
@@ -136,3 +137,20 @@ class ModelReplica:
             "version": f"{self.spec.deploy}.{order.number if order else 0}.{facts.runtime}.{facts.precision}",
         }
         self.outlet.facts(asdict(facts) | told, order)
+        if facts.device == "cuda" and self.spec.gpu_share:
+            await self._compare()
+
+    async def _compare(self) -> None:
+        """Tell from now on what this process takes of its GPU."""
+        planned = await asyncio.to_thread(planned_bytes, self.live.spec)
+        first = self.gpu is None
+        self.gpu = self.gpu or GpuShare.on_cuda(self.spec.name, self.spec.gpu_share)
+        self.gpu.planned(planned)
+        if first:
+            self.looking = asyncio.create_task(self._look(self.gpu))
+
+    async def _look(self, gpu: GpuShare) -> None:
+        while True:
+            if use := gpu.news():
+                self.outlet.gpu(use)
+            await asyncio.sleep(LOOK_S)

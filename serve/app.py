@@ -13,6 +13,7 @@ from deployments.replica import ModelReplica
 from serve.board import Reporter
 from serve.graph import NEEDS
 from serve.ingress import Ingress
+from serve.plan import with_shares
 from serve.services.adverts import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
 from serve.settings import Autoscaling, ModelSettings, Settings
@@ -29,6 +30,7 @@ INGRESS_MAX_ONGOING = 4096
 
 def build(settings: Settings) -> Application:
     """One deployment per model, one per composed service, and the ingress over them."""
+    settings = with_shares(settings)
     deploy = uuid.uuid4().hex
     models = {name: _model(name, model, settings, deploy) for name, model in settings.models.items()}
     services: dict[str, Application] = {}
@@ -69,11 +71,11 @@ def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> 
     fixed = scaling.min_replicas == scaling.max_replicas
     deployment = serve.deployment(ModelReplica).options(
         name=name,
-        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.gpu_share},
         max_ongoing_requests=max(2 * model.max_queue, model.max_batch_items),
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         **({"num_replicas": scaling.min_replicas} if fixed else {"autoscaling_config": _autoscaling(scaling)}),
-        **_lifecycle(settings, model.num_gpus),
+        **_lifecycle(settings, model.gpu_share),
     )
     spec = replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores)
     return deployment.bind(spec, partial(Reporter, settings.guard))

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 
+from deployments.gpu_share import GpuUse
 from deployments.progress import LoadEvent
 from deployments.spec import Order
 from serve.guard import SAMPLE_S, Guard
@@ -52,6 +53,7 @@ class Replica:
     """The replica that loads a second copy, where this is one; else empty."""
     overload: str = ""
     """Why its machine should be given no more work."""
+    gpu: GpuUse | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Board:
             self._note((report.model, name), None)
         for name, state in report.states.items():
             if before.get(name) != state:
-                if state.event.status == "ready":
+                if state.event.status == "ready" and (name not in before or before[name].event != state.event):
                     self._forget_failures(report.model)
                 self._note((report.model, name), state)
         if report.refused:
@@ -271,6 +273,12 @@ class Reporter:
         with self._lock:
             [(name, state)] = self._itself().items()
             self._say(states={name: replace(state, facts=facts)}, order=order)
+
+    def gpu(self, use: GpuUse) -> None:
+        """What this process takes of its GPU now."""
+        with self._lock:
+            [(name, state)] = self._itself().items()
+            self._say(states=self.said.states | {name: replace(state, gpu=use)})
 
     def refused(self, order: Order, reason: str) -> None:
         """The order could not be carried out."""

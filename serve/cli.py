@@ -163,13 +163,16 @@ def history_command() -> None:
 @main.command()
 def plan(
     config: ConfigOption = Path("configs/gpu.yaml"),
-    gpus: Annotated[str, typer.Option(help="COUNTxSIZE, such as 2x24GiB.")] = "1x24GiB",
+    gpus: Annotated[
+        str | None, typer.Option(help="COUNTxSIZE, such as 2x24GiB; else the config's `gpus`, else 1x24GiB.")
+    ] = None,
 ) -> None:
     """Where a config's models go on GPUs, what each takes of its share, and whether they fit. Reads no weights."""
     from serve import plan as planning
 
     try:
-        made = planning.plan(planning.needs_of(read_config(config.resolve()).settings), planning.gpus_of(gpus))
+        file = read_config(config.resolve())
+        made = planning.plan_for(file.settings, gpus, file.path)
     except (SettingsError, CheckpointError) as error:
         _fail(str(error), 2)
     table = Table("model", "replicas", "weights", "cache", "activations", "CUDA", "all", "booked", "least num_gpus")
@@ -177,14 +180,19 @@ def plan(
     for need in made.needs:
         print_of = need.footprint
         parts = (print_of.weights, print_of.cache, print_of.activations, print_of.context, print_of.total)
-        shares = (planning.gib(need.booked * size), f"{need.least(size):.2f}")
+        shares = (_mark(need.worked_out) + planning.gib(need.booked * size), f"{need.least(size):.2f}")
         table.add_row(need.model, str(need.replicas), *map(planning.gib, parts), *shares)
     out.print(table)
     for gpu in made.gpus:
-        bar = "".join(f"[{need.model} {need.booked:.0%}]" for need in gpu.replicas)
+        bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.booked:.0%}]" for need in gpu.replicas)
         out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
     if made.problems:
         _fail("\n".join(made.problems))
+
+
+def _mark(worked_out: bool) -> str:
+    """Before a share that the config leaves out."""
+    return "~" if worked_out else ""
 
 
 @main.command()

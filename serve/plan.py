@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from deployments.footprint import Footprint, footprint
 from deployments.sources import resolve
-from deployments.spec import ModelSpec
-from serve.settings import Settings, SettingsError
+from deployments.spec import CheckpointError, ModelSpec
+from serve.gpus import GIB, Gpus
+from serve.settings import ModelSettings, Settings, SettingsError
 
-GIB = 2**30
 STEP = 0.01
 """Fractions are rounded up to it."""
-USABLE = 0.97
-"""Of a GPU's memory: the rest goes to its driver."""
+DEFAULT_GPUS = "1x24GiB"
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,17 @@ class Need:
     booked: float
     """Share of a GPU."""
     spec: ModelSpec
+    worked_out: bool = False
+    """The config leaves it out: `booked` is the least that will do."""
 
     def least(self, gpu_bytes: float) -> float:
         """The share that would do, rounded up."""
-        return math.ceil(self.footprint.total / gpu_bytes / STEP - 1e-9) * STEP
+        return least(self.footprint, gpu_bytes)
+
+
+def least(takes: Footprint, gpu_bytes: float) -> float:
+    """The share of a GPU that so much memory is, rounded up."""
+    return round(math.ceil(takes.total / gpu_bytes / STEP - 1e-9) * STEP, 2)
 
 
 @dataclass
@@ -58,29 +64,69 @@ class Plan:
 
 def gpus_of(text: str) -> list[Gpu]:
     """GPUs written as COUNTxSIZE, such as 2x24GiB. Raises SettingsError."""
-    found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)\s*(GiB|GB)", text.strip(), re.IGNORECASE)
-    if not found or not int(found[1]) or not float(found[2]):
-        raise SettingsError(f"--gpus {text!r}: GPUs are written as COUNTxSIZE, such as 2x24GiB or 1x80GB")
-    unit = GIB if found[3].lower() == "gib" else 10**9
-    return [Gpu(number, USABLE * float(found[2]) * unit) for number in range(int(found[1]))]
+    try:
+        gpus = Gpus.parse(text)
+    except ValueError as error:
+        raise SettingsError(f"--gpus {text!r}: {error}") from error
+    return [Gpu(number, gpus.memory_bytes) for number in range(gpus.count)]
 
 
-def needs_of(settings: Settings) -> list[Need]:
+def with_shares(settings: Settings, file: Path | str = "FILE") -> Settings:
+    """Gives each model that leaves its share out the least that will do, where the settings say what GPUs there are.
+
+    Nothing is fetched for it; `file` is named in errors. Raises SettingsError where a share can't be worked out, or is
+    more than a GPU.
+    """
+    models = dict(settings.models)
+    for name, model in settings.models.items():
+        if settings.leaves_out(model):
+            try:
+                need = _need(name, model, settings, file)
+            except CheckpointError as error:
+                raise SettingsError(str(error)) from error
+            if need.booked > 1:
+                size = Gpus.parse(settings.gpus or "").memory_bytes
+                raise SettingsError(
+                    f"{name} takes {gib(need.footprint.total)}, and a GPU of gpus: {settings.gpus} has {gib(size)}; "
+                    f"{_remedy(need, size)}"
+                )
+            models[name] = model.model_copy(update={"num_gpus": need.booked})
+    return settings.model_copy(update={"models": models})
+
+
+def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Need]:
     """What the models that use a GPU take; nothing is fetched for it.
 
     Raises CheckpointError where one's config or headers can't be read, or a hub's model is not cached here.
     """
     return [
-        Need(
-            name,
-            model.autoscaling.max_replicas,
-            footprint(model.spec(name), resolve(model.source, model.revision, download=False)),
-            model.num_gpus,
-            model.spec(name),
-        )
+        _need(name, model, settings, file)
         for name, model in settings.models.items()
-        if model.num_gpus
+        if model.gpu_share or settings.leaves_out(model)
     ]
+
+
+def _need(name: str, model: ModelSettings, settings: Settings, file: Path | str) -> Need:
+    spec = model.spec(name)
+    try:
+        takes = footprint(spec, resolve(model.source, model.revision, download=False))
+    except CheckpointError as error:
+        hint = f"; run `dure fetch -c {file}` first" if model.revision else ""
+        raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}{hint}") from error
+    worked_out = settings.leaves_out(model)
+    booked = least(takes, Gpus.parse(settings.gpus or "").memory_bytes) if worked_out else model.gpu_share
+    return Need(name, model.autoscaling.max_replicas, takes, booked, spec, worked_out)
+
+
+def plan_for(settings: Settings, gpus: str | None, file: Path | str = "FILE") -> Plan:
+    """The plan on `gpus` instead of those that the settings name; shares that are left out are of these, too.
+
+    Raises SettingsError and CheckpointError.
+    """
+    gpus = gpus or settings.gpus or DEFAULT_GPUS
+    places = gpus_of(gpus)
+    there = settings.model_copy(update={"gpus": gpus}) if settings.gpus else settings
+    return plan(needs_of(there, file), places)
 
 
 def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
@@ -104,8 +150,8 @@ def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
             made.problems.append(
                 f"{need.model}, replica {number + 1} of {need.replicas}, has no place: it books "
                 f"{gib(need.booked * size)}, and the emptiest GPU has {gib(room)} left, "
-                f"{gib(need.booked * size - room)} too little; {_remedy(need, room)}, and num_gpus: "
-                f"{math.floor(room / size / STEP) * STEP:.2f}"
+                f"{gib(need.booked * size - room)} too little; {_remedy(need, room)}"
+                + ("" if need.worked_out else f", and num_gpus: {math.floor(room / size / STEP) * STEP:.2f}")
             )
     return made
 

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from deployments.spec import ModelSpec, Precision, Runtime
+from serve.gpus import Gpus
 
 CACHES = ("memory", "redis", "rediss", "unix")
 DATABASES = ("sqlite://", "postgresql://")
@@ -89,7 +90,9 @@ class ModelSettings(Strict):
     revision: str | None = Field(None, description="commit or tag on the hub")
     precision: Precision = "auto"
     runtime: Runtime = "auto"
-    num_gpus: float = Field(0, ge=0, description="share of a GPU per replica")
+    num_gpus: float | None = Field(
+        None, ge=0, description="share of a GPU per replica; left out: what `gpus` says of it, else 0, the CPU"
+    )
     num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray books per replica, for placement only")
     threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
     autoscaling: Autoscaling = Autoscaling()
@@ -104,6 +107,11 @@ class ModelSettings(Strict):
     max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
     max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
 
+    @property
+    def gpu_share(self) -> float:
+        """Of a GPU, per replica; where it is left out, `serve.plan.with_shares` has to have filled it in."""
+        return self.num_gpus or 0
+
     def spec(self, name: str) -> ModelSpec:
         """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces torch in fp32."""
         return ModelSpec(
@@ -114,13 +122,18 @@ class ModelSettings(Strict):
             precision=self.precision if optimised() else "fp32",
             runtime=self.runtime if optimised() else "torch",
             threads=self.threads,
-            gpu_share=self.num_gpus,
+            gpu_share=self.gpu_share,
             device_map=self.device_map,
             max_memory=self.max_memory,
             prefix_cache_mb=self.prefix_cache_mb,
             max_batch_items=self.max_batch_items,
             max_batch_tokens=self.max_batch_tokens,
         )
+
+
+def _as_gpus(text: str) -> str:
+    Gpus.parse(text)
+    return text
 
 
 class Limits(Strict):
@@ -254,6 +267,11 @@ class Settings(Strict):
     models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], ModelSettings] = Field(
         min_length=1
     )
+    gpus: Annotated[str, AfterValidator(_as_gpus)] | None = Field(
+        None,
+        description="of the machine, or of each node that has some, as 1x24GiB; a model without num_gpus gets the "
+        "least share that will do; left out: it runs on the CPU",
+    )
     ingress: IngressSettings = IngressSettings()
     search: ServiceSettings = ServiceSettings()
     adverts: AdvertSettings = AdvertSettings()
@@ -287,8 +305,19 @@ class Settings(Strict):
     def own_cores(self) -> bool:
         """Has this machine a core for every thread of every model that runs on the CPU?"""
         cores = os.cpu_count() or 1
-        on_cpu = [model for model in self.models.values() if not model.num_gpus]
+        on_cpu = [model for model in self.models.values() if not model.gpu_share]
         return sum((model.threads or cores) * model.autoscaling.max_replicas for model in on_cpu) <= cores
+
+    def leaves_out(self, model: ModelSettings) -> bool:
+        """Is the model's share of a GPU to be worked out?"""
+        return self.gpus is not None and model.num_gpus is None
+
+    @model_validator(mode="after")
+    def _shares_of_spread_models(self) -> "Settings":
+        spread = [name for name, model in self.models.items() if self.leaves_out(model) and model.device_map]
+        if spread:
+            raise ValueError(f"{', '.join(spread)}: how many GPUs a device_map may use has to be said: num_gpus")
+        return self
 
     @model_validator(mode="after")
     def _reserved_names(self) -> "Settings":

@@ -19,6 +19,7 @@ import httpx
 from deployments.sources import ROOT
 from serve import environment, processes
 from serve.config_file import ConfigFile
+from serve.plan import with_shares
 from serve.settings import SettingsError
 
 LOG_STARTS_KEPT = 5
@@ -125,8 +126,8 @@ def _check_port(config: ConfigFile) -> None:
 
 
 def _check_gpus(config: ConfigFile) -> None:
-    models = config.settings.models
-    gpus = {name: model.num_gpus * model.autoscaling.min_replicas for name, model in models.items() if model.num_gpus}
+    models = with_shares(config.settings, config.path).models
+    gpus = {name: model.gpu_share * model.autoscaling.min_replicas for name, model in models.items() if model.gpu_share}
     if not gpus:
         return
     import torch

@@ -1,4 +1,4 @@
-"""A hub's cache with the models of configs/gpu.yaml: real configs, tokenizers left out, and weights that are all hole.
+"""A hub's cache with the models of configs/gpu.yaml and configs/examples: real configs, no tokenizers, hollow weights.
 
 The files' headers are true to the real shapes, and their size is, too; on the disk they take up next to nothing.
 """
@@ -20,6 +20,11 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -51,12 +56,25 @@ def mini_lm(kind: Any, **more: Any) -> Any:
     return kind(BertConfig(vocab_size=30_522, **shape, **more))
 
 
+def xlm_roberta(kind: Any, width: int, layers: int, positions: int = 514, **more: Any) -> Any:
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
+    heads = {"num_attention_heads": width // 64, "max_position_embeddings": positions, "type_vocab_size": 1}
+    return kind(XLMRobertaConfig(vocab_size=250_002, **shape, **heads, **more))
+
+
 MODELS = {
     "skt/kogpt2-base-v2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=51_200)),
     "llava-hf/llava-1.5-7b-hf": lambda: llava(4096, 11_008, 32, 32),
     "llava-hf/llava-1.5-13b-hf": lambda: llava(5120, 13_824, 40, 40),
     "sentence-transformers/all-MiniLM-L6-v2": lambda: mini_lm(BertModel),
     "cross-encoder/ms-marco-MiniLM-L6-v2": lambda: mini_lm(BertForSequenceClassification, num_labels=1),
+    "jhgan/ko-sroberta-multitask": lambda: RobertaModel(
+        RobertaConfig(vocab_size=32_000, max_position_embeddings=514, type_vocab_size=1)
+    ),
+    "intfloat/multilingual-e5-base": lambda: xlm_roberta(XLMRobertaModel, 768, 12),
+    "intfloat/multilingual-e5-large": lambda: xlm_roberta(XLMRobertaModel, 1024, 24),
+    "BAAI/bge-reranker-base": lambda: xlm_roberta(XLMRobertaForSequenceClassification, 768, 12, num_labels=1),
+    "BAAI/bge-reranker-v2-m3": lambda: xlm_roberta(XLMRobertaForSequenceClassification, 1024, 24, 8194, num_labels=1),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -59,6 +60,7 @@ async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
                 "progress": replica.event.progress,
                 "message": replica.event.message,
                 **{key: (replica.facts or {}).get(key) for key in ("device", "precision", "load_seconds")},
+                "gpu": asdict(replica.gpu) if replica.gpu else None,
             }
             for replica in replicas
         ],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from deployments import hub as hubs
 from deployments import live
@@ -161,17 +164,41 @@ def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch:
     assert "it fits with precision: int4" in vision
 
 
-def test_a_dozen_models_on_two_large_gpus(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_shipped_config_offers_for_one_model_less_fits(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
-    shipped = read_config(ROOT / "configs/gpu.yaml").settings.models
-    seven = shipped["vision"].model_copy(update={"num_gpus": 0.22, "precision": "fp16"})
-    small = [shipped[name].model_copy(update={"num_gpus": 0.05}) for name in ("embedder", "reranker", "predictor")]
-    models = {f"vision-{number}": seven for number in range(6)}
-    models |= {f"small-{number}": model for number, model in enumerate(small * 2)}
-    made = planning.plan(planning.needs_of(Settings(models=models)), planning.gpus_of("2x80GiB"))
+    path = ROOT / "configs/gpu.yaml"
+    [offer] = re.findall(r"# +(num_gpus: .*) `dure plan` says what fits", path.read_text())
+    changes = yaml.safe_load("{" + offer.rstrip(". ") + "}")
+    assert set(changes) == {"num_gpus", "max_batch_items", "max_batch_tokens", "prefix_cache_mb"}
+    models = dict(read_config(path).settings.models)
+    del models["vision-13b"]
+    models["vision"] = models["vision"].model_copy(update=changes)
+    assert planning.plan_for(Settings(models=models), "1x24GiB").problems == []
+
+
+TWELVE = ROOT / "configs/examples/twelve-models.yaml"
+
+
+def test_twelve_models_without_shares_find_their_places_on_two_large_gpus(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    made = planning.plan_for(read_config(TWELVE).settings, None)
     assert made.problems == []
-    assert sum(len(gpu.replicas) for gpu in made.gpus) == 12
-    assert all(gpu.free >= 0 for gpu in made.gpus)
+    placed = Counter(need.model for gpu in made.gpus for need in gpu.replicas)
+    assert placed == {need.model: need.replicas for need in made.needs}
+    assert (len(placed), placed.total()) == (12, 24)
+    for gpu in made.gpus:
+        assert sum(need.footprint.total for need in gpu.replicas) <= gpu.memory_bytes
+        assert gpu.free >= 0
+    assert all(need.worked_out for need in made.needs)
+
+
+def test_twelve_models_on_one_large_gpu_say_what_would_help(hub: Path) -> None:
+    run = dure_plan(hub, "--config", str(TWELVE), "--gpus", "1x80GiB")
+    assert run.returncode == 1
+    [vision] = [line for line in run.stderr.splitlines() if line.startswith("vision, replica 3 of 3, has no place")]
+    assert "it fits with precision: int4, max_batch_items: 2, max_batch_tokens: 2048, prefix_cache_mb: 0" in vision
 
 
 def test_a_replica_keeps_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from serve.config_file import read_config
 from serve.settings import Settings, SettingsError
 from tests.dure import ROOT
 
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs/rayservice.yaml"})
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {ROOT / "configs/rayservice.yaml"})
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:

@@ -1,0 +1,196 @@
+"""What a replica takes of its GPU against its share and its plan, with a GPU that is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from deployments import replica as replicas
+from deployments.footprint import CONTEXT_BYTES
+from deployments.gpu_share import GpuShare, GpuUse, planned_bytes
+from deployments.metrics import REGISTRY
+from deployments.progress import LoadEvent
+from deployments.spec import Facts, ModelSpec
+from serve.board import Board, Replica, Report, Reporter
+from serve.routes.models import get_model
+
+MIB = 2**20
+SPEC = ModelSpec("m", "rerank", "demo/rerank/checkpoint", gpu_share=0.1)
+USE = GpuUse(0.1, 1000, 500, 600, False)
+
+
+class Memory:
+    """Of 10,000 MiB."""
+
+    def __init__(self, mib: float) -> None:
+        self.mib = mib
+
+    def __call__(self) -> int:
+        return int(self.mib * MIB)
+
+
+def tenth(memory: Memory) -> GpuShare:
+    return GpuShare("m", 0.1, 10_000 * MIB, memory)
+
+
+def test_use_stands_beside_share_and_plan() -> None:
+    share = tenth(Memory(600))
+    assert share.use() == GpuUse(0.1, 1000, None, 600, False)
+    share.planned(500 * MIB)
+    assert share.use() == USE
+
+
+def test_only_what_changed_is_news() -> None:
+    memory = Memory(600)
+    share = tenth(memory)
+    assert share.news() == share.use()
+    assert share.news() is None
+    memory.mib = 615
+    assert share.news() is None, "1.5 % of the share"
+    memory.mib = 625
+    assert (share.news() or USE).used_mb == 625, "against what was told last, so that it can't creep"
+    share.planned(500 * MIB)
+    assert (share.news() or USE).planned_mb == 500
+    memory.mib = 999
+    share.news()
+    memory.mib = 1001
+    assert (share.news() or USE).over_share, "however little that is"
+
+
+def test_a_replica_over_its_share_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    memory = Memory(900)
+    share = tenth(memory)
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        for memory.mib in (900, 1210, 1300, 900, 1300):
+            share.news()
+    assert [record.getMessage() for record in caplog.records] == [
+        "m takes 1210 MB of its GPU, and its share is 1000 MB; num_gpus: 0.13 would do"
+    ]
+
+
+def test_metrics_follow_what_is_taken() -> None:
+    memory = Memory(600)
+    tenth(memory).planned(500 * MIB)
+
+    def metrics() -> list[float | None]:
+        names = ("share_bytes", "planned_bytes", "memory_bytes", "over_share")
+        return [REGISTRY.get_sample_value(f"dure_gpu_{name}") for name in names]
+
+    assert metrics() == [1000 * MIB, 500 * MIB, 600 * MIB, 0]
+    memory.mib = 1100
+    assert metrics() == [1000 * MIB, 500 * MIB, 1100 * MIB, 1]
+
+
+@pytest.mark.parametrize(("share", "count", "share_mib"), [(0.25, 1, 2500), (2, 2, 20_000)])
+def test_a_gpu_is_asked_for_what_torch_keeps(
+    monkeypatch: pytest.MonkeyPatch, share: float, count: int, share_mib: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 300 * MIB)
+    properties = SimpleNamespace(total_memory=10_000 * MIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties)
+    use = GpuShare.on_cuda("m", share).use()
+    assert (use.share_mb, use.used_mb) == (share_mib, count * (300 + CONTEXT_BYTES / MIB))
+
+
+def test_what_can_be_planned_has_a_figure() -> None:
+    assert (planned_bytes(SPEC) or 0) > CONTEXT_BYTES
+    assert planned_bytes(replace(SPEC, source="nobody/nothing", revision="main")) is None
+
+
+class Outlet:
+    def __init__(self) -> None:
+        self.uses: list[GpuUse] = []
+
+    def facts(self, facts: dict[str, Any], order: Any = None) -> None: ...
+
+    def gpu(self, use: GpuUse) -> None:
+        self.uses.append(use)
+
+
+def loaded(device: str) -> Any:
+    """A replica whose model has just been loaded."""
+    replica: Any = object.__new__(replicas.ModelReplica)
+    engine = SimpleNamespace(facts=Facts(device, "fp16", False, 1))
+    batcher = SimpleNamespace(runner=SimpleNamespace(in_steps=False))
+    replica.spec, replica.outlet, replica.gpu = SPEC, Outlet(), None
+    replica.live = SimpleNamespace(spec=SPEC, engine=engine, batcher=batcher, load_seconds=1.0)
+    return replica
+
+
+def test_a_replica_tells_what_it_takes_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(600)
+    monkeypatch.setattr(replicas, "LOOK_S", 0.01)
+    monkeypatch.setattr(GpuShare, "on_cuda", lambda *_: tenth(memory))
+
+    async def scenario() -> None:
+        replica = loaded("cuda")
+        await replica._tell(None)
+        await asyncio.sleep(0.05)
+        memory.mib = 800
+        await asyncio.sleep(0.05)
+        looking = replica.looking
+        replica.live.spec = replace(SPEC, precision="fp32")
+        await replica._tell(None)
+        await asyncio.sleep(0.05)
+        first, grown, reloaded = replica.outlet.uses
+        assert [use.used_mb for use in (first, grown, reloaded)] == [600, 800, 800]
+        assert reloaded.planned_mb > first.planned_mb
+        assert replica.looking is looking, "one look at a time"
+        looking.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_on_a_cpu_there_is_nothing_to_tell() -> None:
+    replica = loaded("cpu")
+    asyncio.run(replica._tell(None))
+    assert replica.gpu is None
+    assert replica.outlet.uses == []
+
+
+def at(status: Any, name: str = "r") -> Replica:
+    return Replica("m", name, LoadEvent(status, 100, "", ""))
+
+
+def test_a_figure_leaves_all_else_that_is_known_as_it_is() -> None:
+    sent: list[Report] = []
+    reporter = Reporter()
+    reporter._lock = threading.Lock()
+    reporter.board = SimpleNamespace(report=SimpleNamespace(remote=sent.append))
+    reporter.said = Report("m", "r", states={"r": at("ready"), "r/1": at("loading_checkpoint", "r/1")})
+    reporter.gpu(USE)
+    [report] = sent
+    assert report.states == {"r": replace(at("ready"), gpu=USE), "r/1": at("loading_checkpoint", "r/1")}
+    reporter.facts({"device": "cuda"})
+    assert sent[-1].states["r"].gpu == USE
+
+
+def test_a_figure_does_not_hide_that_another_replica_failed() -> None:
+    async def scenario() -> None:
+        board = Board()
+        await board.report(Report("m", "r", states={"r": at("ready")}))
+        await board.report(Report("m", "other", states={"other": at("failed", "other")}))
+        await board.report(Report("m", "r", step=1, states={"r": replace(at("ready"), gpu=USE)}))
+        assert board.replicas["m", "other"].event.status == "failed"
+        assert board.replicas["m", "r"].gpu == USE
+
+    asyncio.run(scenario())
+
+
+def test_a_client_sees_it_for_each_replica() -> None:
+    of = [replace(at("ready"), gpu=USE), at("ready", "on a cpu")]
+    watch = SimpleNamespace(of=lambda name: of, state=lambda name: "ready")
+    graph: Any = SimpleNamespace(models={"m": SimpleNamespace(task="rerank")}, watch=watch)
+    told = asyncio.run(get_model("m", graph))
+    assert [replica["gpu"] for replica in told["replicas"]] == [
+        {"share": 0.1, "share_mb": 1000, "planned_mb": 500, "used_mb": 600, "over_share": False},
+        None,
+    ]

@@ -1,0 +1,109 @@
+"""Shares of a GPU that a config leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from serve import app, cli, supervisor
+from serve.config_file import read_config
+from serve.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
+from serve.settings import Settings, SettingsError
+from tests.unit.test_settings import written
+
+GPUS = "1x24GiB"
+RERANKER = {"task": "rerank", "source": "demo/rerank/checkpoint"}
+FROM_HUB = {"task": "rerank", "source": "nobody/nothing", "revision": "main"}
+
+
+def settings(gpus: str | None, **models: dict[str, Any]) -> Settings:
+    return Settings.model_validate({"models": models} | ({"gpus": gpus} if gpus else {}))
+
+
+def test_a_share_left_out_is_the_least_that_will_do() -> None:
+    left_out = settings(GPUS, m=RERANKER)
+    share = with_shares(left_out).models["m"].gpu_share
+    assert share == needs_of(left_out)[0].least(0.97 * 24 * 2**30)
+    assert 0 < share < 0.2
+    assert share == round(share, 2)
+    assert with_shares(settings("1x80GiB", m=RERANKER)).models["m"].gpu_share < share
+    assert left_out.models["m"].num_gpus is None, "what is given stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "share"), [(GPUS, 0, 0), (GPUS, 0.5, 0.5), (None, None, 0), (None, 0.5, 0.5)]
+)
+def test_a_share_given_stands_and_without_gpus_there_is_none(
+    gpus: str | None, given: float | None, share: float
+) -> None:
+    model = with_shares(settings(gpus, m=FROM_HUB | {"num_gpus": given})).models["m"]
+    assert model.gpu_share == model.spec("m").gpu_share == share
+
+
+def test_what_is_filled_in_is_what_is_booked_and_kept_to() -> None:
+    built = app.build(settings(GPUS, m=RERANKER, cpu=RERANKER | {"num_gpus": 0, "threads": 1}))
+    filled, models, _ = built._bound_deployment.init_args
+    share = filled.models["m"].gpu_share
+    deployments = {name: model._bound_deployment for name, model in models.items()}
+    assert {name: each.ray_actor_options["num_gpus"] for name, each in deployments.items()} == {"m": share, "cpu": 0}
+    specs = {name: each.init_args[0] for name, each in deployments.items()}
+    assert {name: spec.gpu_share for name, spec in specs.items()} == {"m": share, "cpu": 0}
+    assert share > 0
+    assert specs["cpu"].own_cores, "a model on a GPU takes no cores"
+
+
+def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = read_config(written(tmp_path, args__gpus=GPUS))
+    with pytest.raises(SettingsError, match=r"predictor 0.*this machine has 0"):
+        supervisor._check_gpus(config)
+
+
+def test_what_is_not_cached_is_to_be_fetched_first() -> None:
+    with pytest.raises(SettingsError, match=r"run `dure fetch -c mine\.yaml` first"):
+        with_shares(settings(GPUS, m=FROM_HUB), "mine.yaml")
+    with pytest.raises(SettingsError, match="no folder") as caught:
+        with_shares(settings(GPUS, m=RERANKER | {"source": "demo/nowhere/at/all"}))
+    assert "dure fetch" not in str(caught.value)
+
+
+def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
+    greedy = RERANKER | {"max_batch_tokens": 2**20}
+    with pytest.raises(SettingsError, match=r"m takes .* GiB, and a GPU of gpus: 1x1GiB has 0.97 GiB; it fits with"):
+        with_shares(settings("1x1GiB", m=greedy))
+    [problem] = plan_for(settings("1x1GiB", m=greedy), None).problems
+    assert "has no place" in problem
+    assert "num_gpus" not in problem
+
+
+def test_a_model_over_several_gpus_says_how_many() -> None:
+    with pytest.raises(ValueError, match="m: how many GPUs a device_map may use has to be said"):
+        settings(GPUS, m=RERANKER | {"device_map": "auto"})
+
+
+@pytest.mark.parametrize("gpus", ["24GiB", "0x24GiB", 2])
+def test_gpus_that_are_none_are_refused_by_name(tmp_path: Path, gpus: Any) -> None:
+    with pytest.raises(SettingsError, match=r"args\.gpus"):
+        read_config(written(tmp_path, args__gpus=gpus))
+
+
+def test_a_plan_is_for_the_gpus_of_the_config_unless_told_otherwise() -> None:
+    left_out = settings("2x80GiB", m=RERANKER)
+    assert [len(plan_for(left_out, gpus).gpus) for gpus in (None, "3x8GiB")] == [2, 3]
+    large, small = (plan_for(left_out, gpus).needs[0].booked for gpus in (None, "1x8GiB"))
+    assert large < small, "shares are of the GPUs that are planned for"
+    bare = plan_for(settings(None, m=RERANKER), None)
+    assert (bare.needs, len(bare.gpus)) == ([], int(DEFAULT_GPUS[0]))
+
+
+def test_a_plan_marks_what_it_has_worked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = written(tmp_path, args__gpus=GPUS, args__models={"a": RERANKER, "b": RERANKER | {"num_gpus": 0.25}})
+    printed = CliRunner().invoke(cli.main, ["plan", "--config", str(file)]).output
+    assert "[a ~" in printed
+    assert "[b 25%]" in printed
+    assert printed.count("~") == 2
