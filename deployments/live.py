@@ -108,11 +108,17 @@ def reason(error: Exception) -> str:
 
 
 def keep_to_share(share: float) -> None:
-    """Let this process take no more of its GPU's memory than its share: Ray only places by it."""
+    """Let this process take no more of its GPU's memory than its share: Ray only places by it.
+
+    torch counts what it allocates; CUDA's own is part of the share, too.
+    """
     import torch
 
     if torch.cuda.is_available() and 0 < share < 1:
-        torch.cuda.set_per_process_memory_fraction(share)
+        from deployments.footprint import CONTEXT_BYTES
+
+        own = CONTEXT_BYTES / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share - own, share / 10))
 
 
 def _load(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
