@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts loadtest
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-overload bench-tenants bench-scaling bench-outages loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -56,6 +56,18 @@ bench-adverts: $(INSTALLED)
 loadtest: $(INSTALLED)
 	$(BIN)/python -m locust --locustfile loadtests/locustfile.py --headless --users 20 --run-time 2m --only-summary \
 		--loglevel WARNING --html .dure/loadtest.html --json-file .dure/loadtest $(ARGS)
+
+bench-overload: $(INSTALLED)
+	$(BIN)/python -m loadtests.overload $(ARGS)
+
+bench-tenants: $(INSTALLED)
+	$(BIN)/python -m loadtests.tenants $(ARGS)
+
+bench-scaling: $(INSTALLED)
+	$(BIN)/python -m loadtests.scaling $(ARGS)
+
+bench-outages: $(INSTALLED)
+	$(BIN)/python -m loadtests.outages $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml
