@@ -106,9 +106,9 @@ class Visits:
                 return
             ticket = made.ticket
             left_s = self.started + self.tries.run_s - time.monotonic()
-            if made.retry_after_s > left_s:
+            await asyncio.sleep(min(made.retry_after_s, max(0.0, left_s)))
+            if self.over:
                 return
-            await asyncio.sleep(made.retry_after_s)
 
     async def closed(self, clients: int) -> Tries:
         """So many clients, each with its next request as soon as it has its answer."""
