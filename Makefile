@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-overload bench-tenants bench-scaling bench-outages loadtest
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -68,6 +68,9 @@ bench-scaling: $(INSTALLED)
 
 bench-outages: $(INSTALLED)
 	$(BIN)/python -m loadtests.outages $(ARGS)
+
+bench-deploys: $(INSTALLED)
+	$(BIN)/python -m loadtests.deploys $(ARGS)
 
 # torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml
