@@ -32,7 +32,7 @@ PAUSE_S = 0.05
 RETRY_S = 1.0
 """After which a client asks again that was told nothing else."""
 SHARE = 0.45
-"""Of a GPU, so that one holds a replica of each model. Ray places by what is left on a node in all: where that is 0.4 of
+"""Of a GPU, so that one holds a replica of each model. Ray places by what is left on a node in all: where it is 0.4 of
 each of two GPUs, a replica of 0.6 waits for ever."""
 BETWEEN_S = 5.0
 RECOVER_S = 90.0
