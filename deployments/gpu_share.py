@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from deployments.footprint import CONTEXT_BYTES, footprint
 from deployments.metrics import GPU_MEMORY, GPU_OVER_SHARE, GPU_PLANNED, GPU_SHARE
 from deployments.sources import resolve
-from deployments.spec import CheckpointError, ModelSpec
+from deployments.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 
@@ -102,7 +102,8 @@ def planned_bytes(spec: ModelSpec) -> int | None:
     """What `dure plan` says that a replica takes; None for a model of a kind that it does not know."""
     try:
         return footprint(spec, resolve(spec.source, spec.revision, download=False)).total
-    except CheckpointError:
+    except Exception as error:  # a config of another kind may lack anything; the model serves all the same
+        logger.warning("%s can't be planned: %r", spec.name, error)
         return None
 
 

@@ -316,5 +316,6 @@ class Reporter:
                     self.on_order(order)
             except Exception as error:  # a replica serves on without its board; the next beat tries again
                 logger.warning("the board can't be told: %r", error)
-                self.board = board()
+                with contextlib.suppress(Exception):
+                    self.board = board()
             time.sleep(BEAT_S)

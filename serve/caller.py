@@ -52,7 +52,7 @@ class Caller:
         if (text := said.get(b"x-request-timeout")) is not None:
             timeout_s = min(timeout_s, _seconds(text, TIMEOUT_HEADER))
         if (text := said.get(b"x-request-timeout-seconds")) is not None:
-            timeout_s = min(timeout_s, _seconds(text, SERVES_HEADER) - FIRST_S)
+            timeout_s = min(timeout_s, max(0.001, _seconds(text, SERVES_HEADER) - FIRST_S))
         return cls(
             timeout_s,
             time.monotonic() + timeout_s,

@@ -19,6 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve.board import NAME, NAMESPACE, Replica, board
 from serve.config_file import ConfigFile
+from serve.lanes import admission
 from serve.settings import SettingsError
 from serve.watch import CONSTRUCTOR_TRIES
 
@@ -86,16 +87,21 @@ def follow(config: ConfigFile) -> Iterator[Event]:
     actor = board()
     epoch, sequence, heard = "", 0, None
     replicas: dict[Any, Replica] = {}
+    before: set[Any] = set()
     checked = 0.0
     said = ""
     while True:
         heard = heard or actor.listen.remote(epoch, sequence)
         if ray.wait([heard], timeout=POLL_S)[0]:
             changes = ray.get(heard)
+            if not epoch:  # what failed before this deploy is not of it
+                before = {key for key, replica in changes.states if replica and replica.event.status == "failed"}
             heard, epoch, sequence = None, changes.epoch, changes.sequence
             for key, replica in changes.states:
                 if replica is None:
                     replicas.pop(key, None)
+                    continue
+                if key in before:
                     continue
                 replicas[key] = replica
                 yield Event("progress", replica.event.message, replica.model, replica.event.progress)
@@ -134,8 +140,9 @@ def delete() -> bool:
     if found:
         _announce_stop()
         serve.delete("dure")
-    with contextlib.suppress(ValueError):
-        ray.kill(ray.get_actor(NAME, NAMESPACE))
+    for name in (NAME, admission.NAME):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, NAMESPACE))
     return found
 
 

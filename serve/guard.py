@@ -72,7 +72,7 @@ def _memory() -> float:
 def _gpu_memory() -> float:
     try:
         pynvml.nvmlInit()
+        gpus = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return max((memory.used / memory.total for memory in map(pynvml.nvmlDeviceGetMemoryInfo, gpus)), default=0.0)
     except pynvml.NVMLError:
         return 0.0
-    gpus = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-    return max((memory.used / memory.total for memory in map(pynvml.nvmlDeviceGetMemoryInfo, gpus)), default=0.0)

@@ -41,8 +41,8 @@ class Watch:
 
     def state(self, model: str) -> State:
         """`failed` once as many replicas have failed as Serve will try."""
-        statuses = [replica.event.status for replica in self.of(model)]
-        if not statuses and model in self.sleepers:
+        statuses = [replica.event.status for replica in self.of(model) if not replica.process]
+        if model in self.sleepers and len(statuses) < CONSTRUCTOR_TRIES and set(statuses) <= {"failed"}:
             return "asleep"
         if "ready" in statuses:
             return "ready"

@@ -1,6 +1,8 @@
 """What must be set before torch is imported, and which tests may run beside which."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from serve.environment import EVERYWHERE
 for name in ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM"):
     os.environ.setdefault(name, EVERYWHERE[name])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
+    # Two clusters that start at once on a new machine would each make one, and the first not know its own nodes.
+    subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"], capture_output=True, timeout=60
+    )
 os.environ.setdefault("DURE_CACHE", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "dure"))
 
 

@@ -103,20 +103,23 @@ class Lanes:
 
     async def _decision(self, asked: Asked, caller: Caller) -> Decision:
         """Asked again where the actor has died, which forgets nothing that holders know."""
-        give_up = min(caller.deadline, time.monotonic() + AWAY_S)
+        away_since: float | None = None
         while True:
             try:
-                actor = await self._admission()
                 async with asyncio.timeout(caller.left_s()):
+                    actor = await self._admission()
                     decision: Decision = await actor.enter.remote(replace(asked, timeout_s=caller.left_s()))
+                if decision != "gone":
                     return decision
+                away_since = None  # it had not heard of this process for a while
             except TimeoutError as error:
                 raise errors.too_late(asked.lane, caller.timeout_s) from error
             except (RayActorError, ValueError) as error:
                 self._actor = None
-                if time.monotonic() > give_up:
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > AWAY_S:
                     raise errors.no_admission() from error
-                await asyncio.sleep(RETRY_PAUSE_S)
+            await asyncio.sleep(min(RETRY_PAUSE_S, caller.left_s()))
 
     async def _admission(self) -> Any:
         if self._actor is None:

@@ -63,7 +63,7 @@ class FairQueue(Generic[E]):
     def put(self, entry: E) -> None:
         line = self.lines.setdefault(entry.tenant, Line())
         if not line:
-            line.turn = max(line.turn, self._turn)
+            line.turn = max(line.turn, self._turn + 1 / entry.weight)  # not before those who have waited a turn
         line.weight = entry.weight
         line.entries.append(entry)
 
@@ -79,6 +79,7 @@ class FairQueue(Generic[E]):
     def remove(self, entry: E) -> None:
         """Raises ValueError where it does not wait."""
         self.lines[entry.tenant].entries.remove(entry)
+        self._forget_idle()
 
     def held(self, tenant: str) -> int:
         """How many of a tenant's wait."""

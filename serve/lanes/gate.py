@@ -63,13 +63,17 @@ class Gate:
         deadline = time.monotonic() + patience_s
         while self.items >= most:
             left = deadline - time.monotonic()
+            if left <= 0 and patience_s:
+                raise errors.too_late(self.name, patience_s)
             if left <= 0:
                 self.rejected += 1
                 REJECTED.labels(self.name).inc()
                 refused = self.tickets.refuse(tenant, self.items, self.max_items, items, ticket)
                 raise errors.queue_full(self.name, refused)
+            # Not wait_for, which in Python 3.11 forgets that it was cancelled where it has just been freed.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._freed.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._freed.wait()
         self.items += items
         self._gauge.set(self.items)
         try:

@@ -62,7 +62,7 @@ async def create_job(
     ad_copy_eng = _text(ad_copy_eng, "ad_copy_eng", limits)
     job_id = uuid.uuid4()
     with measured(adverts.name):
-        async with adverts.gate.admitted(1):  # before the image takes up memory
+        async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
             content = await image.read()
             new = NewJob(
                 tenant_id,
@@ -89,7 +89,7 @@ async def record_overlay(
 ) -> Response:
     """The finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
     with measured(adverts.name):
-        async with adverts.gate.admitted(1):  # before the image takes up memory
+        async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
             tenant_id, image, content, layout = await _finished(request, job_id, graph.settings.limits)
             recorded = await adverts.call(
                 Which(tenant_id, job_id, job_variants_id),

@@ -265,3 +265,19 @@ def test_a_leave_that_overtakes_its_enter_leaves_nothing_behind(monkeypatch: pyt
         assert (await actor.queues())["lanes"]["search"]["running"] == 2
 
     admitting(scenario, monkeypatch)
+
+
+def test_tenants_that_nobody_has_seen_do_not_starve_one_that_waits() -> None:
+    async def scenario(lane: Lane) -> None:
+        more = {"max_queue": 50, "max_concurrent": 1}
+        lane.enter(asked("known", **more))
+        lane.leave(next(iter(lane.running)))
+        running = lane.enter(asked("first", **more))
+        known = lane.enter(asked("known", **more))
+        for number in range(4):
+            lane.enter(asked(f"new{number}", **more))
+            lane.leave(running)
+            [running] = lane.running
+        assert said(known) == "admitted"
+
+    run(scenario)
