@@ -10,10 +10,10 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.replica import ModelReplica
-from serve.board import Reporter
 from serve.graph import NEEDS
 from serve.ingress import Ingress
 from serve.plan import with_shares
+from serve.reporter import Reporter
 from serve.services.adverts import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
 from serve.settings import Autoscaling, ModelSettings, Settings

@@ -17,7 +17,8 @@ from ray.serve._private import api
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
-from serve.board import NAME, NAMESPACE, Replica, board
+from serve.actors import NAMESPACE
+from serve.board import NAME, Replica, board
 from serve.config_file import ConfigFile
 from serve.lanes import admission
 from serve.settings import SettingsError

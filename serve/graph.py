@@ -12,7 +12,6 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.loopback import keep_to_loopback
 from serve import errors
-from serve.board import Reporter
 from serve.cache import cache_of
 from serve.caller import Caller
 from serve.calls import Deployment, Model
@@ -20,6 +19,7 @@ from serve.following import Following
 from serve.lanes.client import Lanes
 from serve.metrics import REGISTRY
 from serve.predictions import Predictions
+from serve.reporter import Reporter
 from serve.settings import Settings
 from serve.watch import Watch
 

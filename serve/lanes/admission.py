@@ -13,12 +13,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
-
+from serve.actors import only
 from serve.lanes.gate import GateStanding
 from serve.lanes.lane import Asked, Decision, Entry, Lane
 
-NAME, NAMESPACE = "dure-admission", "dure"
+NAME = "dure-admission"
 BEAT_S = 1.0
 SILENCE_S = 5.0
 """A holder that has not been heard of for this long is gone: five beats, as loaded machines skip some."""
@@ -143,16 +142,4 @@ class Admission:
 
 def admission() -> Any:
     """The cluster's admission, started where there is none."""
-    return (
-        ray.remote(Admission)
-        .options(
-            name=NAME,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
-            max_concurrency=10_000,
-        )
-        .remote(secrets.token_bytes(32))
-    )
+    return only(Admission, NAME, secrets.token_bytes(32))

@@ -105,9 +105,7 @@ class Lane:
             return entry
         self.queue.put(entry)
         self.fill()
-        if (
-            self._waiting > self.max_queue
-        ):  # it is its tenant's turn rather than that of one who has more than its share
+        if self._waiting > self.max_queue:  # it is in for its tenant's share: one goes who has more than that
             last = self.queue.last(self._excess)
             self.queue.remove(last)
             self._refuse(last)

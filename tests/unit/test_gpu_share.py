@@ -18,7 +18,8 @@ from deployments.gpu_share import GpuShare, GpuUse, planned_bytes
 from deployments.metrics import REGISTRY
 from deployments.progress import LoadEvent
 from deployments.spec import Facts, ModelSpec
-from serve.board import Board, Replica, Report, Reporter
+from serve.board import Board, Replica, Report
+from serve.reporter import Reporter
 from serve.routes.models import get_model
 
 MIB = 2**20
