@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from serve.actors import only
@@ -29,14 +29,25 @@ LEFT_KEPT_S = 10.0
 
 
 @dataclass(frozen=True)
+class TurnedAway:
+    """Newcomers to a lane that a process has refused by itself, as admission had just refused one."""
+
+    lane: str
+    count: int
+    seconds: float
+    """That they will take."""
+
+
+@dataclass(frozen=True)
 class Holding:
-    """All that a process has in lanes, and what waits in it for models."""
+    """All that a process has in lanes, what waits in it for models, and whom it has turned away since the last time."""
 
     holder: str
     running: list[Asked]
     waiting: list[str]
     """Ids."""
     models: list[GateStanding]
+    turned_away: list[TurnedAway] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,8 @@ class Admission:
         self._hear(holding.holder)
         self.models[holding.holder] = holding.models
         now = time.monotonic()
+        for away in holding.turned_away:
+            self._lane(away.lane).turned_away(away.count, away.seconds)
         for asked in holding.running:
             if asked.id not in self.entries and asked.id not in self.left:
                 self.entries[asked.id] = self._lane(asked.lane).resume(asked)

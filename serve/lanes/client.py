@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
@@ -17,10 +17,10 @@ from ray.exceptions import RayActorError, RayError
 from serve import errors
 from serve.caller import Caller
 from serve.following import Following
-from serve.lanes.admission import BEAT_S, Held, Holding, admission
+from serve.lanes.admission import BEAT_S, Held, Holding, TurnedAway, admission
 from serve.lanes.gate import Gate
 from serve.lanes.lane import Asked, Decision, Standing
-from serve.lanes.tickets import Refused
+from serve.lanes.tickets import LONGEST_S, Refused
 from serve.metrics import REJECTED
 
 logger = logging.getLogger("ray.serve")
@@ -33,9 +33,28 @@ AWAY_S = 20.0
 """How long a request waits for an admission that does not answer."""
 
 
+@dataclass
+class Full:
+    """A lane that is full for a tenant, with no tickets left for its newcomers."""
+
+    refused: Refused
+    """What one that has asked has heard."""
+    until: float
+    """Others would hear the same, on the clock of time.monotonic."""
+    others: int = 0
+    """That have heard it since."""
+
+    def next(self) -> Refused:
+        """What one more hears."""
+        self.others += 1
+        later_s = int(self.others * self.refused.each_s)
+        return replace(self.refused, retry_after_s=min(self.refused.retry_after_s + later_s, LONGEST_S))
+
+
 class Lanes:
     """Lets requests into lanes, and tells admission every second what this process has, so that nothing is held twice
-    and nothing is forgotten."""
+    and nothing is forgotten. A flood does not reach admission: what it has just said to one newcomer, the next hear
+    here."""
 
     def __init__(self, holder: str, limits: dict[str, tuple[int, int]], weights: dict[str, float]) -> None:
         """`limits` of each lane: how many run and how many wait. A tenant's weight is 1 where `weights` has none."""
@@ -45,6 +64,10 @@ class Lanes:
         self.running: dict[str, Asked] = {}
         self.waiting: dict[str, Following | None] = {}
         self.gates: list[Gate] = []
+        self._full: dict[tuple[str, str], Full] = {}
+        """By lane and tenant."""
+        self._turned_away: dict[str, TurnedAway] = {}
+        """By lane, as far as admission has not heard of them."""
         self._actor: Any = None
         self._wake = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
@@ -57,6 +80,8 @@ class Lanes:
     @asynccontextmanager
     async def admitted(self, lane: str, caller: Caller, following: Following | None = None) -> AsyncIterator[None]:
         """A slot of the lane's, for as long as the body runs. Raises DureError where there is none in time."""
+        if caller.ticket is None:
+            self._turn_away(lane, caller.tenant)
         max_concurrent, max_queue = self.limits[lane]
         asked = Asked(
             uuid.uuid4().hex,
@@ -77,6 +102,8 @@ class Lanes:
             decision = await self._decision(asked, caller)
             if isinstance(decision, Refused):
                 REJECTED.labels(lane).inc()
+                if decision.stands_s:
+                    self._full[lane, caller.tenant] = Full(decision, time.monotonic() + decision.stands_s)
                 raise errors.queue_full(lane, decision)
             if decision != "admitted":
                 raise errors.too_late(lane, caller.timeout_s)
@@ -100,6 +127,16 @@ class Lanes:
             raise errors.no_admission() from error
         idle = {name: asdict(Standing.idle(*limits)) for name, limits in self.limits.items()}
         return told | {"lanes": idle | told["lanes"]}
+
+    def _turn_away(self, lane: str, tenant: str) -> None:
+        """Raises DureError where admission has just told another newcomer of the tenant's that there is no room."""
+        full = self._full.get((lane, tenant))
+        if full is None or time.monotonic() >= full.until:
+            return
+        REJECTED.labels(lane).inc()
+        before = self._turned_away.get(lane, TurnedAway(lane, 0, 0.0))
+        self._turned_away[lane] = TurnedAway(lane, before.count + 1, before.seconds + full.refused.each_s)
+        raise errors.queue_full(lane, full.next())
 
     async def _decision(self, asked: Asked, caller: Caller) -> Decision:
         """Asked again where the actor has died, which forgets nothing that holders know."""
@@ -131,7 +168,9 @@ class Lanes:
             try:
                 actor = await self._admission()
                 models = [gate.standing() for gate in self.gates]
-                holding = Holding(self.holder, list(self.running.values()), list(self.waiting), models)
+                away, self._turned_away = list(self._turned_away.values()), {}
+                self._full = {key: full for key, full in self._full.items() if time.monotonic() < full.until}
+                holding = Holding(self.holder, list(self.running.values()), list(self.waiting), models, away)
                 held: Held = await asyncio.wait_for(actor.hold.remote(holding), ANSWER_S)
                 for gate in self.gates:
                     gate.tickets.key = held.key

@@ -122,6 +122,11 @@ class Lane:
             entry.decide("gone")
         self.fill()
 
+    def turned_away(self, count: int, seconds: float) -> None:
+        """So many newcomers, who will take so long, have heard at their ingress what one before them had."""
+        self.rejected += count
+        self.tickets.put_off(seconds)
+
     def resume(self, asked: Asked) -> Entry:
         """It runs already, let in by one who has died since."""
         self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue

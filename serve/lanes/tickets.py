@@ -25,17 +25,24 @@ FOR_TICKETS = 0.8
 FOR_NEWCOMERS = 0.25
 """Of a queue, the part that is never held for tickets; who comes back finds it as full as this on average."""
 MAX_WAIT_S = 60
-"""Nobody is told to come back later than this; those beyond it get no ticket."""
+"""The longest time that a ticket is given for: further ahead the pace is a guess."""
+LONGEST_S = 300
+"""Who gets no ticket is told to come back behind those who did, but not later than this."""
 VALID_S = 15
 """After its time a ticket is good for this long."""
 HELD_S = 1
 """After its time room is held for a ticket for this long; then it counts as one that does not come back."""
 EARLY_S = 0.3
 """A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
-LEARNT = 0.05
-"""Weight of each new measurement of the pace."""
+PACE_OF_S, PACE_OF_ITEMS = 10.0, 10
+"""The pace is that of the last so many seconds of work, or items where these take longer. One that follows every batch
+is at times too fast, and then too many tickets are given for the same second."""
 REMEMBERED = 0.98
 """Weight of what was known of tickets before each new one that came back or did not."""
+STANDS = 0.25
+"""Of the time that all take who wait now, the part for which a refusal without a ticket stands: so few have left then
+that the queue is in no danger of running empty."""
+MAX_STANDS_S = 1.0
 KEPT_TIMES = 101
 SIGNED_BYTES = 16
 FORMAT = struct.Struct(">QQ")
@@ -46,17 +53,20 @@ class Pace:
 
     def __init__(self) -> None:
         self.seconds_per_item = 0.05
-        self._count = 0
+        self._worked_s = self._items = 0.0
+        """What is over, the more the longer ago the less."""
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._last = 0.0
 
     def served(self, items: int, started: float) -> None:
         """What `started` then (time.monotonic) is over: what it took beside those before it counts."""
         now = time.monotonic()
-        measured = (now - max(started, self._last)) / items
+        worked_s = now - max(started, self._last)
         self._last = now
-        self._count += 1
-        self.seconds_per_item += max(LEARNT, 1 / self._count) * (measured - self.seconds_per_item)
+        kept = math.exp(-worked_s / max(PACE_OF_S, PACE_OF_ITEMS * self.seconds_per_item))
+        self._worked_s = kept * self._worked_s + worked_s
+        self._items = kept * self._items + items
+        self.seconds_per_item = self._worked_s / self._items
         self._times.append(now - started)
 
     @property
@@ -73,6 +83,10 @@ class Refused:
     retry_after_s: int
     ticket: str | None
     """To be sent back then; None where the time to come back is no promise."""
+    each_s: float = 0.0
+    """Without a ticket: by how much later the next of its tenant is to come."""
+    stands_s: float = 0.0
+    """Without a ticket: for so long others of its tenant would hear the same."""
 
 
 @dataclass(frozen=True, order=True)
@@ -98,6 +112,8 @@ class Tickets:
         self._ended = self._redeemed = 2.0
         """Tickets whose time is over and those that came back, of which some may be others'; the last ones count."""
         self._used: dict[int, float] = {}
+        self._beyond = 0.0
+        """When the last of those without a ticket is to come."""
 
     def refuse(
         self,
@@ -131,11 +147,22 @@ class Tickets:
             if (near + items) * item_s <= 2 * near_s:
                 break
         else:
-            return Refused(waiting, MAX_WAIT_S, None)
+            each_s = items * self.pace.seconds_per_item / FOR_TICKETS
+            stands_s = min(STANDS * waiting * self.pace.seconds_per_item, MAX_STANDS_S)
+            return Refused(waiting, math.ceil(round(self.put_off(each_s) - now, 3)), None, each_s, stands_s)
         reservation = Reservation(due, secrets.randbits(63), tenant, items)
         bisect.insort(self._reserved, reservation)
         self._items[tenant] += items
         return Refused(waiting, retry_after_s, self._token(reservation))
+
+    def put_off(self, seconds: float) -> float:
+        """When a newcomer is to come who gets no ticket and will take so long, on the tickets' clock.
+
+        Behind those before, as they would be a crowd if they all came when tickets are to be had again.
+        """
+        now = self.clock()
+        self._beyond = min(max(self._beyond, now + MAX_WAIT_S) + seconds, now + LONGEST_S)
+        return self._beyond
 
     def redeem(self, token: str | None, tenant: str) -> bool:
         """Does this ticket of the tenant's let it go ahead of newcomers? It does so once, at its time."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from serve.lanes import admission
+from serve.caller import Caller
+from serve.errors import DureError
+from serve.lanes import admission, client
 from serve.lanes.admission import Admission, Held, Holding
 from serve.lanes.lane import Asked, Entry, Lane
-from serve.lanes.tickets import FOR_TICKETS, HELD_S, MAX_WAIT_S, VALID_S, Refused, Tickets
+from serve.lanes.tickets import FOR_TICKETS, HELD_S, LONGEST_S, MAX_WAIT_S, VALID_S, Refused, Tickets
 
 KEY = b"k" * 32
 NUMBERS = itertools.count()
@@ -174,9 +178,13 @@ def test_times_to_come_back_follow_each_other_and_end_somewhere() -> None:
     tickets.pace.seconds_per_item = 1.0
     refusals = [tickets.refuse("a", 4, 0) for _ in range(100)]
     assert [refused.retry_after_s for refused in refusals[:3]] == [7, 8, 9]  # a fifth is for newcomers
-    assert max(refused.retry_after_s for refused in refusals) == MAX_WAIT_S
-    assert refusals[-1].ticket is None
-    assert sum(refused.ticket is not None for refused in refusals) == int(FOR_TICKETS * MAX_WAIT_S) - 4
+    promised = [refused for refused in refusals if refused.ticket]
+    assert len(promised) == int(FOR_TICKETS * MAX_WAIT_S) - 4
+    assert max(refused.retry_after_s for refused in promised) == MAX_WAIT_S
+    others = [refused.retry_after_s for refused in refusals[len(promised) :]]  # behind those, and no crowd either
+    assert others[:4] == [62, 63, 64, 65]
+    assert others == sorted(others)
+    assert {tickets.refuse("a", 4, 0).retry_after_s for _ in range(300)} >= {LONGEST_S}
 
 
 def test_who_never_comes_back_is_not_waited_for() -> None:
@@ -281,3 +289,66 @@ def test_tenants_that_nobody_has_seen_do_not_starve_one_that_waits() -> None:
         assert said(known) == "admitted"
 
     run(scenario)
+
+
+class Here:
+    """An admission in this process, called as Ray's actors are."""
+
+    def __init__(self, actor: Admission) -> None:
+        self.actor = actor
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*arguments: Any) -> asyncio.Future[Any]:
+            self.calls[method] += 1
+            return asyncio.ensure_future(getattr(self.actor, method)(*arguments))
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_a_flood_is_refused_where_it_comes_in_and_no_other_tenant_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(actor: Admission) -> None:
+        here = Here(actor)
+        monkeypatch.setattr(client, "admission", lambda: here)
+        monkeypatch.setattr(client, "BEAT_S", admission.BEAT_S)
+        lanes = client.Lanes("ingress", {"search": (1, 4)}, {})
+        lanes.start([])
+
+        async def ask(tenant: str) -> DureError | None:
+            try:
+                async with lanes.admitted("search", dataclasses.replace(Caller.waiting(20), tenant=tenant)):
+                    await asyncio.sleep(20)
+            except DureError as error:
+                return error
+            return None
+
+        async def until(condition: Callable[[], bool]) -> None:
+            for _ in range(500):
+                if condition():
+                    return
+                await asyncio.sleep(0.01)
+            pytest.fail("in 5 s it was not so")
+
+        lane = actor._lane("search")
+        flood = [asyncio.ensure_future(ask("flood"))]
+        await until(lambda: len(lane.running) == 1)
+        flood += [asyncio.ensure_future(ask("flood")) for _ in range(4)]
+        await until(lambda: len(lane.queue) == 4)
+        lane.tickets.pace.seconds_per_item = 8.0  # so that there are few tickets
+        refusals = [error for _ in range(100) if (error := await ask("flood"))]
+        assert [error.status for error in refusals] == [429] * 100
+        tickets = [bool(error.ticket) for error in refusals]
+        assert tickets == sorted(tickets, reverse=True)
+        assert 0 < sum(tickets) < 10
+        times = [error.retry_after_s for error in refusals if not error.ticket]
+        assert times[:3] == [70, 80, 90]
+        assert max(filter(None, times)) == LONGEST_S
+        assert here.calls["enter"] < 5 + 20
+        small = asyncio.ensure_future(ask("small"))
+        await until(lambda: lane.queue.held("small") == 1)
+        await until(lambda: lane.rejected == 101)  # one of the flood has made room for the small tenant
+        for task in (small, *flood):
+            task.cancel()
+        await asyncio.gather(small, *flood, return_exceptions=True)
+
+    admitting(scenario, monkeypatch)
