@@ -72,7 +72,7 @@ def main() -> None:
 
 async def _profile(session: aiohttp.ClientSession, server: servers.Server) -> tuple[list[Sample], Tries]:
     seconds = sum(each for each, _ in PROFILE)
-    visits = Visits(session, server.url, lambda: {"items": [0]}, seconds)
+    visits = Visits(session, server.url, lambda: b'{"items": [0]}', seconds)
     samples: list[Sample] = []
     wanted = 0
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,10 +36,18 @@ RETRY_PAUSE_S = 0.2
 class Deployment:
     """A deployment that this process calls; where `patient`, a full queue is waited for instead of refused."""
 
-    def __init__(self, name: str, handle: DeploymentHandle, max_queue: int, patient: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        handle: DeploymentHandle,
+        max_queue: int,
+        patient: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """`weights` of tenants: turns for one of another's; 1 where there is none."""
         self.name = name
         self.handle = handle
-        self.gate = Gate(name, max_queue)
+        self.gate = Gate(name, max_queue, weights)
         self.patient = patient
 
     async def call(
@@ -118,8 +126,9 @@ class Model(Deployment):
         patient: bool,
         watch: Watch,
         load_wait_s: float,
+        weights: Mapping[str, float],
     ) -> None:
-        super().__init__(name, handle, settings.max_queue, patient)
+        super().__init__(name, handle, settings.max_queue, patient, weights)
         self.task = settings.task
         self.watch = watch
         self.load_wait_s = load_wait_s
@@ -137,18 +146,22 @@ class Model(Deployment):
         async with self.gate.admitted(len(requests), caller.left_s() if self.patient else 0, caller):
             try:
                 if self.watch.state(self.name) == "ready":
-                    return await self.coalescer.ask(requests, caller.left_s(), following)
+                    return await self._ask(requests, caller, following)
                 async with telling(following, self._loading) if following else contextlib.nullcontext():
                     return await self._ask_when_loaded(requests, caller, following)
             except TimeoutError as error:
                 raise errors.too_late(self.name, caller.timeout_s) from error
 
+    async def _ask(self, requests: list[Any], caller: Caller, following: Following | None) -> Answers:
+        weight = self.gate.weights.get(caller.tenant, 1.0)
+        return await self.coalescer.ask(requests, caller.left_s(), following, caller.tenant, weight)
+
     async def _ask_when_loaded(self, requests: list[Any], caller: Caller, following: Following | None) -> Answers:
         if self.watch.state(self.name) != "asleep":
             await self._loaded(min(self.load_wait_s, caller.left_s()))
-            return await self.coalescer.ask(requests, caller.left_s(), following)
+            return await self._ask(requests, caller, following)
         # Serve starts a replica for a call that waits for one, so it is made at once.
-        asking = asyncio.ensure_future(self.coalescer.ask(requests, caller.left_s(), following))
+        asking = asyncio.ensure_future(self._ask(requests, caller, following))
         loaded = asyncio.ensure_future(self._loaded(caller.left_s()))
         try:
             await asyncio.wait((asking, loaded), return_when=asyncio.FIRST_COMPLETED)

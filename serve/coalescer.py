@@ -8,7 +8,6 @@ import functools
 import itertools
 import secrets
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 from deployments.answers import Answers, Collector, News, Piece, Shares
 from deployments.items import Requests
 from deployments.pace import BatchCost, Linger
+from serve.caller import DEFAULT_TENANT
 from serve.following import Following
+from serve.lanes.fair import FairQueue
 from serve.lanes.tickets import Pace
 
 
@@ -31,6 +32,9 @@ class Parcel:
     done: asyncio.Future[None]
     """Fails with the call that failed; cancelled where the client has gone."""
     following: Following | None = None
+    tenant: str = DEFAULT_TENANT
+    weight: float = 1.0
+    """Turns that the tenant gets for one of another's."""
     sent: int = 0
 
     def settle(self) -> None:
@@ -76,7 +80,8 @@ class Coalescer:
     Where the engine works in steps, and takes newcomers at each, a call leaves at once, as long as there is room for it
     in what the replicas may have on their way.
 
-    Room in a call is dealt out evenly among the requests that wait, so that a long list does not hold up short ones.
+    Room in a call is dealt out in turns among the tenants that wait, and a tenant's evenly among its requests, so that
+    neither a flood nor a long list holds up others.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class Coalescer:
         """Items that have not been sent."""
         self.cost = BatchCost()
         self.linger = Linger(self.cost)
-        self._parcels: deque[Parcel] = deque()
+        self._parcels: FairQueue[Parcel] = FairQueue()
         self._calls: list[Call] = []
         """In the order in which they left."""
         self._numbers = itertools.count(secrets.randbits(62))  # no other caller's
@@ -115,12 +120,19 @@ class Coalescer:
         """Begin to send; needs a running event loop."""
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
-    async def ask(self, items: list[Any], timeout_s: float, following: Following | None = None) -> Answers:
+    async def ask(
+        self,
+        items: list[Any],
+        timeout_s: float,
+        following: Following | None = None,
+        tenant: str = DEFAULT_TENANT,
+        weight: float = 1.0,
+    ) -> Answers:
         """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following)
+        parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following, tenant, weight)
         self._tell(parcel, News(ahead=self.waiting + self.under_way))
-        self._parcels.append(parcel)
+        self._parcels.put(parcel)
         self.waiting += len(items)
         self.linger.arrived(len(items))
         pause_s = self._pause_s()
@@ -198,18 +210,15 @@ class Coalescer:
                 await asyncio.wait_for(self._wake.wait(), pause_s)
 
     def _take(self) -> Call:
-        call = Call()
-        room = self._room()
-        while call.left < room and self._parcels:
-            parcel = self._parcels.popleft()
-            share = max(1, (room - call.left) // (len(self._parcels) + 1))
-            places = range(parcel.sent, min(parcel.sent + share, len(parcel.items)))
-            call.owners += ((parcel, place) for place in places)
-            call.numbers += itertools.islice(self._numbers, len(places))
-            call.left += len(places)
-            parcel.sent = places.stop
+        first: dict[Parcel, int] = {}
+        for _ in range(min(self._room(), self.waiting)):
+            parcel = self._parcels.take()
+            first.setdefault(parcel, parcel.sent)
+            parcel.sent += 1
             if parcel.sent < len(parcel.items):
-                self._parcels.append(parcel)
+                self._parcels.put(parcel)
+        owners = [(parcel, place) for parcel, begin in first.items() for place in range(begin, parcel.sent)]
+        call = Call(owners, list(itertools.islice(self._numbers, len(owners))), len(owners))
         self.waiting -= call.left
         return call
 

@@ -50,13 +50,14 @@ class Graph:
     ) -> Graph:
         """The graph as the running replica sees it. A service, whose own queue is bounded, is `patient` with models."""
         context = serve.get_replica_context()
+        weights = {name: tenant.weight for name, tenant in settings.tenants.items()}
         watch = Watch(name for name, model in settings.models.items() if not model.autoscaling.min_replicas)
         return cls(
             (context.deployment, context.replica_id.unique_id),
             settings,
             watch,
             {
-                name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s)
+                name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s, weights)
                 for name, handle in models.items()
             },
             {name: Deployment(name, handle, settings.service(name).most) for name, handle in services.items()},
@@ -64,7 +65,7 @@ class Graph:
             Lanes(
                 context.replica_id.unique_id,
                 {name: (settings.service(name).max_concurrent, settings.service(name).max_queue) for name in services},
-                {name: tenant.weight for name, tenant in settings.tenants.items()},
+                weights,
             ),
             Reporter(settings.guard),
             patient,

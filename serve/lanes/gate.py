@@ -1,4 +1,4 @@
-"""What waits in one process for a deployment: bounded, and how fast it goes."""
+"""What waits in one process for a deployment: bounded, shared out among tenants, and how fast it goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -31,13 +32,21 @@ class GateStanding:
     seconds_per_item: float
 
 
+MOST = 2
+"""Times `max_items`: what all may have where some come with less than their share to a queue that others filled."""
+
+
 class Gate:
     """Counts items, lets in while there is room, and tells those it refuses when to come back."""
 
-    def __init__(self, name: str, max_items: int) -> None:
+    def __init__(self, name: str, max_items: int, weights: Mapping[str, float] | None = None) -> None:
+        """A tenant's weight is 1 where `weights` has none."""
         self.name = name
         self.max_items = max_items
+        self.weights = weights or {}
         self.items = 0
+        self.items_of: Counter[str] = Counter()
+        """By tenant."""
         self.running: Callable[[], int] = lambda: 0
         """How many of the items have left for a replica."""
         self.overload: Callable[[], str] = lambda: ""
@@ -53,36 +62,52 @@ class Gate:
         """Raises a 429 where the queue is full and stays so for `patience_s`, and a 503 where there is overload.
 
         A list gets in whole while there is room for one item, so that long lists don't starve behind short ones. Those
-        who are told to come back have room held for them.
+        who are told to come back have room held for them. A tenant's share of the queue is its, however full it is.
         """
         self.check()
         tenant, ticket = (caller.tenant, caller.ticket) if caller else (DEFAULT_TENANT, None)
-        most = self.max_items
-        if not patience_s and not self.tickets.redeem(ticket, tenant):
-            most -= self.tickets.held(self.items, self.max_items)
+        awaited = bool(patience_s) or self.tickets.redeem(ticket, tenant)
         deadline = time.monotonic() + patience_s
-        while self.items >= most:
+        while not self._has_room(tenant, awaited):
             left = deadline - time.monotonic()
             if left <= 0 and patience_s:
                 raise errors.too_late(self.name, patience_s)
             if left <= 0:
                 self.rejected += 1
                 REJECTED.labels(self.name).inc()
-                refused = self.tickets.refuse(tenant, self.items, self.max_items, items, ticket)
+                mine, share = self.items_of[tenant], self._share(tenant)
+                refused = self.tickets.refuse(tenant, self.items, self.max_items, items, ticket, mine, share)
                 raise errors.queue_full(self.name, refused)
             # Not wait_for, which in Python 3.11 forgets that it was cancelled where it has just been freed.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._freed.wait()
-        self.items += items
-        self._gauge.set(self.items)
+        self._count(tenant, items)
         try:
             yield
         finally:
-            self.items -= items
-            self._gauge.set(self.items)
+            self._count(tenant, -items)
             self._freed.set()
             self._freed = asyncio.Event()
+
+    def _has_room(self, tenant: str, awaited: bool) -> bool:
+        """`awaited`: what is held for those who are told to come back is held for this one."""
+        if self.items < self.max_items - (0 if awaited else self.tickets.held(self.items, self.max_items)):
+            return True
+        mine = self.items_of[tenant] + self.tickets.reserved(self.items + 1, tenant)
+        return mine < self.max_items * self._share(tenant) and self.items < MOST * self.max_items
+
+    def _share(self, tenant: str) -> float:
+        """The part of the queue that is a tenant's beside those that have something in it."""
+        weights = {name: self.weights.get(name, 1.0) for name in (*self.items_of, tenant)}
+        return weights[tenant] / sum(weights.values())
+
+    def _count(self, tenant: str, items: int) -> None:
+        self.items += items
+        self.items_of[tenant] += items
+        if not self.items_of[tenant]:
+            del self.items_of[tenant]
+        self._gauge.set(self.items)
 
     def check(self) -> None:
         """Raises a 503 where no new work is taken."""

@@ -106,7 +106,7 @@ class Lane:
         self.queue.put(entry)
         self.fill()
         if self._waiting > self.max_queue:  # it is in for its tenant's share: one goes who has more than that
-            last = self.queue.last(self._excess)
+            last = self.queue.last(self._excess, lambda entry: not entry.has_ticket)
             self.queue.remove(last)
             self._refuse(last)
         return entry
@@ -139,7 +139,7 @@ class Lane:
     def fill(self) -> None:
         """Let in as many as have room. Who is too late is not."""
         now = time.monotonic()
-        while len(self.queue) and len(self.running) < self.max_concurrent and not self.paused:
+        while self.queue and len(self.running) < self.max_concurrent and not self.paused:
             entry = self.queue.take()
             if entry.deadline <= now:
                 entry.decide("late")

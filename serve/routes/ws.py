@@ -64,13 +64,18 @@ async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_lengt
             await socket.close(status.WS_1008_POLICY_VIOLATION, "this origin is not among the config's cors_origins")
             return
         await socket.accept()
+        try:
+            caller = Caller.of(socket.scope["headers"], graph.settings.request_timeout_s)
+        except DureError as error:
+            await socket.close(status.WS_1008_POLICY_VIOLATION, error.message)
+            return
         if graph.watch.stopping.is_set():
             await socket.close(status.WS_1012_SERVICE_RESTART, STOPPING)
             return
         if len(CONNECTED) >= graph.settings.websocket.max_connections:
             await socket.close(status.WS_1013_TRY_AGAIN_LATER, "too many connections; come back in a minute")
             return
-        connection = Connection(socket, graph)
+        connection = Connection(socket, graph, caller)
         CONNECTED.add(connection)
         try:
             await connection.run()
@@ -106,9 +111,11 @@ class Connection:
     Serve reads a socket ahead without a bound, so a client that sends too fast can't be slowed down, only sent away.
     """
 
-    def __init__(self, socket: WebSocket, graph: Graph) -> None:
+    def __init__(self, socket: WebSocket, graph: Graph, caller: Caller) -> None:
         self.socket = socket
         self.graph = graph
+        self.caller = caller
+        """As of the connection: each input has as much time."""
         self.newest: Input | None = None
         """Read and not yet taken up."""
         self.answering: asyncio.Task[dict[str, Any]] | None = None
@@ -209,7 +216,8 @@ class Connection:
     async def _answer(self, asked: Input) -> dict[str, Any]:
         told = {} if asked.id is None else {"id": asked.id}
         try:
-            _, words = await next_words(asked, self.graph, Caller.waiting(self.graph.settings.request_timeout_s))
+            caller = Caller.waiting(self.caller.timeout_s, self.caller.tenant)
+            _, words = await next_words(asked, self.graph, caller)
             return {"type": "prediction", "data": words, "input": asked.text, **told}
         except DureError as error:
             later = {"retry_after": int(error.headers["Retry-After"])} if error.retry_after_s is not None else {}

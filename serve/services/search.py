@@ -41,10 +41,17 @@ class Search(Service):
         self.graph.start()
 
     async def run(
-        self, query: str, documents: list[str], top_k: int, *, timeout_s: float, following: Following | None = None
+        self,
+        query: str,
+        documents: list[str],
+        top_k: int,
+        tenant: str,
+        *,
+        timeout_s: float,
+        following: Following | None = None,
     ) -> Found:
         """The best `top_k` documents. Raises DureError naming the field at fault."""
-        caller = Caller.waiting(timeout_s)
+        caller = Caller.waiting(timeout_s, tenant)
         texts = [Text(text) for text in (*documents, query)]
         embedded: Embeddings = await self.graph.model("embedding").results(
             texts, caller, "documents", following and following.at("embedding")

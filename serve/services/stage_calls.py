@@ -63,7 +63,7 @@ class StageCalls:
         following: Following | None = None,
     ) -> dict[str, Any]:
         """Start the stage, ask the model, and put on record what came of it, whatever that is."""
-        started, caller = time.monotonic(), Caller.waiting(timeout_s)
+        started, caller = time.monotonic(), Caller.waiting(timeout_s, which.tenant_id)
         if known := await self.stages.outcome(which, call):
             return _answer(which, call, known)  # it is made again, by one who did not hear of its end
         asked = await self._start(stage, which, call, ask, overlay_id)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import time
 from collections.abc import Callable, Coroutine
@@ -48,6 +49,28 @@ def test_a_list_gets_in_whole_while_there_is_room_for_one() -> None:
             with pytest.raises(DureError):
                 async with gate.admitted(1):
                     pass
+
+    run(scenario)
+
+
+def test_a_tenant_has_its_share_of_a_queue_that_another_has_filled() -> None:
+    async def scenario(gate: Gate) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def enter(tenant: str) -> None:
+                await stack.enter_async_context(gate.admitted(1, caller=Caller.waiting(5, tenant)))
+
+            for tenant in ["flood"] * 4 + ["small"] * 2:
+                await enter(tenant)
+            for tenant in ("flood", "small"):
+                with pytest.raises(DureError) as caught:
+                    await enter(tenant)
+                assert caught.value.status == 429
+                assert caught.value.ticket
+            for number in range(9):  # names are cheap: they get no more than twice the queue
+                with contextlib.suppress(DureError):
+                    await enter(f"new{number}")
+            assert 6 < gate.items <= 8
 
     run(scenario)
 
@@ -112,7 +135,7 @@ def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, ki
         watch: Any = Watch()
         handle: Any = None
         settings = ModelSettings(task="embedding", source="x")
-        model = Model("m", settings, handle, patient=False, watch=watch, load_wait_s=0.05)
+        model = Model("m", settings, handle, patient=False, watch=watch, load_wait_s=0.05, weights={})
         started = time.monotonic()
         with pytest.raises(DureError) as caught:
             await model.ask(["a"], Caller.waiting(30))

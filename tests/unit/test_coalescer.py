@@ -67,8 +67,8 @@ def run(
     return asyncio.run(main())
 
 
-def ask(coalescer: Coalescer, *items: int, timeout_s: float = 5) -> asyncio.Task[Answers]:
-    return asyncio.create_task(coalescer.ask(list(items), timeout_s))
+def ask(coalescer: Coalescer, *items: int, timeout_s: float = 5, **tenant: Any) -> asyncio.Task[Answers]:
+    return asyncio.create_task(coalescer.ask(list(items), timeout_s, **tenant))
 
 
 async def held(coalescer: Coalescer, replica: Replica, *requests: tuple[int, ...]) -> list[asyncio.Task[Answers]]:
@@ -113,6 +113,24 @@ def test_a_long_list_shares_calls_with_short_requests() -> None:
     calls = run(scenario).calls
     assert {3, 4, 5} <= set(calls[2])
     assert all(len(call) <= 8 for call in calls)
+
+
+def test_tenants_take_turns_by_their_weight_however_much_one_has_waiting() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, *((number,) for number in range(100, 120)))
+        tasks += [
+            ask(coalescer, *range(20, 23), tenant="small"),
+            ask(coalescer, *range(30, 39), tenant="b", weight=3.0),
+        ]
+        await asyncio.sleep(0.01)
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    calls = run(scenario).calls
+    assert len([item for item in calls[2] if 30 <= item < 39]) in (4, 5)  # three fifths of eight
+    assert len([item for item in calls[2] if 20 <= item < 23]) in (1, 2)
+    assert {20, 21, 22, *range(30, 39)} <= {item for call in calls[2:5] for item in call}
+    assert [item for call in calls[2:] for item in call if item >= 100] == list(range(100, 120))
 
 
 def test_a_request_whose_client_left_while_it_waited_is_never_sent() -> None:
