@@ -78,7 +78,7 @@ def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> 
         **_lifecycle(settings, model.gpu_share),
     )
     spec = replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores)
-    return deployment.bind(spec, partial(Reporter, settings.guard))
+    return deployment.bind(spec, partial(Reporter, settings.guard.where(uses_gpu=model.gpu_share > 0)))
 
 
 def _autoscaling(scaling: Autoscaling) -> dict[str, Any]:

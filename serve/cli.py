@@ -83,9 +83,10 @@ def _serve_here(config: ConfigFile) -> None:
 
 def _serve_there(config: ConfigFile, source: str | None = None) -> None:
     cluster = _joined()
-    history.record(source or str(config.path), config.document)
+    deploy = history.record(source or str(config.path), config.document)
     cluster.deploy(config)
-    _show((asdict(event) for event in cluster.follow(config)), config)
+    if _show((asdict(event) for event in cluster.follow(config)), config):
+        history.confirm(deploy.number)
     print_ready(out, config)
 
 
@@ -132,7 +133,7 @@ def stop() -> None:
 
 @main.command()
 def rollback(
-    to: Annotated[int | None, typer.Option(help="Number of the deploy; else the one before the last.")] = None,
+    to: Annotated[int | None, typer.Option(help="A deploy's number; else the last that came up and is another.")] = None,
 ) -> None:
     """Deploy anew what the cluster at RAY_ADDRESS had before."""
     try:
@@ -151,12 +152,12 @@ def history_command() -> None:
         _joined()
     except SettingsError as error:
         _fail(str(error), 2)
-    table = Table("deploy", "at", "from", "models")
+    table = Table("deploy", "at", "from", "came up", "models")
     for deploy in history.deploys():
         models = deploy.document["applications"][0].get("args", {}).get("models", {})
-        table.add_row(
-            str(deploy.number), f"{datetime.fromtimestamp(deploy.at):%F %T}", deploy.source, ", ".join(models)
-        )
+        came_up = "yes" if deploy.ready else "no"
+        at = f"{datetime.fromtimestamp(deploy.at):%F %T}"
+        table.add_row(str(deploy.number), at, deploy.source, came_up, ", ".join(models))
     out.print(table)
 
 

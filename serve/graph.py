@@ -67,7 +67,7 @@ class Graph:
                 {name: (settings.service(name).max_concurrent, settings.service(name).max_queue) for name in services},
                 weights,
             ),
-            Reporter(settings.guard),
+            Reporter(settings.guard.where(uses_gpu=False)),
             patient,
         )
 

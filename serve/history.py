@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from serve.settings import SettingsError
@@ -21,6 +21,8 @@ class Deploy:
     source: str
     """The file, or the deploy that it went back to."""
     document: dict[str, Any]
+    ready: bool = False
+    """Its models came up."""
 
 
 def deploys() -> list[Deploy]:
@@ -33,9 +35,18 @@ def record(source: str, document: dict[str, Any]) -> Deploy:
     """Note what is being deployed."""
     before = deploys()
     deploy = Deploy(before[-1].number + 1 if before else 1, time.time(), source, document)
-    kept = [asdict(each) for each in [*before, deploy][-KEPT:]]
-    _store()._internal_kv_put(KEY, json.dumps(kept).encode(), overwrite=True, namespace=NAMESPACE)
+    _keep([*before, deploy][-KEPT:])
     return deploy
+
+
+def confirm(number: int) -> None:
+    """The deploy with this number is ready."""
+    _keep([replace(each, ready=each.ready or each.number == number) for each in deploys()])
+
+
+def _keep(known: list[Deploy]) -> None:
+    content = json.dumps([asdict(each) for each in known]).encode()
+    _store()._internal_kv_put(KEY, content, overwrite=True, namespace=NAMESPACE)
 
 
 def _store() -> Any:
@@ -46,13 +57,15 @@ def _store() -> Any:
 
 
 def earlier(number: int | None) -> Deploy:
-    """The deploy with this number, or the one before the last that differs from it. Raises SettingsError."""
+    """The deploy with this number, or the last that was ready and differs from the last. Raises SettingsError."""
     known = deploys()
     if number is not None:
         found = next((each for each in known if each.number == number), None)
     else:
-        found = next((each for each in reversed(known) if each.document != known[-1].document), None)
+        others = (each for each in reversed(known) if each.document != known[-1].document)
+        found = next((each for each in others if each.ready), None)
     if found is None:
         have = ", ".join(str(each.number) for each in known) or "none"
-        raise SettingsError(f"there is no {'earlier deploy' if number is None else f'deploy {number}'}; known: {have}")
+        wanted = "earlier deploy that came up" if number is None else f"deploy {number}"
+        raise SettingsError(f"there is no {wanted}; known: {have}")
     return found

@@ -249,7 +249,11 @@ class GuardSettings(Strict):
 
     memory: Share | None = 0.9
     cpu: Share | None = 0.9
-    gpu_memory: Share | None = 0.9
+    gpu_memory: Share | None = Field(0.9, description="only for models that use a GPU")
+
+    def where(self, uses_gpu: bool) -> "GuardSettings":
+        """For a process that uses a GPU, or one that a full GPU does not concern."""
+        return self if uses_gpu else self.model_copy(update={"gpu_memory": None})
 
 
 class WebSocketSettings(Strict):

@@ -26,6 +26,15 @@ def test_each_limit_may_be_off_and_the_reason_names_the_others() -> None:
     assert off.reason == ""
 
 
+def test_a_full_gpu_holds_up_nobody_who_does_not_use_it() -> None:
+    limits = GuardSettings(memory=0.9)
+    full = Load(0.1, 0.1, 0.99)
+    for uses_gpu, reason in ((True, "gpu memory is at 99%"), (False, "")):
+        guard = Guard(limits.where(uses_gpu=uses_gpu), lambda: full)
+        guard.sample()
+        assert guard.reason == reason
+
+
 def test_this_machine_is_looked_at() -> None:
     found = load()
     assert 0 < found.memory < 1

@@ -1,0 +1,66 @@
+"""Which deploy `dure rollback` goes back to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from serve import history
+from serve.settings import SettingsError
+
+
+class Store:
+    """Ray's key-value store, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[bytes, bytes], bytes] = {}
+
+    def _internal_kv_get(self, key: bytes, namespace: bytes) -> bytes | None:
+        return self.known.get((namespace, key))
+
+    def _internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes) -> None:
+        self.known[namespace, key] = value
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Store()
+    monkeypatch.setattr(history, "_store", lambda: kept)
+
+
+def deploy(version: str, ready: bool = True) -> int:
+    document: dict[str, Any] = {"version": version}
+    number = history.record(f"{version}.yaml", document).number
+    if ready:
+        history.confirm(number)
+    return number
+
+
+def test_it_goes_back_to_the_last_that_came_up_and_is_another() -> None:
+    deploy("a")
+    good = deploy("b")
+    deploy("c", ready=False)
+    deploy("d", ready=False)
+    assert history.earlier(None).number == good
+    again = deploy("b")
+    assert history.earlier(None).number == good - 1
+    assert history.earlier(again).source == "b.yaml"
+
+
+def test_where_nothing_came_up_before_there_is_nothing_to_go_back_to() -> None:
+    with pytest.raises(SettingsError, match="known: none"):
+        history.earlier(None)
+    deploy("a", ready=False)
+    deploy("b")
+    deploy("b")
+    with pytest.raises(SettingsError, match="that came up; known: 1, 2, 3"):
+        history.earlier(None)
+    with pytest.raises(SettingsError, match="deploy 7"):
+        history.earlier(7)
+    assert history.earlier(1).source == "a.yaml"  # by its number, whatever became of it
+
+
+def test_only_the_last_ones_are_kept() -> None:
+    numbers = [deploy(str(number)) for number in range(history.KEPT + 3)]
+    assert [each.number for each in history.deploys()] == numbers[3:]
