@@ -133,7 +133,7 @@ def stop() -> None:
 
 @main.command()
 def rollback(
-    to: Annotated[int | None, typer.Option(help="A deploy's number; else the last that came up and is another.")] = None,
+    to: Annotated[int | None, typer.Option(help="A deploy's number; else the last that came up and differs.")] = None,
 ) -> None:
     """Deploy anew what the cluster at RAY_ADDRESS had before."""
     try:

@@ -131,7 +131,8 @@ class Coalescer:
         """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following, tenant, weight)
-        self._tell(parcel, News(ahead=self.waiting + self.under_way))
+        if following:
+            self._tell(parcel, News(ahead=self._ahead(tenant, weight)))
         self._parcels.put(parcel)
         self.waiting += len(items)
         self.linger.arrived(len(items))
@@ -143,6 +144,11 @@ class Coalescer:
             return parcel.collector.answers()
         finally:
             self._forget(parcel)
+
+    def _ahead(self, tenant: str, weight: float) -> int:
+        """How many items come before one of the tenant's that comes now, where tenants take turns."""
+        mine = sum(len(parcel.items) - parcel.sent for parcel in self._parcels.of(tenant))
+        return self.under_way + min(self.waiting, round(mine / self._parcels.share(tenant, weight)))
 
     def _forget(self, parcel: Parcel) -> None:
         """Drop what of the parcel has not been sent, and the calls that nobody waits for any more."""

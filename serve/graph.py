@@ -60,7 +60,10 @@ class Graph:
                 name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s, weights)
                 for name, handle in models.items()
             },
-            {name: Deployment(name, handle, settings.service(name).most) for name, handle in services.items()},
+            {
+                name: Deployment(name, handle, settings.service(name).most, weights=weights)
+                for name, handle in services.items()
+            },
             Predictions(cache_of(settings.cache)),
             Lanes(
                 context.replica_id.unique_id,

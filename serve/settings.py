@@ -105,7 +105,9 @@ class ModelSettings(Strict):
     )
     max_batch_items: int = Field(32, ge=1)
     max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
-    max_queue: int = Field(128, ge=1, description="items waiting or running, per ingress replica; over it 429")
+    max_queue: int = Field(
+        128, ge=1, description="items waiting or running, per ingress replica; over it 429, but for a tenant's share"
+    )
 
     @property
     def gpu_share(self) -> float:
@@ -215,7 +217,7 @@ class FetchSettings(Strict):
 
 
 class TenantSettings(Strict):
-    weight: float = Field(1, gt=0, description="turns in a full lane for one of another tenant's")
+    weight: float = Field(1, gt=0, description="turns for one of another tenant's")
 
 
 class IngressSettings(Strict):

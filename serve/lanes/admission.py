@@ -30,9 +30,10 @@ LEFT_KEPT_S = 10.0
 
 @dataclass(frozen=True)
 class TurnedAway:
-    """Newcomers to a lane that a process has refused by itself, as admission had just refused one."""
+    """Newcomers of a tenant's that a process has refused by itself, as admission had just refused one."""
 
     lane: str
+    tenant: str
     count: int
     seconds: float
     """That they will take."""
@@ -96,7 +97,8 @@ class Admission:
         self.models[holding.holder] = holding.models
         now = time.monotonic()
         for away in holding.turned_away:
-            self._lane(away.lane).turned_away(away.count, away.seconds)
+            if away.lane in self.lanes:
+                self.lanes[away.lane].turned_away(away.tenant, away.count, away.seconds)
         for asked in holding.running:
             if asked.id not in self.entries and asked.id not in self.left:
                 self.entries[asked.id] = self._lane(asked.lane).resume(asked)

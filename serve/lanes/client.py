@@ -41,14 +41,10 @@ class Full:
     """What one that has asked has heard."""
     until: float
     """Others would hear the same, on the clock of time.monotonic."""
-    others: int = 0
-    """That have heard it since."""
 
-    def next(self) -> Refused:
-        """What one more hears."""
-        self.others += 1
-        later_s = int(self.others * self.refused.each_s)
-        return replace(self.refused, retry_after_s=min(self.refused.retry_after_s + later_s, LONGEST_S))
+    def behind(self, seconds: float) -> Refused:
+        """What one more hears, behind others who will take so long."""
+        return replace(self.refused, retry_after_s=min(self.refused.retry_after_s + int(seconds), LONGEST_S))
 
 
 class Lanes:
@@ -65,9 +61,8 @@ class Lanes:
         self.waiting: dict[str, Following | None] = {}
         self.gates: list[Gate] = []
         self._full: dict[tuple[str, str], Full] = {}
-        """By lane and tenant."""
-        self._turned_away: dict[str, TurnedAway] = {}
-        """By lane, as far as admission has not heard of them."""
+        self._turned_away: dict[tuple[str, str], TurnedAway] = {}
+        """As far as admission has not heard of them; what is lost with it is forgotten. Both by lane and tenant."""
         self._actor: Any = None
         self._wake = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
@@ -134,9 +129,10 @@ class Lanes:
         if full is None or time.monotonic() >= full.until:
             return
         REJECTED.labels(lane).inc()
-        before = self._turned_away.get(lane, TurnedAway(lane, 0, 0.0))
-        self._turned_away[lane] = TurnedAway(lane, before.count + 1, before.seconds + full.refused.each_s)
-        raise errors.queue_full(lane, full.next())
+        before = self._turned_away.get((lane, tenant), TurnedAway(lane, tenant, 0, 0.0))
+        away = TurnedAway(lane, tenant, before.count + 1, before.seconds + full.refused.each_s)
+        self._turned_away[lane, tenant] = away
+        raise errors.queue_full(lane, full.behind(away.seconds))
 
     async def _decision(self, asked: Asked, caller: Caller) -> Decision:
         """Asked again where the actor has died, which forgets nothing that holders know."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Generic, Protocol, TypeVar
 
 
@@ -82,9 +82,9 @@ class FairQueue(Generic[E]):
         self.lines[entry.tenant].entries.remove(entry)
         self._forget_if_empty(entry.tenant)
 
-    def held(self, tenant: str) -> int:
-        """How many of a tenant's wait."""
-        return len(self.lines[tenant].entries) if tenant in self.lines else 0
+    def of(self, tenant: str) -> Collection[E]:
+        """A tenant's that wait."""
+        return self.lines[tenant].entries if tenant in self.lines else ()
 
     def share(self, tenant: str, weight: float) -> float:
         """The part of the turns that a tenant gets beside those that wait now."""

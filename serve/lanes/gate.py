@@ -33,7 +33,8 @@ class GateStanding:
 
 
 MOST = 2
-"""Times `max_items`: what all may have where some come with less than their share to a queue that others filled."""
+"""Times `max_items`: what all may have where some come with less than their share to a queue that others filled. Names
+are cheap, and who invents many should not make the queue long."""
 
 
 class Gate:
@@ -92,10 +93,15 @@ class Gate:
 
     def _has_room(self, tenant: str, awaited: bool) -> bool:
         """`awaited`: what is held for those who are told to come back is held for this one."""
-        if self.items < self.max_items - (0 if awaited else self.tickets.held(self.items, self.max_items)):
+        held, reserved = 0, 0
+        if not awaited:
+            held = self.tickets.held(self.items, self.max_items)
+            reserved = self.tickets.reserved(self.items + 1, tenant)
+        if self.items < self.max_items - held:
             return True
-        mine = self.items_of[tenant] + self.tickets.reserved(self.items + 1, tenant)
-        return mine < self.max_items * self._share(tenant) and self.items < MOST * self.max_items
+        if sum(min(items, self.max_items) for items in self.items_of.values()) >= MOST * self.max_items:
+            return False
+        return self.items_of[tenant] + reserved < self.max_items * self._share(tenant)
 
     def _share(self, tenant: str) -> float:
         """The part of the queue that is a tenant's beside those that have something in it."""

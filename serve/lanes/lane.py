@@ -122,10 +122,10 @@ class Lane:
             entry.decide("gone")
         self.fill()
 
-    def turned_away(self, count: int, seconds: float) -> None:
-        """So many newcomers, who will take so long, have heard at their ingress what one before them had."""
+    def turned_away(self, tenant: str, count: int, seconds: float) -> None:
+        """So many newcomers of the tenant's, who will take so long, have heard at their ingress what one before had."""
         self.rejected += count
-        self.tickets.put_off(seconds)
+        self.tickets.put_off(tenant, seconds)
 
     def resume(self, asked: Asked) -> Entry:
         """It runs already, let in by one who has died since."""
@@ -186,8 +186,8 @@ class Lane:
         held = 0 if entry.has_ticket else self.tickets.held(self._waiting, self.max_queue)
         if self._waiting < self.max_queue - held:
             return True
-        mine = self.queue.held(entry.tenant) + self.tickets.reserved(self._waiting + 1, entry.tenant)
-        return mine + 1 <= self._due_to(entry.tenant, entry.weight)
+        reserved = 0 if entry.has_ticket else self.tickets.reserved(self._waiting + 1, entry.tenant)
+        return len(self.queue.of(entry.tenant)) + reserved + 1 <= self._due_to(entry.tenant, entry.weight)
 
     def _due_to(self, tenant: str, weight: float) -> float:
         """How many places in the queue are a tenant's."""
@@ -195,11 +195,11 @@ class Lane:
 
     def _excess(self, tenant: str) -> float:
         """By how many a tenant holds more places than are its."""
-        return self.queue.held(tenant) - self._due_to(tenant, self.queue.lines[tenant].weight)
+        return len(self.queue.of(tenant)) - self._due_to(tenant, self.queue.lines[tenant].weight)
 
     def _refuse(self, entry: Entry) -> None:
         self.rejected += 1
         asked = entry.asked
         share = self.queue.share(asked.tenant, asked.weight)
-        held = self.queue.held(asked.tenant)
+        held = len(self.queue.of(asked.tenant))
         entry.decide(self.tickets.refuse(asked.tenant, self._waiting, self.max_queue, 1, asked.ticket, held, share))

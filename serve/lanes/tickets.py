@@ -112,8 +112,8 @@ class Tickets:
         self._ended = self._redeemed = 2.0
         """Tickets whose time is over and those that came back, of which some may be others'; the last ones count."""
         self._used: dict[int, float] = {}
-        self._beyond = 0.0
-        """When the last of those without a ticket is to come."""
+        self._beyond: dict[str, float] = {}
+        """When the last of a tenant's without a ticket is to come."""
 
     def refuse(
         self,
@@ -147,22 +147,23 @@ class Tickets:
             if (near + items) * item_s <= 2 * near_s:
                 break
         else:
-            each_s = items * self.pace.seconds_per_item / FOR_TICKETS
+            due = self.put_off(tenant, items * item_s)
             stands_s = min(STANDS * waiting * self.pace.seconds_per_item, MAX_STANDS_S)
-            return Refused(waiting, math.ceil(round(self.put_off(each_s) - now, 3)), None, each_s, stands_s)
+            return Refused(waiting, math.ceil(round(due - now, 3)), None, items * item_s, stands_s)
         reservation = Reservation(due, secrets.randbits(63), tenant, items)
         bisect.insort(self._reserved, reservation)
         self._items[tenant] += items
         return Refused(waiting, retry_after_s, self._token(reservation))
 
-    def put_off(self, seconds: float) -> float:
+    def put_off(self, tenant: str, seconds: float) -> float:
         """When a newcomer is to come who gets no ticket and will take so long, on the tickets' clock.
 
-        Behind those before, as they would be a crowd if they all came when tickets are to be had again.
+        Behind the tenant's others, as they would be a crowd if they all came when tickets are to be had again.
         """
         now = self.clock()
-        self._beyond = min(max(self._beyond, now + MAX_WAIT_S) + seconds, now + LONGEST_S)
-        return self._beyond
+        due = min(max(self._beyond.get(tenant, 0.0), now + MAX_WAIT_S) + seconds, now + LONGEST_S)
+        self._beyond = {name: time for name, time in self._beyond.items() if time > now + MAX_WAIT_S} | {tenant: due}
+        return due
 
     def redeem(self, token: str | None, tenant: str) -> bool:
         """Does this ticket of the tenant's let it go ahead of newcomers? It does so once, at its time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from dataclasses import replace
 from typing import Annotated, Any
 
 import orjson
@@ -61,6 +62,7 @@ async def create_job(
     desc_eng = _text(desc_eng, "desc_eng", limits)
     ad_copy_eng = _text(ad_copy_eng, "ad_copy_eng", limits)
     job_id = uuid.uuid4()
+    caller = replace(caller, tenant=tenant_id)
     with measured(adverts.name):
         async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
             content = await image.read()
@@ -159,9 +161,9 @@ async def redeliver(
     return answer(await _called(adverts, caller, "deliver_again", tenant_id, event_id))
 
 
-async def _called(adverts: Deployment, caller: Caller, method: str, *arguments: Any) -> Any:
+async def _called(adverts: Deployment, caller: Caller, method: str, tenant_id: str, *arguments: Any) -> Any:
     with measured(adverts.name):
-        return await adverts.call(*arguments, method=method, caller=caller)
+        return await adverts.call(tenant_id, *arguments, method=method, caller=replace(caller, tenant=tenant_id))
 
 
 async def _finished(

@@ -30,6 +30,8 @@ SEND_S = 10.0
 """A client that takes nothing for so long is disconnected."""
 CLOSE_S = 5.0
 STOPPING = "the server is restarted; connect again"
+LONGEST_REASON = 120
+"""A close frame has room for so many bytes of it; what Dure says of headers is ASCII."""
 REPLIES = 128
 """Errors and pongs that may wait to be sent; a client that leaves more lying is disconnected."""
 ESCAPED, OTHER_FIELDS = 6, 4096
@@ -67,7 +69,7 @@ async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_lengt
         try:
             caller = Caller.of(socket.scope["headers"], graph.settings.request_timeout_s)
         except DureError as error:
-            await socket.close(status.WS_1008_POLICY_VIOLATION, error.message)
+            await socket.close(status.WS_1008_POLICY_VIOLATION, error.message[:LONGEST_REASON])
             return
         if graph.watch.stopping.is_set():
             await socket.close(status.WS_1012_SERVICE_RESTART, STOPPING)

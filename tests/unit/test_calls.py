@@ -75,6 +75,15 @@ def test_a_tenant_has_its_share_of_a_queue_that_another_has_filled() -> None:
     run(scenario)
 
 
+def test_a_list_longer_than_the_queue_leaves_another_tenant_its_share() -> None:
+    async def scenario(gate: Gate) -> None:
+        flood, small = (Caller.waiting(5, tenant) for tenant in ("flood", "small"))
+        async with gate.admitted(100, caller=flood), gate.admitted(1, caller=small):
+            assert gate.items == 101
+
+    run(scenario)
+
+
 def test_the_patient_wait_for_room_and_give_up_in_time() -> None:
     async def scenario(gate: Gate) -> None:
         entered = asyncio.Event()

@@ -345,7 +345,7 @@ def test_a_flood_is_refused_where_it_comes_in_and_no_other_tenant_with_it(monkey
         assert max(filter(None, times)) == LONGEST_S
         assert here.calls["enter"] < 5 + 20
         small = asyncio.ensure_future(ask("small"))
-        await until(lambda: lane.queue.held("small") == 1)
+        await until(lambda: len(lane.queue.of("small")) == 1)
         await until(lambda: lane.rejected == 101)  # one of the flood has made room for the small tenant
         for task in (small, *flood):
             task.cancel()
