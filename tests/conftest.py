@@ -21,8 +21,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ and not (Path.home() / ".ray" / "auth
 os.environ.setdefault("DURE_CACHE", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "dure"))
 
 
-NODES = "tests/cluster/test_nodes.py"
-"""Has a cluster of its own."""
+OWN = ("tests/cluster/test_lifecycle.py", "tests/cluster/test_nodes.py")
+"""Have clusters of their own."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,7 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "cluster" if file.startswith("tests/cluster/") and file != NODES else file
+            return "cluster" if file.startswith("tests/cluster/") and file not in OWN else file
 
     config.option.loadscopereorder = False  # the longest come first
     return ByFile(config, log)

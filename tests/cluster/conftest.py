@@ -68,7 +68,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         search={"max_concurrent": 1, "max_queue": 2},
         webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
         fetch={"hosts": ["images.example.org", *PRIVATE]},
-        request_timeout_s=10,
+        request_timeout_s=40,
     )
     running = Dure(config, folder / "state", port)
     try:

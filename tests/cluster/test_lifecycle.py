@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +18,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from serve.environment import local_environment
-from tests.dure import ROOT, Dure, config_file, free_port
+from tests.dure import Dure, config_file, free_port, wait_until
 
 Start = Callable[..., Dure]
 
@@ -63,6 +60,16 @@ def signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_b
     assert dure.ended(1) == 0
 
 
+def a_machine_that_is_full_takes_no_new_work(dure: Dure) -> None:
+    url, body = f"{dure.url}/v1/models/shout/run", {"items": [{"say": "a"}]}
+    wait_until(lambda: httpx.post(url, json=body).is_error)  # it is looked at every few seconds
+    refused = httpx.post(url, json=body)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
+    assert "memory is at" in refused.json()["error"]["message"]
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert httpx.get(f"{dure.url}/health").status_code == 200
+
+
 def test_interrupting_while_models_load_leaves_nothing(start: Start, tmp_path: Path) -> None:
     (tmp_path / "seconds_per_shard").write_text("30")
     dure = start()
@@ -78,8 +85,9 @@ def test_what_a_kill_9_left_is_cleared_and_nothing_else(start: Start) -> None:
     dure.wait_for("Building the graph")
     port = int(dure.url.rpartition(":")[2])
     dure.process.kill()
-    again = start(port=port).wait_ready()  # the start itself clears what is left
+    again = start(port=port, guard={"memory": 0.001}).wait_ready()  # the start itself clears what is left
     assert httpx.get(f"{again.url}/health").status_code == 200
+    a_machine_that_is_full_takes_no_new_work(again)
     again.process.kill()
     for process in again.processes():
         process.kill() if process.name() != "haproxy" else None
@@ -156,19 +164,6 @@ def test_a_load_is_seen_live_a_request_waits_for_it_and_a_signal_ends_all_in_goo
     signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(dure.wait_ready())
 
 
-def test_status_and_predict_commands(dure: Dure) -> None:
-    table = dure.command("status")
-    assert table.returncode == 0
-    assert "shout" in table.stdout
-    assert "ready" in table.stdout
-    words = dure.command("predict", "오늘 날씨가")
-    assert words.returncode == 0
-    assert "좋아서" in words.stdout
-    refused = dure.command("predict", "a" * 120_001)
-    assert refused.returncode == 1
-    assert "120001 characters" in refused.stderr
-
-
 def test_commands_say_when_nothing_runs(start: Start, tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "serve.cli", "status", "--url", f"http://127.0.0.1:{free_port()}"],
@@ -179,34 +174,3 @@ def test_commands_say_when_nothing_runs(start: Start, tmp_path: Path) -> None:
     )
     assert process.returncode == 1
     assert "is `dure serve` running?" in process.stderr
-
-
-def test_deploys_into_a_running_cluster(start: Start, tmp_path: Path) -> None:
-    """RAY_ADDRESS: the application goes into a cluster that someone else started and goes on without Dure's command."""
-    port, gcs = free_port(), free_port()
-    config = config_file(tmp_path, {"shout": {"task": "tests.engines:Shout", "source": str(tmp_path)}}, port)
-    sockets = Path(tempfile.mkdtemp(prefix="dure-test-"))
-    environment = local_environment(sockets) | {"DURE_OWNER": f"0:0:{tmp_path / 'state'}"}
-    options = ["--head", "--include-dashboard=false", "--num-cpus=2", f"--port={gcs}"]
-    dure = None
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", "start", *options],
-            env={**os.environ, **environment},
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-        dure = Dure(config, tmp_path / "state", port, RAY_ADDRESS=f"127.0.0.1:{gcs}", **environment)
-        assert dure.ended(120) == 0, dure.said
-        assert "Ready: " in dure.said
-        items = {"items": [{"say": "there"}]}
-        answer = httpx.post(f"{dure.url}/v1/models/shout/run", json=items, timeout=30).json()
-        assert answer["results"][0]["said"] == "THERE"
-        assert dure.command("stop").stdout.strip() == "Stopped"
-        assert "gcs_server" in {process.name() for process in dure.processes()}, "the cluster is another's and stays"
-    finally:
-        for process in dure.processes() if dure else []:
-            process.kill()
-        shutil.rmtree(sockets)

@@ -169,3 +169,9 @@ def test_a_node_that_is_lost_costs_no_answered_request(dure: Dure, nodes: Nodes)
     else:
         pytest.fail(last)
     assert nodes.actors("ServeReplica:dure:reranker")
+
+
+def test_a_stop_takes_it_off_the_cluster_which_stays(dure: Dure, nodes: Nodes) -> None:
+    assert dure.command("stop").stdout.strip() == "Stopped"
+    assert not nodes.actors("ServeReplica:dure")
+    assert "gcs_server" in {process.name() for process in nodes.processes()}

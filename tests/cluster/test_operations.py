@@ -266,9 +266,9 @@ def test_memory_that_runs_out_fails_no_request_but_one_that_is_too_large_alone(c
 
 
 def test_over_the_deadline_is_504(client: httpx.Client) -> None:
-    response, seconds = timed(lambda: shout(client, {"say": "x", "wait": 12}))
+    response, seconds = timed(lambda: shout(client, {"say": "x", "wait": 5}, headers={"X-Request-Timeout": "2"}))
     assert response.status_code == 504
-    assert 9 < seconds < 15
+    assert 1.9 < seconds < 5
     assert shout(client, {"say": "next"}).status_code == 200
 
 
@@ -327,3 +327,16 @@ def test_replicas_follow_the_items_that_wait_not_the_calls(client: httpx.Client)
         over.set()
         thread.join()
     assert set(codes) == {200}
+
+
+def test_status_and_predict_commands(dure: Dure) -> None:
+    table = dure.command("status")
+    assert table.returncode == 0
+    assert "shout" in table.stdout
+    assert "ready" in table.stdout
+    words = dure.command("predict", "오늘 날씨가")
+    assert words.returncode == 0
+    assert "좋아서" in words.stdout
+    refused = dure.command("predict", "a" * 120_001)
+    assert refused.returncode == 1
+    assert "120001 characters" in refused.stderr

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.dure import Dure, config_file, free_port, wait_until
+from tests.dure import Dure, wait_until
 
 SEARCH = "/v1/search"
 EVENTS = {"Accept": "text/event-stream"}
@@ -187,20 +187,3 @@ def test_admission_may_die_and_nothing_is_lost(client: httpx.Client, dure: Dure)
         assert [each.result().status_code for each in under_way] == [200] * (RUNS + WAITS)
     wait_until(lambda: (lane(client)["running"], lane(client)["waiting"]) == (0, 0))
     assert not psutil.pid_exists(actor.pid)
-
-
-def test_a_machine_that_is_full_takes_no_new_work(tmp_path: Path) -> None:
-    (tmp_path / "seconds_per_shard").write_text("0.01")
-    port = free_port()
-    models = {"shout": {"task": "tests.engines:Shout", "source": str(tmp_path)}}
-    running = Dure(config_file(tmp_path, models, port, guard={"memory": 0.001}), tmp_path / "state", port)
-    try:
-        running.wait_ready()
-        wait_until(lambda: httpx.post(f"{running.url}/v1/models/shout/run", json={"items": [{"say": "a"}]}).is_error)
-        refused = httpx.post(f"{running.url}/v1/models/shout/run", json={"items": [{"say": "a"}]})
-        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
-        assert "memory is at" in refused.json()["error"]["message"]
-        assert int(refused.headers["Retry-After"]) >= 1
-        assert httpx.get(f"{running.url}/health").status_code == 200
-    finally:
-        running.kill()
