@@ -95,7 +95,7 @@ class Gate:
         """`awaited`: what is held for those who are told to come back is held for this one."""
         held, reserved = 0, 0
         if not awaited:
-            held = self.tickets.held(self.items, self.max_items)
+            held = self.tickets.held(self.max_items)
             reserved = self.tickets.reserved(self.items + 1, tenant)
         if self.items < self.max_items - held:
             return True

@@ -183,7 +183,7 @@ class Lane:
         """A tenant's share of the queue is its, however much others have waiting or reserved."""
         if not self._waiting and len(self.running) < self.max_concurrent:
             return True
-        held = 0 if entry.has_ticket else self.tickets.held(self._waiting, self.max_queue)
+        held = 0 if entry.has_ticket else self.tickets.held(self.max_queue)
         if self._waiting < self.max_queue - held:
             return True
         reserved = 0 if entry.has_ticket else self.tickets.reserved(self._waiting + 1, entry.tenant)

@@ -180,9 +180,13 @@ class Tickets:
             self._end(at)
         return True
 
-    def held(self, waiting: int, most: int) -> int:
-        """For how many items newcomers have to leave room where `most` may wait."""
-        return min(self.reserved(waiting + 1), most - max(1, int(FOR_NEWCOMERS * most)))
+    def held(self, most: int) -> int:
+        """For how many items newcomers have to leave room where `most` may wait.
+
+        That is for those who come while a full queue is served, not only while those are who wait now: tickets come
+        more at times and less at others, and newcomers take what room there is at once.
+        """
+        return min(self.reserved(most), most - max(1, int(FOR_NEWCOMERS * most)))
 
     def reserved(self, waiting: int, tenant: str | None = None) -> int:
         """How many items are to come back before `waiting` items have been served."""
