@@ -110,7 +110,7 @@ def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress
 
 def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> dict[str, Any]:
     """What would be chosen and why, measured now whatever is on disk. Raises ValueError where nothing is to choose."""
-    candidates = _candidates(engine, spec)
+    candidates = _candidates(engine, spec) if hasattr(engine, "calibration") else []
     if not candidates:
         raise ValueError(f"models with task {spec.task} and precision {spec.precision} are loaded as they are")
     if reason := _too_large(original_bytes(folder)):
@@ -119,8 +119,8 @@ def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) 
 
 
 def _candidates(engine: Any, spec: ModelSpec) -> list[Candidate]:
-    """What there is to measure; none for the original itself, and for engines that don't take part."""
-    if not hasattr(engine, "calibration") or spec.precision in ("fp32", "int4"):
+    """What there is to measure; none for the original itself."""
+    if spec.precision in ("fp32", "int4"):
         return []
     cpu = device().type == "cpu"
     precisions: list[Precision] = [spec.precision]

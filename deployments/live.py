@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -15,7 +16,7 @@ from typing import Any
 
 from deployments.answers import Piece
 from deployments.batching import Batcher
-from deployments.engines import Engine, load_engine
+from deployments.engines import Engine, engine_class, load_engine
 from deployments.items import Requests
 from deployments.progress import LoadProgress
 from deployments.running import FAILED
@@ -107,26 +108,34 @@ def reason(error: Exception) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
+def use_threads(count: int) -> None:
+    """Let a batch be computed by so many threads, whether torch is here already, is yet to come, or never does."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
+
+
 def keep_to_share(share: float) -> None:
     """Let this process take no more of its GPU's memory than its share: Ray only places by it.
 
     torch counts what it allocates; CUDA's own is part of the share, too.
     """
+    if not 0 < share < 1:
+        return
     import torch
 
-    if torch.cuda.is_available() and 0 < share < 1:
-        from deployments.footprint import CONTEXT_BYTES
+    from deployments.footprint import CONTEXT_BYTES
 
+    if torch.cuda.is_available():
         own = CONTEXT_BYTES / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(max(share - own, share / 10))
 
 
 def _load(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
-    import torch
-
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    torch.set_num_threads(spec.threads or _cores())
+    engine_class(spec.task)  # its module imports torch, if at all
+    use_threads(spec.threads or _cores())
     keep_to_share(spec.gpu_share)
     engine = load_engine(spec, progress)
     progress.loaded()

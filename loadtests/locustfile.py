@@ -27,6 +27,8 @@ from serve.adverts import Judgement, Validation
 
 TENANT = "loadtest"
 RUN_S = 120
+ENDS_S = 30.0
+"""For what people are in the midst of when the time is up: it is seen through, and counts."""
 ALL_AT_ONCE = 100.0
 """People a second: the shape alone says how fast they come."""
 KEY_S, DEBOUNCE_S = 0.2, 0.3
@@ -172,7 +174,7 @@ class Traffic(LoadTestShape):
 @events.init_command_line_parser.add_listener
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="day", help="how many people come when")
-    parser.set_defaults(host=os.environ.get("DURE_URL", "http://127.0.0.1:8000"))
+    parser.set_defaults(stop_timeout=ENDS_S, host=os.environ.get("DURE_URL", "http://127.0.0.1:8000"))
 
 
 @events.init.add_listener

@@ -29,6 +29,12 @@ def free_port() -> int:
     return first_free(random.sample(ports, 100), "127.0.0.1")
 
 
+def ports_of_its_own() -> dict[str, str]:
+    """For what Serve opens beside the endpoint: clusters that start at once would look for free ones together."""
+    names = ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+    return {f"RAY_SERVE_{name}": str(free_port()) for name in names}
+
+
 def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:
     """A config like configs/local.yaml with other models and settings."""
     document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
@@ -53,7 +59,7 @@ class Dure:
     def __init__(self, config: Path, state: Path, port: int, **environment: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.state = state
-        self.environment = {**os.environ, "DURE_STATE": str(state), "HF_HUB_OFFLINE": "1", **environment}
+        self.environment = {**os.environ, "DURE_STATE": str(state), **ports_of_its_own(), **environment}
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)],

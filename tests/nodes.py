@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from serve.environment import joining_environment, local_environment
-from tests.dure import ROOT, free_port
+from tests.dure import ROOT, free_port, ports_of_its_own
 
 START_S = 90
 NODE = "DURE_TEST_NODE"
@@ -36,9 +36,7 @@ class Nodes:
         self.sockets = Path(tempfile.mkdtemp(prefix="dure-test-"))
         mark = {"DURE_OWNER": f"0:0:{state}", "SERVE_SOCKET_REUSE_PORT_ENABLED": "1"}
         mark["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # Ray's word for several nodes at 127.0.0.1
-        ports = ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")
-        own = {f"RAY_SERVE_{name}": str(free_port()) for name in ports}
-        self.environment = local_environment(self.sockets) | QUICK | mark | own
+        self.environment = local_environment(self.sockets) | QUICK | mark | ports_of_its_own()
         self.count = 0
 
     def add(self, cpus: float, gpus: float = 0) -> int:

@@ -56,8 +56,6 @@ class Engine(Protocol[Request, Item, Result]):
 
 def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
     """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
-    from deployments.choosing import load_best  # here, because it imports torch and `serve` reads this module
-
     engine = engine_class(spec.task)
     folder = resolve(spec.source, spec.revision)
     for path in sorted(folder.glob("*.json")):
@@ -65,6 +63,10 @@ def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any
             json.loads(path.read_bytes())
         except ValueError as error:
             raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not hasattr(engine, "calibration"):
+        return engine.load(spec, folder, progress)
+    from deployments.choosing import load_best  # here, because it imports torch, which a user's engine may do without
+
     loaded: Engine[Any, Any, Any] = load_best(engine, spec, folder, progress)
     return loaded
 

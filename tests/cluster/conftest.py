@@ -31,7 +31,8 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
     folder = tmp_path_factory.mktemp("dure")
     (folder / "seconds_per_shard").write_text("0.01")
     models = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"]
-    models["embedder"]["precision"] = "bf16"  # what `auto` picks is the machine's affair
+    for name in ("predictor", "embedder"):
+        models[name]["precision"] = "fp32"  # as fast on one machine as on another, and nothing to measure at the start
     shout = {"task": "tests.engines:Shout", "source": str(folder)}
     models["shout"] = {**shout, "max_queue": 8, "max_batch_items": 4}
     models["growing"] = {

@@ -28,7 +28,7 @@ def production(folder: Path, port: int, replicas: int = 1, share: float = 0.6, *
     document["logging_config"]["logs_dir"] = str(folder / "logs")
     application = document["applications"][0]
     known = application["args"]
-    shape = {"revision": None, "num_gpus": share, "precision": "bf16", "threads": 1}
+    shape = {"revision": None, "num_gpus": share, "precision": "fp32", "threads": 1}
     fixed = {"min_replicas": replicas, "max_replicas": replicas}
     known["models"] = {
         name: known["models"][name] | shape | {"source": source, "autoscaling": fixed}
@@ -115,7 +115,7 @@ class Asking:
 
     def _ask(self) -> None:
         documents = ["It rains in April.", "The landlord returns the deposit within 14 days."]
-        while not self.over.wait(0.05):
+        while not self.over.wait(0.2):
             body = {"query": f"When is deposit {time.monotonic_ns()} returned?", "documents": documents}
             try:
                 response = httpx.post(f"{self.url}/v1/search", json=body, timeout=120)

@@ -29,7 +29,7 @@ def search(documents: int) -> dict[str, Any]:
     return {"query": "Who pays?", "documents": texts, "top_k": 1}
 
 
-LONG, SHORT = 200, 1
+LONG, SHORT = 60, 1
 
 
 @contextmanager

