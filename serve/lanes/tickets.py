@@ -34,7 +34,7 @@ HELD_S = 1
 """After its time room is held for a ticket for this long; then it counts as one that does not come back."""
 EARLY_S = 0.3
 """A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
-PACE_OF_S, PACE_OF_ITEMS = 10.0, 10
+PACE_OF_S, PACE_OF_ITEMS = 30.0, 10
 """The pace is that of the last so many seconds of work, or items where these take longer. One that follows every batch
 is at times too fast, and then too many tickets are given for the same second."""
 REMEMBERED = 0.98
