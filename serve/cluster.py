@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,8 +82,9 @@ def deploy(config: ConfigFile, log_folder: Path | None = None) -> None:
     client.deploy_apps(schema, _blocking=False)
 
 
-def follow(config: ConfigFile) -> Iterator[Event]:
-    """What happens from the deployment on, ending with `ready` or `failed`."""
+def follow(config: ConfigFile, is_over: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """What happens from the deployment on, ending with `ready` or `failed`, or soon after `is_over` says so: a model
+    that loads may have nothing to tell for long."""
     yield Event("stage", "Building the graph")
     actor = board()
     epoch, sequence, heard = "", 0, None
@@ -91,7 +92,7 @@ def follow(config: ConfigFile) -> Iterator[Event]:
     before: set[Any] = set()
     checked = 0.0
     said = ""
-    while True:
+    while not is_over():
         heard = heard or actor.listen.remote(epoch, sequence)
         if ray.wait([heard], timeout=POLL_S)[0]:
             changes = ray.get(heard)

@@ -35,10 +35,8 @@ def main() -> None:
         if not over.is_set():
             _tell({"kind": "stage", "message": "Starting Serve"})
             cluster.deploy(config, log_folder)
-            for event in cluster.follow(config):
+            for event in cluster.follow(config, over.is_set):
                 _tell(asdict(event))
-                if over.is_set():
-                    break
         over.wait()
     finally:
         cluster.stop()

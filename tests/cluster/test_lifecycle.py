@@ -21,8 +21,6 @@ from websockets.sync.client import connect
 from tests.dure import Dure, config_file, free_port, wait_until
 
 Start = Callable[..., Dure]
-OVER_S = 60.0
-"""An end takes up to 15 s on a machine of its own; here another cluster is on the same cores."""
 
 
 @pytest.fixture
@@ -42,8 +40,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         each.kill()
 
 
-def is_over(dure: Dure) -> None:
-    deadline = time.monotonic() + OVER_S
+def is_over(dure: Dure, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while dure.process.poll() is None or dure.processes():
         assert time.monotonic() < deadline, (dure.process.poll(), [p.cmdline() for p in dure.processes()])
         time.sleep(0.1)
@@ -55,10 +53,10 @@ def signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_b
     with connect(f"{dure.url.replace('http', 'ws')}/ws/somebody") as connected:
         os.killpg(dure.process.pid, signal.SIGTERM)
         with pytest.raises(ConnectionClosed) as closed:
-            connected.recv(timeout=OVER_S)
+            connected.recv(timeout=15)
     assert closed.value.rcvd
     assert closed.value.rcvd.code == 1012, "service restart"
-    is_over(dure)
+    is_over(dure, 15)
     assert dure.ended(1) == 0
 
 
@@ -78,7 +76,7 @@ def test_interrupting_while_models_load_leaves_nothing(start: Start, tmp_path: P
     dure.wait_for("Building the graph")
     time.sleep(2)
     dure.process.send_signal(signal.SIGINT)
-    is_over(dure)
+    is_over(dure, 15)
 
 
 def test_what_a_kill_9_left_is_cleared_and_nothing_else(start: Start) -> None:
@@ -95,7 +93,7 @@ def test_what_a_kill_9_left_is_cleared_and_nothing_else(start: Start) -> None:
         process.kill() if process.name() != "haproxy" else None
     stopped = again.command("stop")
     assert stopped.stdout.strip() == "Stopped 1", stopped.stderr
-    is_over(again)
+    is_over(again, 5)
     assert bystander.poll() is None
     bystander.kill()
 
@@ -106,7 +104,7 @@ def test_a_port_that_is_taken_is_one_clear_line(start: Start) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         dure = start(port=port)
-        assert dure.ended(OVER_S) == 2
+        assert dure.ended(30) == 2
     assert len(dure.output) == 1
     assert str(port) in dure.said
     assert str(os.getpid()) in dure.said
@@ -117,12 +115,12 @@ def test_a_model_that_fails_for_good_ends_it_with_the_reason(start: Start, tmp_p
     dure = start()
     assert dure.ended(120) == 1
     assert "is in the way" in dure.output[-1]
-    is_over(dure)
+    is_over(dure, 5)
 
 
 def test_wrong_settings_are_refused_before_anything_starts(start: Start, tmp_path: Path) -> None:
     dure = start(models={"a": {"task": "embeding", "source": "x", "precison": "fp32"}})
-    assert dure.ended(OVER_S) == 2
+    assert dure.ended(30) == 2
     assert "applications.0.args.models.a" in dure.said
     assert "'precision'" in dure.said
 

@@ -101,6 +101,14 @@ def test_a_reload_holds_for_a_replica_that_starts_later(client: httpx.Client, du
     wait_until(lambda: len(client.get(PATH).json()["replicas"]) == 1)
 
 
+def test_optimized_means_what_suits_the_machine(client: httpx.Client) -> None:
+    """As the reranker is configured."""
+    path = "/v1/models/reranker"
+    before = client.get(path).json()
+    assert client.post(f"{path}/reload", json={"optimized": False}).json()["precision"] == "fp32"
+    assert client.post(f"{path}/reload", json={"optimized": True}).json()["precision"] == before["precision"]
+
+
 def test_a_second_reload_meanwhile_is_refused(client: httpx.Client) -> None:
     assert reload(client, precision="bf16", wait=False).status_code == 202
     refused = reload(client, precision="fp32")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,23 @@ def predictor() -> Predictor:
 @pytest.fixture(scope="module")
 def vision() -> Any:
     return load("vision", "auto")
+
+
+def test_an_engine_that_does_without_torch_starts_without_it(tmp_path: Path) -> None:
+    (tmp_path / "seconds_per_shard").write_text("0")
+    script = f"""if True:
+        import asyncio, os, sys
+        from deployments.live import Live
+        from deployments.progress import LoadProgress
+        from deployments.spec import ModelSpec
+        spec = ModelSpec("m", "tests.engines:Shout", {str(tmp_path)!r}, threads=1)
+        asyncio.run(Live.load(spec, LoadProgress(lambda _: None)))
+        print("torch" in sys.modules, os.environ["OMP_NUM_THREADS"])
+        import torch
+        print(torch.get_num_threads())
+    """
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["False", "1", "1"], run.stderr
 
 
 @pytest.mark.parametrize("task", ["next_word", "vision", "rerank"])
