@@ -106,19 +106,21 @@ def main() -> None:
 def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int) -> list[str]:
     """What of it is not as promised."""
 
-    async def scenario(session: aiohttp.ClientSession) -> tuple[list[Tries], Tries, list[float]]:
+    async def scenario(session: aiohttp.ClientSession) -> tuple[list[Tries], Tries, list[dict[str, float]]]:
         url = server.url + endpoint.path
         body = prepared(endpoint.body, PREPARED)
         await Visits(session, url, body, WARM_S).closed(endpoint.clients)
         before = await Visits(session, url, body, PEAK_S).closed(endpoint.clients)
-        memory = [resident_mb()]
+        memory = [own_memory()]
         overload = await Visits(session, url, body, seconds).open(TIMES * before.goodput())
-        memory.append(resident_mb())
+        memory.append(own_memory())
         await asyncio.sleep(SETTLE_S)
         after = await Visits(session, url, body, PEAK_S).closed(endpoint.clients)
         return [before, after], overload, memory
 
-    peaks, tries, memory = run(scenario)
+    peaks, tries, (first, last) = run(scenario)
+    memory = [sum(first.values()), sum(last.values())]
+    grown = max(last, key=lambda name: last[name] - first.get(name, 0))
     peak = Tries(2 * PEAK_S, [each for one in peaks for each in one.of])
     refused, answered, back = tries.refused(), tries.answered(), tries.with_ticket()
     let_in = [each for each in back if each.status == 200]
@@ -135,7 +137,8 @@ def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int)
         f"a full queue takes {1000 * bound_s:.0f} ms ({endpoint.queue} places, {endpoint.clients} in the peak's p99)\n"
         f"  refused: {len(refused)}, p50 {1000 * median(refused):.1f} ms, p99 {1000 * quantile(refused, 0.99):.1f} ms\n"
         f"  tickets: {len(back)} sent back at their time, {admitted:.1%} let in\n"
-        f"  failed: {len(tries.failed())}; memory {memory[0]:.0f} -> {memory[1]:.0f} MB",
+        f"  failed: {len(tries.failed())}; memory {memory[0]:.0f} -> {memory[1]:.0f} MB, "
+        f"most of it {grown}: {first.get(grown, 0):.0f} -> {last[grown]:.0f}",
         flush=True,
     )
     problems = {
@@ -149,18 +152,19 @@ def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int)
     return [problem for problem, is_so in problems.items() if is_so]
 
 
-def resident_mb() -> float:
-    """Of all processes of the server under test, what is their own."""
+def own_memory() -> dict[str, float]:
+    """MB of each process of the server under test that it shares with no other."""
     time.sleep(1)
     mark = str(servers.BENCH / "dure")
-    total = 0
+    own = {}
     for process in psutil.process_iter():
         try:
             if mark in process.environ().get("DURE_OWNER", ""):
-                total += process.memory_full_info().uss
+                name = " ".join(process.cmdline()).partition(".")[0]
+                own[f"{name} ({process.pid})"] = process.memory_full_info().uss / 2**20
         except psutil.Error:
             continue
-    return total / 2**20
+    return own
 
 
 if __name__ == "__main__":

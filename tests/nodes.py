@@ -49,6 +49,7 @@ class Nodes:
             "--min-worker-port=0",
             "--max-worker-port=0",
             "--dashboard-agent-listen-port=0",
+            "--include-log-monitor=false",
         ]
         size = [f"--num-cpus={cpus:g}", f"--num-gpus={gpus:g}", f"--object-store-memory={100 * 2**20}"]
         subprocess.run(

@@ -105,7 +105,10 @@ def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monke
 
 
 def test_replicas_that_start_together_measure_once() -> None:
-    script = "from tests.unit.test_choosing import *; engine, events = load(); print(measured(events), engine.facts)"
+    script = (
+        "from tests.unit.test_choosing import *; choosing.TIMED_S = 0.02; engine, events = load(); "
+        "print(measured(events), engine.facts)"
+    )
     replicas = [
         subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
