@@ -47,7 +47,7 @@ class Prefixes:
             return
         try:
             kept = sequence.copy_of_first(len(key))
-        except RuntimeError:  # no memory for what is only a convenience
+        except (RuntimeError, MemoryError):  # no memory for what is only a convenience
             self.clear()
             return
         self._kept[key] = kept

@@ -10,6 +10,8 @@ On a CPU attention is worked out in fp32 whatever the model's precision is: for 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,9 @@ from deployments.spec import CheckpointError
 ATTENTION = "dure_sequences"
 ROOM = 64
 """Tokens that a sequence has room for beyond those it has just read."""
+MAPPED_BYTES = 32 * 2**10
+"""On a CPU what is kept is memory of its own from here on: it lives longer than activations, and among them in the heap
+it leaves holes. Next words at KoGPT2's size, 64 clients for a minute: 1.79 to 1.91 GB became 1.55 to 1.80."""
 
 
 class Sequence:
@@ -41,10 +46,10 @@ class Sequence:
     def of_layer(self, layer: int, like: torch.Tensor, tokens: int) -> torch.Tensor:
         """What a layer keeps, with room for so many tokens more; `like` are keys, shape (heads, tokens, width)."""
         if layer == len(self.kept):
-            self.kept.append(like.new_empty(2, like.shape[0], 0, like.shape[2]))
+            self.kept.append(_empty(like, 2, like.shape[0], 0, like.shape[2]))
         kept = self.kept[layer]
         if self.length + tokens > kept.shape[2]:
-            larger = kept.new_empty(2, kept.shape[1], self.length + tokens + ROOM, kept.shape[3])
+            larger = _empty(kept, 2, kept.shape[1], self.length + tokens + ROOM, kept.shape[3])
             larger[:, :, : self.length] = kept[:, :, : self.length]
             self.kept[layer] = kept = larger
         return kept
@@ -53,7 +58,8 @@ class Sequence:
         """A sequence that has read this one's first tokens."""
         copy = Sequence()
         copy.length = tokens
-        copy.kept = [kept[:, :, :tokens].clone() for kept in self.kept]
+        firsts = [kept[:, :, :tokens] for kept in self.kept]
+        copy.kept = [_empty(first, *first.shape).copy_(first) for first in firsts]
         return copy
 
     def nbytes(self, tokens: int) -> int:
@@ -166,6 +172,18 @@ def _attend(
             enable_gqa=gqa,
         ).transpose(1, 2)
     return result, None
+
+
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Of the same type and on the same device. Raises MemoryError, or on a GPU torch's error, where there is no room."""
+    nbytes = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or nbytes < MAPPED_BYTES:
+        return like.new_empty(shape)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {nbytes} bytes for keys and values") from error
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _dtype(tensor: torch.Tensor) -> torch.dtype:
