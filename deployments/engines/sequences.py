@@ -175,7 +175,7 @@ def _attend(
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Of the same type and on the same device. Raises MemoryError, or on a GPU torch's error, where there is no room."""
+    """Of the same type and on the same device. Raises MemoryError, or torch's error on a GPU, for want of memory."""
     nbytes = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or nbytes < MAPPED_BYTES:
         return like.new_empty(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import random
 from dataclasses import replace
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from demo.next_word.check import heldout
-from deployments.engines import load_engine
+from deployments.engines import load_engine, sequences
 from deployments.engines.predictor import Predictor
 from deployments.engines.prefixes import Prefixes
 from deployments.engines.sequences import Reader, Sequence, Turn
@@ -40,6 +41,10 @@ def predictor() -> Predictor:
 @functools.cache
 def plain_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained("demo/next_word/checkpoint", dtype=torch.float32).eval()
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
 def ask(predictor: Predictor, *prompts: Prompt) -> list[list[Word]]:
@@ -145,6 +150,29 @@ def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: 
     assert prefixes.sequence(list(range(41))).length == 40
     assert prefixes.sequence(list(range(199, 220))).length == 20, "the last is left to read"
     assert prefixes.sequence(list(range(100, 141))).length == 0
+
+
+def test_where_memory_runs_out_prefixes_are_given_up_and_a_step_can_be_taken_again(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = Prompt("오늘 날씨가 " * 20)
+    [expected] = ask(predictor, prompt)
+    search = predictor.begin(predictor.prepare(prompt))
+    predictor.prefixes.clear()
+    kept = Sequence()
+    kept.of_layer(0, torch.zeros(4, 40, 64), 40)
+    kept.length = 40
+    predictor.prefixes.keep(list(range(40)), kept)
+    assert predictor.prefixes.nbytes
+    with monkeypatch.context() as patch:
+        patch.setattr(sequences.mmap, "mmap", no_memory)
+        predictor.prefixes.keep(list(range(1, 41)), kept)
+        assert not predictor.prefixes.nbytes
+        with pytest.raises(MemoryError):
+            predictor.step([search])
+    while search.result is None:
+        predictor.step([search])
+    assert search.result == expected
 
 
 def test_single_tokens_and_whole_words_share_a_batch(predictor: Predictor) -> None:
