@@ -129,7 +129,6 @@ def _run(nodes: Nodes, url: str, seconds: int) -> list[str]:
         time.sleep(BETWEEN_S)
         for outage in _outages(nodes):
             wrong += _suffer(outage, load)
-            time.sleep(BETWEEN_S)
         time.sleep(max(0.0, started + seconds - time.monotonic()))
     finally:
         load.over.set()
@@ -155,6 +154,7 @@ def _suffer(outage: Outage, load: Load) -> list[str]:
             return [f"{outage.kind}: not back after {RECOVER_S:g} s"]
         time.sleep(0.1)
     back_s = time.monotonic() - killed_at
+    time.sleep(BETWEEN_S)  # what fails until the next one is killed is this one's, too
     failing_s = max(0.0, load.last_failure - killed_at)
     once, again = load.failed_once[outage.kind], load.failed_again[outage.kind]
     print(f"{outage.kind}: {once} requests failed once, {again} again; failures for {failing_s:.1f} s, as many "

@@ -27,8 +27,8 @@ from loadtests.report import machine
 from loadtests.visits import Tries, Visits, median, prepared, quantile, run
 
 WARM_S = 90
-"""The predictor's memory holds still only then: its prefix cache fills, and the heap comes to have room for sequences
-of all lengths between what stays. The engine alone, 48 clients: 986 MB, 1.5 GB after 20 s, 1.76 GB from 80 s to 180 s.
+"""The predictor's memory holds still only then, with its prefix cache full. The engine alone, 64 clients: 973 MB, 1.36
+GB after 10 s, 1.5 to 1.8 GB from 40 s on.
 """
 PEAK_S = 20
 SETTLE_S = 15
@@ -137,8 +137,8 @@ def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int)
         f"a full queue takes {1000 * bound_s:.0f} ms ({endpoint.queue} places, {endpoint.clients} in the peak's p99)\n"
         f"  refused: {len(refused)}, p50 {1000 * median(refused):.1f} ms, p99 {1000 * quantile(refused, 0.99):.1f} ms\n"
         f"  tickets: {len(back)} sent back at their time, {admitted:.1%} let in\n"
-        f"  failed: {len(tries.failed())}; memory {memory[0]:.0f} -> {memory[1]:.0f} MB, "
-        f"most of it {grown}: {first.get(grown, 0):.0f} -> {last[grown]:.0f}",
+        f"  failed: {len(tries.failed())}; memory {memory[0]:.0f} -> {memory[1]:.0f} MB; "
+        f"{grown} has grown most: {first.get(grown, 0):.0f} -> {last[grown]:.0f}",
         flush=True,
     )
     problems = {
@@ -160,7 +160,8 @@ def own_memory() -> dict[str, float]:
     for process in psutil.process_iter():
         try:
             if mark in process.environ().get("DURE_OWNER", ""):
-                name = " ".join(process.cmdline()).partition(".")[0]
+                title = " ".join(process.cmdline())
+                name = title.partition(".")[0] if title.startswith("ray::") else process.name()
                 own[f"{name} ({process.pid})"] = process.memory_full_info().uss / 2**20
         except psutil.Error:
             continue

@@ -46,7 +46,7 @@ class Sequence:
     def of_layer(self, layer: int, like: torch.Tensor, tokens: int) -> torch.Tensor:
         """What a layer keeps, with room for so many tokens more; `like` are keys, shape (heads, tokens, width)."""
         if layer == len(self.kept):
-            self.kept.append(_empty(like, 2, like.shape[0], 0, like.shape[2]))
+            self.kept.append(like.new_empty(2, like.shape[0], 0, like.shape[2]))
         kept = self.kept[layer]
         if self.length + tokens > kept.shape[2]:
             larger = _empty(kept, 2, kept.shape[1], self.length + tokens + ROOM, kept.shape[3])

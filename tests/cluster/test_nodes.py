@@ -115,7 +115,7 @@ class Asking:
 
     def _ask(self) -> None:
         documents = ["It rains in April.", "The landlord returns the deposit within 14 days."]
-        while not self.over.wait(0.5):
+        while not self.over.wait(0.2):
             body = {"query": f"When is deposit {time.monotonic_ns()} returned?", "documents": documents}
             try:
                 response = httpx.post(f"{self.url}/v1/search", json=body, timeout=120)

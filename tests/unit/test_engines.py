@@ -101,12 +101,9 @@ def test_progress_is_by_bytes_and_counts_shards() -> None:
     assert len(reading) > 10
 
 
-@pytest.mark.parametrize(
-    ("precision", "bound", "words"),
-    [("fp32", 0.9999, 300), ("bf16", 0.999, 30), ("int8", 0.9, 300)],  # bf16 is slow on many CPUs
-)
-def test_embeddings_are_those_of_sentence_transformers(precision: str, bound: float, words: int) -> None:
-    texts = ["A lease.", "두레는 마을의 품앗이다.", "word " * words, ""]
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.9999), ("bf16", 0.999), ("int8", 0.9)])
+def test_embeddings_are_those_of_sentence_transformers(precision: str, bound: float) -> None:
+    texts = ["A lease.", "두레는 마을의 품앗이다.", "word " * 300, ""]
     expected = SentenceTransformer(str(resolve(SOURCES["embedding"], None)), device="cpu").encode(texts)
     engine = load("embedding", precision)
     vectors = ask(engine, *map(Text, texts)).vectors
