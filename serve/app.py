@@ -12,11 +12,12 @@ from ray.serve import Application
 from deployments.replica import ModelReplica
 from serve.graph import NEEDS
 from serve.ingress import Ingress
+from serve.model_settings import Autoscaling, ModelSettings
 from serve.plan import with_shares
 from serve.reporter import Reporter
 from serve.services.adverts import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
-from serve.settings import Autoscaling, ModelSettings, Settings
+from serve.settings import Settings
 from serve.watch import CONSTRUCTOR_TRIES
 
 HEALTH_CHECK_PERIOD_S = 2

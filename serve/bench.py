@@ -13,7 +13,7 @@ from rich.table import Table
 from deployments.spec import CheckpointError, ModelSpec
 from serve import environment
 from serve.config_file import read_config
-from serve.settings import SettingsError, unknown_name
+from serve.strict import SettingsError, unknown_name
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Measure a config's model on this machine."

@@ -24,7 +24,7 @@ from serve.coalescer import Coalescer
 from serve.errors import DureError
 from serve.following import Following, Progress, telling
 from serve.lanes.gate import Gate
-from serve.settings import ModelSettings
+from serve.model_settings import ModelSettings
 from serve.watch import Watch
 
 TRIES = 3

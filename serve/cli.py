@@ -19,8 +19,8 @@ from rich.table import Table
 from deployments.spec import CheckpointError
 from serve import bench, environment, history, processes
 from serve.config_file import ConfigFile, checked, read_config
-from serve.settings import SettingsError
 from serve.store import locations, schema
+from serve.strict import SettingsError
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Fetching, Loading, print_ready
 

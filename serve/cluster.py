@@ -21,7 +21,7 @@ from serve.actors import NAMESPACE
 from serve.board import NAME, Replica, board
 from serve.config_file import ConfigFile
 from serve.lanes import admission
-from serve.settings import SettingsError
+from serve.strict import SettingsError
 from serve.watch import CONSTRUCTOR_TRIES
 
 OBJECT_STORE_BYTES = 256 * 2**20

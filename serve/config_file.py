@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve.settings import Settings, SettingsError, unknown_name
+from serve.settings import Settings
+from serve.strict import SettingsError, unknown_name
 
 SECRET = (".url", ".secret")
 """Settings that may hold a password: what they are is not repeated."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from serve.settings import SettingsError
+from serve.strict import SettingsError
 
 KEY, NAMESPACE = b"deploys", b"dure"
 KEPT = 10

@@ -12,7 +12,9 @@ from deployments.footprint import Footprint, footprint
 from deployments.sources import resolve
 from deployments.spec import CheckpointError, ModelSpec
 from serve.gpus import GIB, Gpus
-from serve.settings import ModelSettings, Settings, SettingsError
+from serve.model_settings import ModelSettings
+from serve.settings import Settings
+from serve.strict import SettingsError
 
 STEP = 0.01
 """Fractions are rounded up to it."""

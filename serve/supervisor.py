@@ -20,7 +20,7 @@ from deployments.sources import ROOT
 from serve import environment, processes
 from serve.config_file import ConfigFile
 from serve.plan import with_shares
-from serve.settings import SettingsError
+from serve.strict import SettingsError
 
 LOG_STARTS_KEPT = 5
 SHUTDOWN_S = 10.0

@@ -19,9 +19,9 @@ from serve.errors import DureError
 from serve.following import Following
 from serve.graph import Graph
 from serve.metrics import measured
+from serve.model_settings import TASKS, ModelSettings
 from serve.routes.common import Body, CallerDep, GraphDep
 from serve.routes.following import respond
-from serve.settings import TASKS, ModelSettings
 
 router = APIRouter(tags=["models"])
 

@@ -17,10 +17,11 @@ from serve.adverts import Validation
 from serve.caller import Caller
 from serve.errors import DureError
 from serve.following import Following
+from serve.model_settings import ModelSettings
 from serve.services.adverts import Adverts
 from serve.services.janitor import Janitor
 from serve.services.stage_calls import StageCalls
-from serve.settings import ModelSettings, Settings, StoreSettings
+from serve.settings import Settings, StoreSettings
 from serve.store.assets import Assets
 from serve.store.stages import EXPIRED, Which
 from tests.store.conftest import LEASE_S, Scenario, Store, image

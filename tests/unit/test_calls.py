@@ -15,7 +15,7 @@ from serve.calls import Model
 from serve.errors import DureError
 from serve.lanes.gate import Gate
 from serve.lanes.tickets import Refused
-from serve.settings import ModelSettings
+from serve.model_settings import ModelSettings
 
 
 def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 4) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from serve import history
-from serve.settings import SettingsError
+from serve.strict import SettingsError
 
 
 class Store:

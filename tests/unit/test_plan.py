@@ -25,7 +25,8 @@ from deployments.spec import CheckpointError, ModelSpec
 from serve import plan as planning
 from serve.config_file import read_config
 from serve.plan import GIB, Need
-from serve.settings import Settings, SettingsError
+from serve.settings import Settings
+from serve.strict import SettingsError
 from tests.hub import COMMIT, write_cache
 
 VISION = ModelSpec("m", "vision", "demo/adverts/checkpoint")

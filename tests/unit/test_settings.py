@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from serve.config_file import read_config
-from serve.settings import Settings, SettingsError
+from serve.settings import Settings
+from serve.strict import SettingsError
 from tests.dure import ROOT
 
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {ROOT / "configs/rayservice.yaml"})

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from serve import app, cli, supervisor
 from serve.config_file import read_config
 from serve.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
-from serve.settings import Settings, SettingsError
+from serve.settings import Settings
+from serve.strict import SettingsError
 from tests.unit.test_settings import written
 
 GPUS = "1x24GiB"

@@ -1,0 +1,104 @@
+"""What a config file may say of one model."""
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from deployments.spec import ModelSpec, Precision, Runtime
+from serve.strict import SettingsError, Strict, unknown_name
+
+TASKS = ("next_word", "vision", "embedding", "rerank")
+
+
+def _known_task(task: str) -> str:
+    if task not in TASKS and not (
+        ":" in task and all(part.isidentifier() for part in task.replace(":", ".").split("."))
+    ):
+        raise ValueError(unknown_name(task, "task", [*TASKS, "MODULE:CLASS"]))
+    return task
+
+
+class Autoscaling(Strict):
+    """How many replicas a model has, by the items waiting and running for each.
+
+    With `min_replicas: 0` it sleeps while nobody asks for it, and the first who does waits until it is loaded.
+    """
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(16, gt=0)
+    look_back_period_s: float = Field(10, gt=0, description="seconds that the items are averaged over")
+    upscale_delay_s: float = Field(10, ge=0)
+    downscale_delay_s: float = Field(300, ge=0)
+    downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="for the last; left out: the same")
+    policy: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="MODULE:FUNCTION of your own that says how many are wanted, from Serve's AutoscalingContext",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Autoscaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
+
+class ModelSettings(Strict):
+    task: Annotated[str, AfterValidator(_known_task)] = Field(
+        description="next_word, vision, embedding, rerank, or MODULE:CLASS of your own engine"
+    )
+    source: str = Field(min_length=1, description="folder, package:IMPORT_NAME/FOLDER, or hub id with revision")
+    revision: str | None = Field(None, description="commit or tag on the hub")
+    precision: Precision = "auto"
+    runtime: Runtime = "auto"
+    num_gpus: float | None = Field(
+        None, ge=0, description="share of a GPU per replica; left out: what `gpus` says of it, else 0, the CPU"
+    )
+    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray books per replica, for placement only")
+    threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
+    autoscaling: Autoscaling = Autoscaling()
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None, description="vision: how to spread the model over the GPUs that num_gpus books"
+    )
+    max_memory: dict[int | str, str] | None = Field(None, description="vision: of each GPU, as 0: 10GiB, and of cpu")
+    prefix_cache_mb: float = Field(
+        256, ge=0, description="for prompts read before, of next_word and vision: what begins alike is read once"
+    )
+    max_batch_items: int = Field(32, ge=1)
+    max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
+    max_queue: int = Field(
+        128, ge=1, description="items waiting or running, per ingress replica; over it 429, but for a tenant's share"
+    )
+
+    @property
+    def gpu_share(self) -> float:
+        """Of a GPU, per replica; where it is left out, `serve.plan.with_shares` has to have filled it in."""
+        return self.num_gpus or 0
+
+    def spec(self, name: str) -> ModelSpec:
+        """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces torch in fp32."""
+        return ModelSpec(
+            name=name,
+            task=self.task,
+            source=self.source,
+            revision=self.revision,
+            precision=self.precision if optimised() else "fp32",
+            runtime=self.runtime if optimised() else "torch",
+            threads=self.threads,
+            gpu_share=self.gpu_share,
+            device_map=self.device_map,
+            max_memory=self.max_memory,
+            prefix_cache_mb=self.prefix_cache_mb,
+            max_batch_items=self.max_batch_items,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+
+
+def optimised() -> bool:
+    """USE_OPTIMIZED_MODELS, true where it is not set."""
+    value = os.environ.get("USE_OPTIMIZED_MODELS", "true").strip().lower()
+    if value not in ("true", "false", "1", "0"):
+        raise SettingsError(f"USE_OPTIMIZED_MODELS={value!r} is neither true nor false")
+    return value in ("true", "1")
