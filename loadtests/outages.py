@@ -36,6 +36,7 @@ SHARE = 0.45
 each of two GPUs, a replica of 0.6 waits for ever."""
 BETWEEN_S = 5.0
 RECOVER_S = 90.0
+INGRESS, HAPROXY = "ServeReplica:dure:ingress", "haproxy -"
 GOOD_IN_A_ROW = 10
 """So many answers without a failure between them, and what was killed is over."""
 
@@ -93,6 +94,10 @@ class Outage:
     kind: str
     kill: Callable[[], None]
     is_back: Callable[[], bool]
+    prepare: Callable[[], None] = lambda: None
+    """Before the kill, not measured."""
+    cuts: Callable[[], bool] = lambda: False
+    """Whether the kill closes connections of clients, so that what they had asked for must be asked for again."""
 
 
 def main() -> None:
@@ -111,14 +116,14 @@ def main() -> None:
         if deploying.ended(READY_S):
             sys.exit(deploying.said)
         print(f"{machine()}; 3 nodes on these cores, 2 ingress replicas, {CLIENTS} clients")
-        wrong = _run(nodes, deploying.url, options.seconds)
+        wrong = _run(nodes, port, deploying.url, options.seconds)
     finally:
         nodes.stop()
     if wrong:
         sys.exit("; ".join(wrong))
 
 
-def _run(nodes: Nodes, url: str, seconds: int) -> list[str]:
+def _run(nodes: Nodes, port: int, url: str, seconds: int) -> list[str]:
     load = Load(url)
     clients = [threading.Thread(target=load.run) for _ in range(CLIENTS)]
     started = time.monotonic()
@@ -127,7 +132,7 @@ def _run(nodes: Nodes, url: str, seconds: int) -> list[str]:
     wrong: list[str] = []
     try:
         time.sleep(BETWEEN_S)
-        for outage in _outages(nodes):
+        for outage in _outages(nodes, port):
             wrong += _suffer(outage, load)
         time.sleep(max(0.0, started + seconds - time.monotonic()))
     finally:
@@ -146,9 +151,11 @@ def _run(nodes: Nodes, url: str, seconds: int) -> list[str]:
 
 
 def _suffer(outage: Outage, load: Load) -> list[str]:
-    load.kind, load.in_a_row = outage.kind, 0
-    killed_at = time.monotonic()
+    outage.prepare()
+    may_fail_once = outage.cuts()
+    load.kind, killed_at = outage.kind, time.monotonic()
     outage.kill()
+    load.in_a_row = 0
     while not (outage.is_back() and load.in_a_row >= GOOD_IN_A_ROW):
         if time.monotonic() - killed_at > RECOVER_S:
             return [f"{outage.kind}: not back after {RECOVER_S:g} s"]
@@ -159,46 +166,69 @@ def _suffer(outage: Outage, load: Load) -> list[str]:
     once, again = load.failed_once[outage.kind], load.failed_again[outage.kind]
     print(f"{outage.kind}: {once} requests failed once, {again} again; failures for {failing_s:.1f} s, as many "
           f"processes as before after {back_s:.1f} s", flush=True)  # fmt: skip
-    may_fail_once = outage.kind in ("ingress replica", "HAProxy", "node with an ingress")
     problems = {f"{again} failed twice": again, f"{once} failed": once and not may_fail_once}
     return [f"{outage.kind}: {problem}" for problem, is_so in problems.items() if is_so]
 
 
-def _outages(nodes: Nodes) -> list[Outage]:
-    def one(kind: str, title: str) -> Outage:
-        before: dict[psutil.Process, int] = {}
-
-        def kill() -> None:
-            before.update(nodes.actors(title))
-            min(before, key=lambda process: before[process] == 0).kill()
-
-        def is_back() -> bool:
-            now = nodes.actors(title)
-            return len(now) >= len(before) and now.keys() != before.keys()
-
-        return Outage(kind, kill, is_back)
-
-    def node(with_ingress: bool) -> Outage:
-        def kill() -> None:
-            doors = set(nodes.actors("ServeReplica:dure:ingress").values())
-            workers = {int(process.environ()[NODE].rpartition(".")[2]) for process in nodes.processes()} - {0}
-            chosen = sorted(workers & doors if with_ingress else workers - doors) or sorted(workers)
-            nodes.add(cpus=4, gpus=1)
-            nodes.kill(chosen[0])
-
-        def is_back() -> bool:
-            return len(nodes.actors("ServeReplica:dure:ingress")) == 2
-
-        return Outage("node with an ingress" if with_ingress else "node without an ingress", kill, is_back)
-
+def _outages(nodes: Nodes, port: int) -> list[Outage]:
     return [
-        one("model replica", "ServeReplica:dure:embedder"),
-        one("admission", "Admission"),
-        one("ingress replica", "ServeReplica:dure:ingress"),
-        one("HAProxy", "haproxy -"),
-        node(with_ingress=False),
-        node(with_ingress=True),
+        _process(nodes, "model replica", "ServeReplica:dure:embedder"),
+        _process(nodes, "admission", "Admission"),
+        _process(nodes, "ingress replica", INGRESS, cuts=True),
+        _process(nodes, "HAProxy", HAPROXY, cuts=True),
+        _node(nodes, port, with_ingress=False),
+        _node(nodes, port, with_ingress=True),
     ]
+
+
+def _process(nodes: Nodes, kind: str, title: str, cuts: bool = False) -> Outage:
+    before: dict[psutil.Process, int] = {}
+
+    def kill() -> None:
+        before.update(nodes.actors(title))
+        min(before, key=lambda process: before[process] == 0).kill()
+
+    def is_back() -> bool:
+        now = nodes.actors(title)
+        return len(now) >= len(before) and now.keys() != before.keys()
+
+    return Outage(kind, kill, is_back, cuts=lambda: cuts)
+
+
+def _node(nodes: Nodes, port: int, with_ingress: bool) -> Outage:
+    """A machine that is not the head, for which another one has come."""
+    kind = "node with an ingress" if with_ingress else "node without an ingress"
+    titles = [INGRESS, *(f"ServeReplica:dure:{name}" for name in ("embedder", "reranker", "search"))]
+    victim = 0
+    wanted: list[int] = []
+
+    def prepare() -> None:
+        nonlocal victim
+        doors = set(nodes.actors(INGRESS).values())
+        workers = {int(process.environ()[NODE].rpartition(".")[2]) for process in nodes.processes()} - {0}
+        chosen = workers & doors if with_ingress else workers - doors
+        if not chosen:
+            sys.exit(f"{kind}: Serve has placed the ingress so that there is none; run this again")
+        victim = min(chosen)
+        wanted[:] = [len(nodes.actors(title)) for title in titles]
+        nodes.add(cpus=4, gpus=1)
+
+    def cuts() -> bool:
+        """Every node with a replica has a HAProxy, among which the kernel has spread the clients' connections."""
+        of_clients = {end.laddr for end in psutil.Process().net_connections("tcp") if end.raddr}
+        connections = sum(
+            end.raddr in of_clients
+            for process, node in nodes.actors(HAPROXY).items()
+            for end in process.net_connections("tcp")
+            if node == victim
+        )
+        print(f"{connections} of the clients' connections end at the {kind} that is killed now")
+        return with_ingress or connections > 0
+
+    def is_back() -> bool:
+        return [len(nodes.actors(title)) for title in titles] == wanted
+
+    return Outage(kind, lambda: nodes.kill(victim), is_back, prepare, cuts)
 
 
 if __name__ == "__main__":

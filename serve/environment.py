@@ -39,6 +39,7 @@ HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # an ingress that does not answer is left out at once, not after 3
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a dead HAProxy is started again after 3 failed checks
 }
 
 
