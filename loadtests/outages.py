@@ -37,6 +37,7 @@ each of two GPUs, a replica of 0.6 waits for ever."""
 BETWEEN_S = 5.0
 RECOVER_S = 90.0
 INGRESS, HAPROXY = "ServeReplica:dure:ingress", "haproxy -"
+ATTEMPTS = 200
 GOOD_IN_A_ROW = 10
 """So many answers without a failure between them, and what was killed is over."""
 
@@ -55,38 +56,45 @@ class Load:
     seconds: list[float] = field(default_factory=list)
     last_failure: float = 0.0
     in_a_row: int = 0
+    unwanted: frozenset[int] = frozenset()
+    """Ports of clients that are to connect anew."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        with httpx.Client(timeout=60) as client:
-            while not self.over.wait(PAUSE_S):
-                self._ask(client)
+        while not self.over.is_set():
+            with httpx.Client(timeout=60) as client:
+                while not self.over.wait(PAUSE_S) and self._ask(client) not in self.unwanted:
+                    pass
 
-    def _ask(self, client: httpx.Client) -> None:
+    def _ask(self, client: httpx.Client) -> int | None:
+        """Returns the port that was asked from."""
         stamp = time.monotonic_ns()
         body = {"query": f"Who pays {stamp}?", "documents": [f"{stamp} the tenant pays", "It rains."], "top_k": 1}
         began = time.monotonic()
         for failed in (self.failed_once, self.failed_again):
-            problem = self._try(client, body)
+            asked_from, problem = self._try(client, body)
             if problem is None:
                 self.answered[self.kind] += 1
                 self.seconds.append(time.monotonic() - began)
                 self.in_a_row += 1
-                return
+                return asked_from
             failed[self.kind] += 1
             self.reasons[f"{self.kind}: {problem}"] += 1
             self.last_failure, self.in_a_row = time.monotonic(), 0
+        return asked_from
 
-    def _try(self, client: httpx.Client, body: dict[str, object]) -> str | None:
+    def _try(self, client: httpx.Client, body: dict[str, object]) -> tuple[int | None, str | None]:
         try:
-            response = client.post(f"{self.url}/v1/search", json=body)
+            with client.stream("POST", f"{self.url}/v1/search", json=body) as response:
+                asked_from = int(response.extensions["network_stream"].get_extra_info("client_addr")[1])
+                response.read()
         except httpx.HTTPError as error:
             time.sleep(RETRY_S)
-            return type(error).__name__
+            return None, type(error).__name__
         if response.is_success:
-            return None
+            return asked_from, None
         time.sleep(float(response.headers.get("Retry-After", RETRY_S)))
-        return f"{response.status_code} {response.text[:90]}"
+        return asked_from, f"{response.status_code} {response.text[:90]}"
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,7 @@ class Outage:
     is_back: Callable[[], bool]
     prepare: Callable[[], None] = lambda: None
     """Before the kill, not measured."""
-    cuts: Callable[[], bool] = lambda: False
-    """Whether the kill closes connections of clients, so that what they had asked for must be asked for again."""
+    may_fail_once: bool = False
 
 
 def main() -> None:
@@ -132,7 +139,7 @@ def _run(nodes: Nodes, port: int, url: str, seconds: int) -> list[str]:
     wrong: list[str] = []
     try:
         time.sleep(BETWEEN_S)
-        for outage in _outages(nodes, port):
+        for outage in _outages(nodes, load, port):
             wrong += _suffer(outage, load)
         time.sleep(max(0.0, started + seconds - time.monotonic()))
     finally:
@@ -152,7 +159,6 @@ def _run(nodes: Nodes, port: int, url: str, seconds: int) -> list[str]:
 
 def _suffer(outage: Outage, load: Load) -> list[str]:
     outage.prepare()
-    may_fail_once = outage.cuts()
     load.kind, killed_at = outage.kind, time.monotonic()
     outage.kill()
     load.in_a_row = 0
@@ -166,22 +172,22 @@ def _suffer(outage: Outage, load: Load) -> list[str]:
     once, again = load.failed_once[outage.kind], load.failed_again[outage.kind]
     print(f"{outage.kind}: {once} requests failed once, {again} again; failures for {failing_s:.1f} s, as many "
           f"processes as before after {back_s:.1f} s", flush=True)  # fmt: skip
-    problems = {f"{again} failed twice": again, f"{once} failed": once and not may_fail_once}
+    problems = {f"{again} failed twice": again, f"{once} failed": once and not outage.may_fail_once}
     return [f"{outage.kind}: {problem}" for problem, is_so in problems.items() if is_so]
 
 
-def _outages(nodes: Nodes, port: int) -> list[Outage]:
+def _outages(nodes: Nodes, load: Load, port: int) -> list[Outage]:
     return [
         _process(nodes, "model replica", "ServeReplica:dure:embedder"),
         _process(nodes, "admission", "Admission"),
-        _process(nodes, "ingress replica", INGRESS, cuts=True),
-        _process(nodes, "HAProxy", HAPROXY, cuts=True),
-        _node(nodes, port, with_ingress=False),
-        _node(nodes, port, with_ingress=True),
+        _process(nodes, "ingress replica", INGRESS, may_fail_once=True),
+        _process(nodes, "HAProxy", HAPROXY, may_fail_once=True),
+        _node(nodes, load, port, with_ingress=False),
+        _node(nodes, load, port, with_ingress=True),
     ]
 
 
-def _process(nodes: Nodes, kind: str, title: str, cuts: bool = False) -> Outage:
+def _process(nodes: Nodes, kind: str, title: str, may_fail_once: bool = False) -> Outage:
     before: dict[psutil.Process, int] = {}
 
     def kill() -> None:
@@ -192,10 +198,10 @@ def _process(nodes: Nodes, kind: str, title: str, cuts: bool = False) -> Outage:
         now = nodes.actors(title)
         return len(now) >= len(before) and now.keys() != before.keys()
 
-    return Outage(kind, kill, is_back, cuts=lambda: cuts)
+    return Outage(kind, kill, is_back, may_fail_once=may_fail_once)
 
 
-def _node(nodes: Nodes, port: int, with_ingress: bool) -> Outage:
+def _node(nodes: Nodes, load: Load, port: int, with_ingress: bool) -> Outage:
     """A machine that is not the head, for which another one has come."""
     kind = "node with an ingress" if with_ingress else "node without an ingress"
     titles = [INGRESS, *(f"ServeReplica:dure:{name}" for name in ("embedder", "reranker", "search"))]
@@ -212,23 +218,30 @@ def _node(nodes: Nodes, port: int, with_ingress: bool) -> Outage:
         victim = min(chosen)
         wanted[:] = [len(nodes.actors(title)) for title in titles]
         nodes.add(cpus=4, gpus=1)
+        if not with_ingress:
+            leave()
 
-    def cuts() -> bool:
-        """Every node with a replica has a HAProxy, among which the kernel has spread the clients' connections."""
-        of_clients = {end.laddr for end in psutil.Process().net_connections("tcp") if end.raddr}
-        connections = sum(
-            end.raddr in of_clients
-            for process, node in nodes.actors(HAPROXY).items()
-            for end in process.net_connections("tcp")
-            if node == victim
-        )
-        print(f"{connections} of the clients' connections end at the {kind} that is killed now")
-        return with_ingress or connections > 0
+    def leave() -> None:
+        """Let no client's connection end at the victim, as a balancer in front of the nodes with an ingress does. Serve
+        has a HAProxy on every node with a replica, and here the kernel chooses among them."""
+        for _ in range(ATTEMPTS):
+            of_clients = {end.laddr for end in psutil.Process().net_connections("tcp") if end.raddr}
+            ends = {
+                end.raddr.port: node
+                for process, node in nodes.actors(HAPROXY).items()
+                for end in process.net_connections("tcp")
+                if end.laddr.port == port and end.raddr in of_clients
+            }
+            load.unwanted = frozenset(asked_from for asked_from, node in ends.items() if node == victim)
+            if len(ends) == CLIENTS and not load.unwanted:
+                return
+            time.sleep(PAUSE_S)
+        sys.exit(f"{kind}: clients' connections still end there")
 
     def is_back() -> bool:
         return [len(nodes.actors(title)) for title in titles] == wanted
 
-    return Outage(kind, lambda: nodes.kill(victim), is_back, prepare, cuts)
+    return Outage(kind, lambda: nodes.kill(victim), is_back, prepare, may_fail_once=with_ingress)
 
 
 if __name__ == "__main__":
