@@ -85,7 +85,7 @@ class Graph:
                 model.gate.overload = partial(self._overload, [name])
             for name, service in self.services.items():
                 service.gate.overload = partial(self._overload, [self.model(task).name for task in NEEDS[name]])
-        self.lanes.start([model.gate for model in self.models.values()])
+        self.lanes.start([each.gate for each in (*self.models.values(), *self.services.values())])
         self.reporter.open(*self.me, REGISTRY)
 
     @asynccontextmanager

@@ -144,7 +144,8 @@ class Admission:
             for holder in [holder for holder, heard in self.heard.items() if now - heard > SILENCE_S]:
                 del self.heard[holder]
                 self.models.pop(holder, None)
-                for id in [id for id, entry in self.entries.items() if entry.asked.holder == holder]:
+                lost = [(id, entry) for id, entry in self.entries.items() if entry.asked.holder == holder]
+                for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):  # who waits is not let in
                     self._release(id)
             while self.left and now - next(iter(self.left.values())) > LEFT_KEPT_S:
                 del self.left[next(iter(self.left))]

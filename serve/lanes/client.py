@@ -41,10 +41,13 @@ class Full:
     """What one that has asked has heard."""
     until: float
     """Others would hear the same, on the clock of time.monotonic."""
+    seconds: float = 0.0
+    """That those will take who have heard it since."""
 
-    def behind(self, seconds: float) -> Refused:
-        """What one more hears, behind others who will take so long."""
-        return replace(self.refused, retry_after_s=min(self.refused.retry_after_s + int(seconds), LONGEST_S))
+    def one_more(self) -> Refused:
+        """What the next one hears, behind the others."""
+        self.seconds += self.refused.each_s
+        return replace(self.refused, retry_after_s=min(self.refused.retry_after_s + int(self.seconds), LONGEST_S))
 
 
 class Lanes:
@@ -132,15 +135,17 @@ class Lanes:
         before = self._turned_away.get((lane, tenant), TurnedAway(lane, tenant, 0, 0.0))
         away = TurnedAway(lane, tenant, before.count + 1, before.seconds + full.refused.each_s)
         self._turned_away[lane, tenant] = away
-        raise errors.queue_full(lane, full.behind(away.seconds))
+        raise errors.queue_full(lane, full.one_more())
 
     async def _decision(self, asked: Asked, caller: Caller) -> Decision:
         """Asked again where the actor has died, which forgets nothing that holders know."""
         away_since: float | None = None
         while True:
+            entered: float | None = None
             try:
                 async with asyncio.timeout(caller.left_s()):
                     actor = await self._admission()
+                    entered = time.monotonic()
                     decision: Decision = await actor.enter.remote(replace(asked, timeout_s=caller.left_s()))
                 if decision != "gone":
                     return decision
@@ -149,8 +154,10 @@ class Lanes:
                 raise errors.too_late(asked.lane, caller.timeout_s) from error
             except (RayActorError, ValueError) as error:
                 self._actor = None
-                away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > AWAY_S:
+                now = time.monotonic()
+                was_there = entered is not None and now - entered > RETRY_PAUSE_S
+                away_since = now if away_since is None or was_there else away_since
+                if now - away_since > AWAY_S:
                     raise errors.no_admission() from error
             await asyncio.sleep(min(RETRY_PAUSE_S, caller.left_s()))
 

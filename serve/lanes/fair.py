@@ -86,10 +86,10 @@ class FairQueue(Generic[E]):
         """A tenant's that wait."""
         return self.lines[tenant].entries if tenant in self.lines else ()
 
-    def share(self, tenant: str, weight: float) -> float:
-        """The part of the turns that a tenant gets beside those that wait now."""
+    def share(self, tenant: str, weight: float, expected: Collection[str] = ()) -> float:
+        """The part of the turns that a tenant gets beside those that wait now, and those that are `expected`."""
         others = sum(line.weight for name, line in self.lines.items() if name != tenant)
-        return weight / (weight + others)
+        return weight / (weight + others + sum(name != tenant and name not in self.lines for name in expected))
 
     def last(self, excess: Callable[[str], float], is_newcomer: Callable[[E], bool]) -> E:
         """The one of least right: of the tenant that holds most in `excess` of what is its, the last newcomer, else the

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -76,7 +76,8 @@ class Gate:
             if left <= 0:
                 self.rejected += 1
                 REJECTED.labels(self.name).inc()
-                mine, share = self.items_of[tenant], self._share(tenant)
+                expected = self.tickets.coming(self.max_items, tenant).tenants
+                mine, share = self.items_of[tenant], self._share(tenant, expected)
                 refused = self.tickets.refuse(tenant, self.items, self.max_items, items, ticket, mine, share)
                 raise errors.queue_full(self.name, refused)
             # Not wait_for, which in Python 3.11 forgets that it was cancelled where it has just been freed.
@@ -93,19 +94,20 @@ class Gate:
 
     def _has_room(self, tenant: str, awaited: bool) -> bool:
         """`awaited`: what is held for those who are told to come back is held for this one."""
-        held, reserved = 0, 0
-        if not awaited:
-            held = self.tickets.held(self.max_items)
-            reserved = self.tickets.reserved(self.items + 1, tenant)
+        if awaited:
+            share, held, own_held = self._share(tenant), 0, 0
+        else:
+            coming = self.tickets.coming(self.max_items, tenant)
+            share, held, own_held = self._share(tenant, coming.tenants), coming.held, coming.own
         if self.items < self.max_items - held:
             return True
         if sum(min(items, self.max_items) for items in self.items_of.values()) >= MOST * self.max_items:
             return False
-        return self.items_of[tenant] + reserved < self.max_items * self._share(tenant)
+        return self.items_of[tenant] + own_held < self.max_items * share
 
-    def _share(self, tenant: str) -> float:
-        """The part of the queue that is a tenant's beside those that have something in it."""
-        weights = {name: self.weights.get(name, 1.0) for name in (*self.items_of, tenant)}
+    def _share(self, tenant: str, expected: Collection[str] = ()) -> float:
+        """The part of the queue that is a tenant's beside those that have something in it, and those `expected`."""
+        weights = {name: self.weights.get(name, 1.0) for name in (*self.items_of, *expected, tenant)}
         return weights[tenant] / sum(weights.values())
 
     def _count(self, tenant: str, items: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.lanes.fair import FairQueue
-from serve.lanes.tickets import Refused, Tickets
+from serve.lanes.tickets import Pace, Refused, Tickets
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Lane:
     """Grants slots in turns among tenants; needs a running event loop."""
 
     def __init__(self, name: str, key: bytes) -> None:
-        self.tickets = Tickets(name, key)
+        self.tickets = Tickets(f"lane {name}", key)  # a service's own gate has its name, too
         self.max_concurrent = self.max_queue = 0
         self.running: set[Entry] = set()
         self.queue: FairQueue[Entry] = FairQueue()
@@ -157,11 +158,11 @@ class Lane:
 
     def places(self) -> dict[str, tuple[int, float]]:
         """Of each that waits, by id: its place, from 1, and the seconds that it may have to wait."""
-        pace_s = self.tickets.pace.seconds_per_item
+        pace_s = self._pace().seconds_per_item
         return {entry.asked.id: (place, place * pace_s) for place, entry in enumerate(self.queue, 1)}
 
     def standing(self) -> Standing:
-        waiting = self._waiting
+        waiting, pace = self._waiting, self._pace()
         busy = len(self.running) >= self.max_concurrent
         return Standing(
             len(self.running),
@@ -170,8 +171,8 @@ class Lane:
             self.max_concurrent,
             self.max_queue,
             self.tickets.outstanding,
-            self.tickets.pace.p50_s,
-            (waiting + 1) * self.tickets.pace.seconds_per_item if busy else 0.0,
+            pace.p50_s,
+            (waiting + 1) * pace.seconds_per_item if busy else 0.0,
             dict(Counter(entry.tenant for entry in self.queue)),
         )
 
@@ -183,23 +184,33 @@ class Lane:
         """A tenant's share of the queue is its, however much others have waiting or reserved."""
         if not self._waiting and len(self.running) < self.max_concurrent:
             return True
-        held = 0 if entry.has_ticket else self.tickets.held(self.max_queue)
-        if self._waiting < self.max_queue - held:
-            return True
-        reserved = 0 if entry.has_ticket else self.tickets.reserved(self._waiting + 1, entry.tenant)
-        return len(self.queue.of(entry.tenant)) + reserved + 1 <= self._due_to(entry.tenant, entry.weight)
+        tenant, weight = entry.tenant, entry.weight
+        if entry.has_ticket:
+            due, held, own_held = self._due_to(tenant, weight), 0, 0
+        else:
+            coming = self.tickets.coming(self.max_queue, tenant)
+            due, held, own_held = self._due_to(tenant, weight, coming.tenants), coming.held, coming.own
+        return self._waiting < self.max_queue - held or len(self.queue.of(tenant)) + own_held + 1 <= due
 
-    def _due_to(self, tenant: str, weight: float) -> float:
-        """How many places in the queue are a tenant's."""
-        return self.max_queue * self.queue.share(tenant, weight)
+    def _due_to(self, tenant: str, weight: float, expected: Collection[str] = ()) -> float:
+        """How many places in the queue are a tenant's beside those that wait, and those that are `expected`."""
+        return self.max_queue * self.queue.share(tenant, weight, expected)
 
     def _excess(self, tenant: str) -> float:
         """By how many a tenant holds more places than are its."""
         return len(self.queue.of(tenant)) - self._due_to(tenant, self.queue.lines[tenant].weight)
 
+    def _pace(self) -> Pace:
+        """With what has not been served yet."""
+        if self.running:
+            oldest = min(entry.admitted_at or entry.seen_at for entry in self.running)
+            self.tickets.pace.unserved(len(self.running), oldest)
+        return self.tickets.pace
+
     def _refuse(self, entry: Entry) -> None:
         self.rejected += 1
+        self._pace()
         asked = entry.asked
-        share = self.queue.share(asked.tenant, asked.weight)
+        share = self.queue.share(asked.tenant, asked.weight, self.tickets.coming(self.max_queue, asked.tenant).tenants)
         held = len(self.queue.of(asked.tenant))
         entry.decide(self.tickets.refuse(asked.tenant, self._waiting, self.max_queue, 1, asked.ticket, held, share))

@@ -7,20 +7,29 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.routes.common import GraphDep
+from serve.routes.common import CallerDep, GraphDep
 
 router = APIRouter(tags=["queues"])
 
 
 @router.get("/v1/queues")
-async def queues(graph: GraphDep) -> dict[str, Any]:
-    """Each service's lane and each model's queue: running, waiting, rejected, service times and the estimated wait."""
+async def queues(graph: GraphDep, caller: CallerDep) -> dict[str, Any]:
+    """Each service's lane and each model's queue: running, waiting, rejected, service times and the estimated wait.
+
+    Of a lane also what waits there for the caller's own tenant; the names of others are nobody's business.
+    """
     told = await graph.lanes.queues()
     of: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for gate in told["models"]:
         of[gate["name"]].append(gate)
-    lanes = [{"name": name, **standing} for name, standing in told["lanes"].items()]
+    lanes = [_lane(name, standing, caller.tenant) for name, standing in told["lanes"].items()]
     return {"object": "queues", "lanes": lanes, "models": [_model(name, of[name]) for name in graph.models]}
+
+
+def _lane(name: str, standing: dict[str, Any], tenant: str) -> dict[str, Any]:
+    by_tenant: dict[str, int] = standing["waiting_by_tenant"]
+    shown = {field: value for field, value in standing.items() if field != "waiting_by_tenant"}
+    return {"name": name, **shown, "waiting_of_tenant": by_tenant.get(tenant, 0)}
 
 
 def _model(name: str, gates: list[dict[str, Any]]) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def searching(client: httpx.Client, count: int, **headers: str) -> Iterator[list
         yield [pool.submit(client.post, SEARCH, json=search(LONG), headers=headers) for _ in range(count)]
 
 
-def lane(client: httpx.Client) -> dict[str, Any]:
-    lanes = client.get("/v1/queues").raise_for_status().json()["lanes"]
+def lane(client: httpx.Client, **headers: str) -> dict[str, Any]:
+    lanes = client.get("/v1/queues", headers=headers).raise_for_status().json()["lanes"]
     return next(lane for lane in lanes if lane["name"] == "search")
 
 
@@ -86,7 +86,8 @@ def test_a_full_lane_refuses_at_once_and_its_ticket_lets_in(client: httpx.Client
 
 def test_another_tenant_is_let_in_where_one_has_filled_the_queue(client: httpx.Client) -> None:
     with searching(client, RUNS + WAITS, **{"X-Tenant-ID": "flood"}) as under_way:
-        wait_until(lambda: lane(client)["waiting_by_tenant"] == {"flood": WAITS})
+        wait_until(lambda: lane(client, **{"X-Tenant-ID": "flood"})["waiting_of_tenant"] == WAITS)
+        assert "flood" not in client.get("/v1/queues").text
         small = client.post(SEARCH, json=search(SHORT), headers={"X-Tenant-ID": "small"})
         assert small.status_code == 200
         assert sorted(each.result().status_code for each in under_way) == [200] * (RUNS + WAITS - 1) + [429]
@@ -174,7 +175,8 @@ def test_who_leaves_gives_the_place_in_the_queue_back(client: httpx.Client) -> N
         leaver = EVENTS | {"X-Tenant-ID": "leaver"}
         with client.stream("POST", SEARCH, json=search(LONG), headers=leaver) as response:
             assert b"queued" in next(response.iter_raw())
-        wait_until(lambda: "leaver" not in lane(client)["waiting_by_tenant"])
+            assert lane(client, **leaver)["waiting_of_tenant"] == 1
+        wait_until(lambda: lane(client, **leaver)["waiting_of_tenant"] == 0)
 
 
 def test_admission_may_die_and_nothing_is_lost(client: httpx.Client, dure: Dure) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import heapq
 import itertools
+import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ import pytest
 from serve.caller import Caller
 from serve.errors import DureError
 from serve.lanes import admission, client
+from serve.lanes import lane as lane_module
+from serve.lanes import tickets as tickets_module
 from serve.lanes.admission import Admission, Held, Holding
 from serve.lanes.lane import Asked, Entry, Lane
 from serve.lanes.tickets import FOR_TICKETS, HELD_S, LONGEST_S, MAX_WAIT_S, VALID_S, Refused, Tickets
@@ -152,6 +156,60 @@ def test_a_ticket_is_let_in_at_its_time_where_a_newcomer_is_not_and_once() -> No
     run(scenario)
 
 
+@pytest.mark.parametrize("tenants", [1, 5, 40])
+def test_tickets_are_worth_the_same_however_many_tenants_there_are(
+    tenants: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times what can be borne for 10 minutes; all come back at their time."""
+    now, service_s, draw = 1000.0, 2.0, random.Random(0)
+    monkeypatch.setattr(lane_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(tickets_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def scenario(lane: Lane) -> None:
+        nonlocal now
+        lane.tickets.clock = lambda: now
+        coming = [(now + number / 4, number, f"tenant{draw.randrange(tenants)}", None) for number in range(2400)]
+        ends: list[tuple[float, Entry]] = []
+        entries: list[Entry] = []
+        let_in: Counter[bool] = Counter()
+        back = 0
+        while coming:
+            at, _, tenant, ticket = heapq.heappop(coming)
+            for end, entry in sorted(ends, key=lambda pair: pair[0]):
+                if end <= at:
+                    now = end
+                    ends.remove((end, entry))
+                    lane.leave(entry)
+                    ends += [(now + service_s, each) for each in lane.running - {running for _, running in ends}]
+            now = at
+            back += ticket is not None
+            entries.append(lane.enter(asked(tenant, ticket=ticket, max_queue=10, timeout_s=1e6)))
+            ends += [(now + service_s, each) for each in lane.running - {running for _, running in ends}]
+            for entry in [entry for entry in entries if entry.decision.done()]:
+                entries.remove(entry)
+                decision = said(entry)
+                if not isinstance(decision, Refused):
+                    let_in[entry.asked.ticket is not None] += 1
+                elif (again := now + decision.retry_after_s) < 1600:
+                    heapq.heappush(coming, (again, next(NUMBERS) + 10_000, entry.tenant, decision.ticket))
+        assert back > 300
+        assert let_in[True] > 0.9 * back
+        assert let_in.total() > 0.9 * 600
+
+    run(scenario)
+
+
+def test_what_has_not_been_served_tells_of_the_pace_as_well() -> None:
+    async def scenario(lane: Lane) -> None:
+        for entry in [lane.enter(asked()) for _ in range(6)]:
+            if entry.admitted_at is not None:
+                entry.admitted_at -= 40
+        assert refusal(lane.enter(asked())).retry_after_s >= 20 * 4
+        assert lane.standing().estimated_wait_s >= 20 * 4
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("ticket", ["", "no ticket", "AAAA", "é", "A" * 44, "A" * 10_000])
 def test_what_is_no_ticket_is_a_newcomer(ticket: str) -> None:
     assert not Tickets("search", KEY).redeem(ticket, "a")
@@ -179,7 +237,7 @@ def test_times_to_come_back_follow_each_other_and_end_somewhere() -> None:
     refusals = [tickets.refuse("a", 4, 0) for _ in range(100)]
     assert [refused.retry_after_s for refused in refusals[:3]] == [7, 8, 9]  # a fifth is for newcomers
     promised = [refused for refused in refusals if refused.ticket]
-    assert len(promised) == int(FOR_TICKETS * MAX_WAIT_S) - 4
+    assert 0.7 * MAX_WAIT_S < len(promised) <= FOR_TICKETS * MAX_WAIT_S
     assert max(refused.retry_after_s for refused in promised) == MAX_WAIT_S
     others = [refused.retry_after_s for refused in refusals[len(promised) :]]  # behind those, and no crowd either
     assert others[:4] == [62, 63, 64, 65]
@@ -198,7 +256,7 @@ def test_who_never_comes_back_is_not_waited_for() -> None:
     held = [tickets.refuse("a", 4, 0) for _ in range(20)]
     assert max(refused.retry_after_s for refused in held) == 1
     now += HELD_S
-    assert tickets.reserved(4) == 0
+    assert tickets.coming(4, "a").items == 0
 
 
 def admitting(scenario: Callable[[Admission], Coroutine[Any, Any, None]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +288,16 @@ def test_a_silent_holder_has_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -
             assert (await hold(actor, waiting=[alive])).places.get(alive.id, (1, 0))[0] == 1
             await asyncio.sleep(0.02)
         assert waiting.result() == "admitted"
+
+    admitting(scenario, monkeypatch)
+
+
+def test_what_a_dead_holder_had_waiting_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(actor: Admission) -> None:
+        one = {"holder": "dead", "max_concurrent": 1}
+        assert await actor.enter(asked(**one)) == "admitted"
+        waiting = [asyncio.ensure_future(actor.enter(asked(**one))) for _ in range(4)]
+        assert await asyncio.gather(*waiting) == ["gone"] * 4
 
     admitting(scenario, monkeypatch)
 
