@@ -11,7 +11,6 @@ import base64
 import bisect
 import hashlib
 import hmac
-import itertools
 import math
 import secrets
 import statistics
@@ -242,7 +241,7 @@ class Tickets:
         have there itself, so that who came first with many leaves room for those with few."""
         near: Counter[str] = Counter()
         first = bisect.bisect_left(self._reserved, since, key=lambda each: each.due)
-        for each in itertools.takewhile(lambda each: each.due < until, itertools.islice(self._reserved, first, None)):
+        for each in self._reserved[first : bisect.bisect_left(self._reserved, until, key=lambda each: each.due)]:
             near[each.tenant] += each.items
         return sum(min(others, near[tenant] + items) for others in near.values())
 
