@@ -14,6 +14,8 @@ from serve import errors, sse
 from serve.caller import Caller
 from serve.following import Following
 from serve.routes.following import respond
+from serve.routes.progress import _stream
+from serve.watch import Watch
 
 WORK_S = 0.1
 
@@ -65,5 +67,18 @@ def test_a_stream_without_end_ends_where_the_server_stops() -> None:
         assert await anext(items) == 1
         stopping.set()
         assert [item async for item in items] == []
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_of_progress_ends_where_the_server_stops() -> None:
+    async def scenario() -> None:
+        watch = Watch()
+        stream = _stream(watch, [], follow=True)
+        first = asyncio.ensure_future(anext(stream, b"over"))
+        await asyncio.sleep(0.01)
+        assert not first.done()
+        watch.stopping.set()
+        assert await first == b"over"
 
     asyncio.run(scenario())
