@@ -33,9 +33,9 @@ class Caller:
     """Wants events of how far the request is."""
 
     @classmethod
-    def waiting(cls, timeout_s: float, tenant: str = DEFAULT_TENANT) -> Caller:
+    def waiting(cls, timeout_s: float, tenant: str = DEFAULT_TENANT, ticket: str | None = None) -> Caller:
         """One who has said nothing else."""
-        return cls(timeout_s, time.monotonic() + timeout_s, tenant)
+        return cls(timeout_s, time.monotonic() + timeout_s, tenant, ticket)
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]], longest_s: float) -> Caller:
