@@ -23,6 +23,8 @@ class Requests:
     """Numbers of those of which it is to be told how far they are."""
     backlog: int = 0
     """How many more the caller holds back."""
+    caller: str = ""
+    """Who that is: one of the queues that send to the model, of which a process has one."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from deployments.live import Live, reason
 from deployments.loopback import keep_to_loopback
 from deployments.metrics import LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
 from deployments.progress import LoadEvent, LoadProgress
-from deployments.scaling import BACKLOG, ITEMS
+from deployments.scaling import BACKLOG, ITEMS, Backlogs
 from deployments.spec import ModelSpec, Order
 
 logger = logging.getLogger("ray.serve")
@@ -29,9 +28,6 @@ SPINS = "1000"
 """How often a thread of OpenMP looks for work before it sleeps, where it has a core of its own. Being woken costs so
 much that two threads that always sleep were as slow as one: 81 ms for a lone request for next words at KoGPT2's size,
 54 with 1,000 looks, 49 with 5,000. But beside a process that takes a whole core it was 86, 111 and 203 ms."""
-
-BACKLOG_FRESH_S = 5.0
-"""A caller with a backlog calls all the time; older news of one is no news."""
 
 
 class Outlet(Protocol):
@@ -64,7 +60,7 @@ class ModelReplica:
         if spec.own_cores:
             os.environ["GOMP_SPINCOUNT"] = SPINS  # goes before OMP_WAIT_POLICY; read when torch is imported
         self.spec = spec
-        self.backlog, self.backlog_at = 0, 0.0
+        self.backlogs = Backlogs()
         self.reloading: asyncio.Task[None] | None = None
         self.gpu: GpuShare | None = None
         """None on a CPU."""
@@ -91,7 +87,7 @@ class ModelReplica:
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
         """A result or a Refusal per request, batch by batch."""
-        self.backlog, self.backlog_at = requests.backlog, time.monotonic()
+        self.backlogs.tell(requests.caller, requests.backlog)
         async with contextlib.aclosing(self.live.run(requests)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -102,8 +98,7 @@ class ModelReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Items, not calls, for `deployments.scaling`."""
-        fresh = time.monotonic() - self.backlog_at < BACKLOG_FRESH_S
-        return {ITEMS: self.live.batcher.items, BACKLOG: self.backlog if fresh else 0}
+        return {ITEMS: self.live.batcher.items, BACKLOG: self.backlogs.total()}
 
     def _reload(self, order: Order) -> None:
         if order.number > self.ordered:

@@ -33,16 +33,16 @@ class Caller:
     """Wants events of how far the request is."""
 
     @classmethod
-    def waiting(cls, timeout_s: float, tenant: str = DEFAULT_TENANT) -> Caller:
+    def waiting(cls, timeout_s: float, tenant: str = DEFAULT_TENANT, ticket: str | None = None) -> Caller:
         """One who has said nothing else."""
-        return cls(timeout_s, time.monotonic() + timeout_s, tenant)
+        return cls(timeout_s, time.monotonic() + timeout_s, tenant, ticket)
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]], longest_s: float) -> Caller:
         """What a request's raw headers say; nobody waits for more than `longest_s`. Raises DureError."""
         said = {name: value.decode("latin-1") for name, value in headers if name in READ}
         tenant = said.get(b"x-tenant-id", DEFAULT_TENANT)
-        if not TENANT.match(tenant):
+        if not TENANT.fullmatch(tenant):
             raise errors.invalid(
                 f"{TENANT_HEADER} has 1 to 64 letters, digits, dots, dashes and underscores, and begins with one of "
                 "the first two",
@@ -57,8 +57,8 @@ class Caller:
             timeout_s,
             time.monotonic() + timeout_s,
             tenant,
-            said.get(b"x-dure-ticket"),
-            EVENTS in said.get(b"accept", ""),
+            said.get(b"x-dure-ticket") or None,
+            EVENTS in said.get(b"accept", "").lower(),
         )
 
     def left_s(self) -> float:
@@ -71,7 +71,7 @@ READ = {b"x-tenant-id", b"x-dure-ticket", b"accept", b"x-request-timeout", b"x-r
 
 def _seconds(text: str, name: str) -> float:
     try:
-        seconds = float(text)
+        seconds = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve._private import api
 from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from serve.actors import NAMESPACE
@@ -131,6 +132,8 @@ def stop() -> None:
     """Let requests finish as long as the config allows, then end Serve and Ray."""
     try:
         _announce_stop()
+        with contextlib.suppress(RayServeException, TimeoutError):  # it may not run yet, or take too long
+            serve.delete("dure")  # a shutdown alone ends the proxies at once, and with them all that is under way
         serve.shutdown()
     finally:
         ray.shutdown()

@@ -98,6 +98,8 @@ class Coalescer:
         self.replicas = replicas
         self.in_steps = in_steps
         self.pace = pace or Pace()
+        self.name = secrets.token_hex(8)
+        """By which replicas tell callers apart."""
         self.waiting = 0
         """Items that have not been sent."""
         self.cost = BatchCost()
@@ -237,6 +239,7 @@ class Coalescer:
             [number for other in self._calls for number in other.unwanted()],
             [number for (parcel, _), number in zip(call.owners, call.numbers, strict=True) if parcel.following],
             self.waiting,
+            self.name,
         )
         try:
             await self.send(requests, lambda piece: self._deliver(call, piece))

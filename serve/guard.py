@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Load:
 class Guard:
     def __init__(self, limits: GuardSettings, look: Callable[[], Load] | None = None) -> None:
         self.limits = limits
-        self.look = look or load
+        self.look = look or Machine().load
         self.over: dict[str, float] = {}
         """What is used too much, and how much."""
 
@@ -54,8 +55,31 @@ class Guard:
         return " and ".join(f"{name.replace('_', ' ')} is at {share:.0%}" for name, share in self.over.items())
 
 
-def load() -> Load:
-    return Load(_memory(), psutil.cpu_percent() / 100, _gpu_memory())
+class Machine:
+    """This machine, or the container that this process is in."""
+
+    def __init__(self) -> None:
+        self._used_us, self._at = 0, 0.0
+        """CPU time that the container had used, and when (time.monotonic), as of the last look."""
+
+    def load(self) -> Load:
+        return Load(_memory(), self._cpu(), _gpu_memory())
+
+    def _cpu(self) -> float:
+        """Of what the container may take where there is a quota; 0 at first.
+
+        cpu.max is microseconds of CPU time in each so many: https://docs.kernel.org/admin-guide/cgroup-v2.html.
+        """
+        try:
+            quota_us, period_us = map(int, (CGROUP / "cpu.max").read_text().split())
+            used_us = int(dict(line.split() for line in (CGROUP / "cpu.stat").read_text().splitlines())["usage_usec"])
+        except (OSError, ValueError):  # no cgroup of its own, or a quota of "max"
+            return psutil.cpu_percent() / 100
+        before_us, before = self._used_us, self._at
+        self._used_us, self._at = used_us, time.monotonic()
+        if not before:
+            return 0.0
+        return min(1.0, (used_us - before_us) / ((self._at - before) * 1e6 * quota_us / period_us))
 
 
 def _memory() -> float:

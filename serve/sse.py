@@ -26,9 +26,12 @@ def response(events: AsyncIterator[bytes]) -> StreamingResponse:
     return StreamingResponse(events, 200, HEADERS, "text/event-stream")
 
 
-async def with_pauses(items: AsyncIterator[Item], stopping: asyncio.Event) -> AsyncGenerator[Item | None]:
-    """The items, None whenever there was none for the time of a heartbeat; ends once the server is stopping."""
-    stop = asyncio.ensure_future(stopping.wait())
+async def with_pauses(items: AsyncIterator[Item], stopping: asyncio.Event | None = None) -> AsyncGenerator[Item | None]:
+    """The items, None whenever there was none for the time of a heartbeat.
+
+    What has no end of its own needs one: `stopping`, set once the server is about to stop.
+    """
+    stop = asyncio.ensure_future((stopping or asyncio.Event()).wait())
     following: asyncio.Future[Item] = asyncio.ensure_future(anext(items))
     try:
         while True:

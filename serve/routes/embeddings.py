@@ -69,7 +69,7 @@ async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 
-    return await respond(graph, caller, work)
+    return await respond(caller, work)
 
 
 def _texts(given: Input, limits: Limits) -> list[str] | list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -14,7 +13,6 @@ from serve import errors, sse
 from serve.caller import Caller
 from serve.errors import DureError
 from serve.following import Following, Progress, followed
-from serve.graph import Graph
 from serve.routes.common import answer
 
 logger = logging.getLogger("ray.serve")
@@ -23,10 +21,11 @@ Work = Callable[[Following | None], Awaitable[Any]]
 """Makes an answer; tells meanwhile how far it is."""
 
 
-async def respond(graph: Graph, caller: Caller, work: Work) -> Response:
+async def respond(caller: Caller, work: Work) -> Response:
     """What `work` answers, or a stream of `queued` and `running`, and `result` or `error`. Raises DureError.
 
-    What is refused before anything has happened is refused plainly.
+    What is refused before anything has happened is refused plainly. A server that stops lets both end, as each has a
+    deadline.
     """
     if not caller.follows:
         return answer(await work(None))
@@ -36,11 +35,11 @@ async def respond(graph: Graph, caller: Caller, work: Work) -> Response:
     except BaseException:
         await progress.aclose()
         raise
-    return sse.response(_events(first, progress, graph.watch.stopping))
+    return sse.response(_events(first, progress))
 
 
-async def _events(first: Any, progress: AsyncGenerator[Any], stopping: asyncio.Event) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(sse.with_pauses(_chained(first, progress), stopping)) as items:
+async def _events(first: Any, progress: AsyncGenerator[Any]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(sse.with_pauses(_chained(first, progress))) as items:
         try:
             async for each in items:
                 if each is None:
@@ -50,14 +49,16 @@ async def _events(first: Any, progress: AsyncGenerator[Any], stopping: asyncio.E
                 else:
                     yield sse.event(each, "result")
                     return
-            error = DureError(503, "stopping", "the server is stopping; send the request again", None, 5)
-        except DureError as problem:
-            error = problem
+        except DureError as error:
+            yield _failed(error)
         except Exception:  # the client gets no traceback; the log does
             logger.exception("a followed request failed")
-            error = errors.internal()
-        told = errors.body(error.kind, error.message, error.param) | {"status": error.status}
-        yield sse.event(told | dict(error.headers), "error")
+            yield _failed(errors.internal())
+
+
+def _failed(error: DureError) -> bytes:
+    told = errors.body(error.kind, error.message, error.param) | {"status": error.status}
+    return sse.event(told | dict(error.headers), "error")
 
 
 async def _chained(first: Any, progress: AsyncGenerator[Any]) -> AsyncIterator[Any]:

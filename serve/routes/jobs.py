@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -90,19 +92,21 @@ async def record_overlay(
     adverts: Service,
 ) -> Response:
     """The finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
-    with measured(adverts.name):
-        async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
-            tenant_id, image, content, layout = await _finished(request, job_id, graph.settings.limits)
-            recorded = await adverts.call(
-                Which(tenant_id, job_id, job_variants_id),
-                uuid.uuid4(),
-                image,
-                content,
-                layout,
-                method="record_overlay",
-                caller=caller,
-                admitted=True,
-            )
+    async with _finished(request) as (tenant_id, upload, layout):  # a client that sends slowly holds no place meanwhile
+        caller = replace(caller, tenant=tenant_id)
+        with measured(adverts.name):
+            async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
+                content = await upload.read() if upload else b""
+                recorded = await adverts.call(
+                    Which(tenant_id, job_id, job_variants_id),
+                    uuid.uuid4(),
+                    await _image(job_id, content, graph.settings.limits) if upload else None,
+                    content,
+                    layout,
+                    method="record_overlay",
+                    caller=caller,
+                    admitted=True,
+                )
     return answer(recorded)
 
 
@@ -166,31 +170,32 @@ async def _called(adverts: Deployment, caller: Caller, method: str, tenant_id: s
         return await adverts.call(tenant_id, *arguments, method=method, caller=replace(caller, tenant=tenant_id))
 
 
-async def _finished(
-    request: Request, job_id: uuid.UUID, limits: Limits
-) -> tuple[str, Image | None, bytes, dict[str, Any] | None]:
-    """The tenant, and the finished advert: an image with its bytes, or a layout."""
+@asynccontextmanager
+async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None, dict[str, Any] | None]]:
+    """The tenant, and the finished advert: an image, which may lie in a file until the body ends, or a layout."""
     if not request.headers.get("content-type", "").startswith("application/json"):
         async with request.form(max_files=1) as form:
             upload = form.get("image")
             if not isinstance(upload, Upload):
                 raise errors.DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
-            content = await upload.read()
             try:
                 tenant_id = TENANT.validate_python(form.get("tenant_id"))
             except ValidationError as error:
                 raise _as_of_request(error, "tenant_id") from error
-        return tenant_id, await _image(job_id, content, limits), content, None
-    encoded = await request.body()
-    if len(encoded) > MAX_LAYOUT_BYTES:
-        raise errors.too_large(f"layout is over {MAX_LAYOUT_BYTES // 1024} kB", "layout")
+            yield tenant_id, upload, None
+            return
+    encoded = b""
+    async for part in request.stream():
+        encoded += part
+        if len(encoded) > MAX_LAYOUT_BYTES:
+            raise errors.too_large(f"layout is over {MAX_LAYOUT_BYTES // 1024} kB", "layout")
     if b"\\u0000" in encoded:
         raise errors.invalid("layout has a NUL character", "layout")
     try:
         body = OverlayBody.model_validate(orjson.loads(encoded))
     except ValueError as error:  # pydantic's and orjson's alike
         raise _as_of_request(error) from error
-    return body.tenant_id, None, b"", body.layout
+    yield body.tenant_id, None, body.layout
 
 
 async def _image(job_id: uuid.UUID, content: bytes, limits: Limits) -> Image:

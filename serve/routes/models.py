@@ -154,7 +154,7 @@ async def run(name: str, body: RunRequest, graph: GraphDep, caller: CallerDep) -
             results = await model.results(body.items, caller, "items", following)
         return {"model": name, "results": results}
 
-    return await respond(graph, caller, work)
+    return await respond(caller, work)
 
 
 def _entry(graph: Graph, name: str) -> dict[str, Any]:

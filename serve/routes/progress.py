@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
@@ -18,9 +19,10 @@ router = APIRouter(tags=["models"])
 
 @router.get("/model/upload-stream", response_class=StreamingResponse)
 async def upload_stream(graph: GraphDep, model: str | None = None, follow: bool = False) -> StreamingResponse:
-    """First each replica's present state, then what changes; ends once all shown are ready or failed, or follows on.
+    """First each replica's present state, then what changes; ends once all shown are ready or failed.
 
-    Of all models, those that sleep are left out; a model that is named is waited for.
+    With `follow` it goes on until the server stops. Of all models, those that sleep are left out; one that is
+    named is waited for.
     """
     if model is not None and model not in graph.models:
         raise errors.not_found(f"no model {model!r}; there are {', '.join(graph.models)}", "model")
@@ -35,16 +37,24 @@ async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator
             for replica in watch.of(name):
                 shown[replica.replica] = replica
                 yield _event(replica)
-        while follow or not _over(names, shown):
-            try:
-                replica = await asyncio.wait_for(changes.get(), sse.HEARTBEAT_S)
-            except TimeoutError:
-                yield sse.HEARTBEAT
-                continue
-            before = shown.get(replica.replica)
-            if replica.model in names and (before is None or before.event != replica.event):
-                shown[replica.replica] = replica
-                yield _event(replica)
+        if not follow and _over(names, shown):
+            return
+        async with contextlib.aclosing(sse.with_pauses(_each(changes), watch.stopping)) as news:
+            async for changed in news:
+                if changed is None:
+                    yield sse.HEARTBEAT
+                    continue
+                before = shown.get(changed.replica)
+                if changed.model in names and (before is None or before.event != changed.event):
+                    shown[changed.replica] = changed
+                    yield _event(changed)
+                if not follow and _over(names, shown):
+                    return
+
+
+async def _each(changes: asyncio.Queue[Replica]) -> AsyncIterator[Replica]:
+    while True:
+        yield await changes.get()
 
 
 def _over(names: list[str], shown: dict[str, Replica]) -> bool:

@@ -60,4 +60,4 @@ async def rerank(body: RerankRequest, graph: GraphDep, caller: CallerDep) -> Res
             results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
         return {"model": model.name, "results": results, "usage": {"total_tokens": int(found.tokens.sum())}}
 
-    return await respond(graph, caller, work)
+    return await respond(caller, work)

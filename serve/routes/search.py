@@ -39,4 +39,4 @@ async def search(body: SearchRequest, graph: GraphDep, caller: CallerDep) -> Res
         hits = [{"index": hit.index, "score": hit.score, "document": body.documents[hit.index]} for hit in found.hits]
         return {"results": hits, "usage": {"total_tokens": found.tokens}}
 
-    return await respond(graph, caller, work)
+    return await respond(caller, work)

@@ -74,7 +74,7 @@ async def _stage(graph: Graph, caller: Caller, method: str, body: StageBody, *ar
                 )
         return verdict
 
-    return await respond(graph, caller, work)
+    return await respond(caller, work)
 
 
 def _check(text: str | None, name: str, graph: Graph) -> None:

@@ -61,4 +61,4 @@ async def _ask(
             answers: list[Answer] = await model.results([question], caller, "image", following)
         return verdict.model_validate_json(answers[0].json).model_dump()
 
-    return await respond(graph, caller, work)
+    return await respond(caller, work)

@@ -44,6 +44,8 @@ class Input(PredictRequest):
     type: Literal["input"]
     id: str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Comes back with the answer."""
+    ticket: str | None = None
+    """From an earlier refusal."""
 
 
 class Ping(Body):
@@ -218,12 +220,13 @@ class Connection:
     async def _answer(self, asked: Input) -> dict[str, Any]:
         told = {} if asked.id is None else {"id": asked.id}
         try:
-            caller = Caller.waiting(self.caller.timeout_s, self.caller.tenant)
+            caller = Caller.waiting(self.caller.timeout_s, self.caller.tenant, asked.ticket)
             _, words = await next_words(asked, self.graph, caller)
             return {"type": "prediction", "data": words, "input": asked.text, **told}
         except DureError as error:
             later = {"retry_after": int(error.headers["Retry-After"])} if error.retry_after_s is not None else {}
-            return {"type": "error", "message": error.message, **later, **told}
+            ticket = {"ticket": error.ticket} if error.ticket else {}
+            return {"type": "error", "message": error.message, **later, **ticket, **told}
         except Exception:  # the client gets no traceback; the log does
             logger.exception("an input could not be answered")
             return {"type": "error", "message": errors.internal().message, **told}

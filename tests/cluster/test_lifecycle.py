@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,16 @@ def is_over(dure: Dure, seconds: float) -> None:
 def signal_to_the_whole_group_leaves_nothing_and_tells_those_connected_to_come_back(dure: Dure) -> None:
     names = {process.name() for process in dure.processes()}
     assert "haproxy" in names
-    with connect(f"{dure.url.replace('http', 'ws')}/ws/somebody") as connected:
+    url, body = f"{dure.url}/v1/models/shout/run", {"items": [{"say": "last", "wait": 1}]}
+    with ThreadPoolExecutor() as pool, connect(f"{dure.url.replace('http', 'ws')}/ws/somebody") as connected:
+        plain = pool.submit(httpx.post, url, json=body, timeout=30)
+        followed = pool.submit(httpx.post, url, json=body, headers={"Accept": "text/event-stream"}, timeout=30)
+        time.sleep(0.5)
         os.killpg(dure.process.pid, signal.SIGTERM)
         with pytest.raises(ConnectionClosed) as closed:
             connected.recv(timeout=15)
+        assert plain.result().json()["results"][0]["said"] == "LAST"
+        assert "event: result" in followed.result().text
     assert closed.value.rcvd
     assert closed.value.rcvd.code == 1012, "service restart"
     is_over(dure, 15)

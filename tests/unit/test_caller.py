@@ -32,14 +32,14 @@ def test_what_is_over_has_a_little_left() -> None:
     assert 0 < caller.left_s() < 0.01
 
 
-@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e999", "٣s"])
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e999", "٣s", "1_0"])
 def test_a_timeout_is_seconds(value: str) -> None:
     with pytest.raises(DureError) as caught:
         of(x_request_timeout=value)
     assert (caught.value.status, caught.value.param) == (400, "X-Request-Timeout")
 
 
-@pytest.mark.parametrize("value", ["", "-a", "a b", "é", "x" * 65, "a/b"])
+@pytest.mark.parametrize("value", ["", "-a", "a b", "é", "x" * 65, "a/b", "a\n"])
 def test_a_tenant_has_a_plain_name(value: str) -> None:
     with pytest.raises(DureError) as caught:
         of(x_tenant_id=value)
@@ -49,4 +49,10 @@ def test_a_tenant_has_a_plain_name(value: str) -> None:
 def test_events_are_asked_for_by_accept() -> None:
     assert of(accept="text/event-stream").follows
     assert of(accept="application/json, text/event-stream;q=0.9").follows
+    assert of(accept="Text/Event-Stream").follows
     assert not of(accept="*/*").follows
+
+
+def test_an_empty_ticket_is_none() -> None:
+    assert of(x_dure_ticket="").ticket is None
+    assert of(x_dure_ticket="abc").ticket == "abc"

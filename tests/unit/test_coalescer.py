@@ -19,6 +19,7 @@ class Replica:
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
         self.backlogs: list[int] = []
+        self.callers: set[str] = set()
         self.numbers: dict[int, int] = {}
         self.taken_back: list[list[int]] = []
         self.cancelled = 0
@@ -34,6 +35,7 @@ class Replica:
         assert all(0 <= timeout_s <= 5 for timeout_s in requests.timeouts_s)
         self.calls.append(items)
         self.backlogs.append(requests.backlog)
+        self.callers.add(requests.caller)
         self.numbers |= dict(zip(requests.numbers, items, strict=True))
         self.taken_back.append([self.numbers[number] for number in requests.taken_back])
         try:
@@ -294,3 +296,14 @@ def test_what_shares_its_call_is_taken_back_with_the_next() -> None:
         assert [(await task).results for task in (first, stays, newer)] == [[10], [70], [80]]
 
     run(scenario, in_steps=True)
+
+
+def test_each_caller_is_known_by_a_name_of_its_own() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        for item in range(3):
+            await ask(coalescer, item)
+
+    [one], [another] = run(scenario).callers, run(scenario).callers
+    assert one
+    assert another
+    assert one != another

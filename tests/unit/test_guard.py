@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from serve.guard import Guard, Load, load
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from serve import guard as guards
+from serve.guard import Guard, Load, Machine
 from serve.settings import GuardSettings
 
 
@@ -36,7 +42,22 @@ def test_a_full_gpu_holds_up_nobody_who_does_not_use_it() -> None:
 
 
 def test_this_machine_is_looked_at() -> None:
-    found = load()
+    found = Machine().load()
     assert 0 < found.memory < 1
     assert 0 <= found.cpu <= 1
     assert 0 <= found.gpu_memory <= 1
+
+
+def test_a_container_with_a_quota_is_measured_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "CGROUP", tmp_path)
+    monkeypatch.setattr(guards.psutil, "cpu_percent", lambda: 77.0)
+    now = 100.0
+    monkeypatch.setattr(guards, "time", SimpleNamespace(monotonic=lambda: now))
+    machine, found = Machine(), []
+    (tmp_path / "cpu.max").write_text("200000 100000\n")  # two cores
+    for now, used_us in ((100.0, 50_000_000), (103.0, 53_000_000), (105.0, 57_000_000), (106.0, 60_000_000)):  # noqa: B007
+        (tmp_path / "cpu.stat").write_text(f"usage_usec {used_us}\nuser_usec 1\n")
+        found.append(machine.load().cpu)
+    assert found == [0.0, 0.5, 1.0, 1.0]
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert machine.load().cpu == 0.77

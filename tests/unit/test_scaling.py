@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
-from deployments.scaling import BACKLOG, ITEMS, by_items
+import pytest
+
+from deployments import scaling
+from deployments.items import Requests
+from deployments.replica import ModelReplica
+from deployments.scaling import BACKLOG, ITEMS, Backlogs, by_items
 
 
 def wanted(replicas: int, metrics: dict[str, Any] | None) -> float:
@@ -23,3 +30,29 @@ def test_nothing_waiting_asks_for_no_replica_and_a_start_from_none_for_one() -> 
     assert wanted(2, {}) == 0
     assert wanted(2, None) == 0
     assert wanted(0, None) == 1
+
+
+def test_a_replica_tells_what_all_its_callers_hold_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def nothing(requests: Requests) -> AsyncIterator[Any]:
+        for piece in ():
+            yield piece
+
+    async def told(calls: list[Requests]) -> float:
+        for requests in calls:
+            async for _ in replica.run(requests):
+                pass
+        return (await replica.record_autoscaling_stats())[BACKLOG]
+
+    replica: Any = object.__new__(ModelReplica)
+    replica.backlogs = Backlogs()
+    replica.live = SimpleNamespace(run=nothing, batcher=SimpleNamespace(items=1))
+    one, two = Requests([], [], [], backlog=60, caller="one"), Requests([], [], [], backlog=7, caller="two")
+    assert asyncio.run(told([one, two])) == 67
+    assert asyncio.run(told([Requests([], [], [], backlog=40, caller="one")])) == 47
+    now += scaling.FRESH_S / 2
+    assert asyncio.run(told([two])) == 47
+    now += scaling.FRESH_S / 2
+    assert asyncio.run(told([])) == 7
