@@ -27,6 +27,7 @@ import torch
 
 from deployments import cache, calibration
 from deployments.loading import device, original_bytes, plain_precision
+from deployments.memory import gpu_free_bytes
 from deployments.progress import LoadProgress
 from deployments.spec import Facts, ModelSpec, Precision, Runtime
 
@@ -160,6 +161,7 @@ class _Measurement:
         answers = self._answers(original)
         self._note(base, original, answers, answers)
         del original
+        _tidy()
         for candidate in candidates:
             self._try(candidate, base, candidates, answers)
         best = self._best(candidates) or base
@@ -251,7 +253,7 @@ def _verdict(nearness: float) -> str:
 
 def _too_large(original: int) -> str | None:
     """Why an original of so many bytes can't be loaded to compare with; None where it can."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free = gpu_free_bytes() if torch.cuda.is_available() else psutil.virtual_memory().available
     if original <= FREE_SHARE * free:
         return None
     return (
