@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from serve import app, cli, supervisor
 from serve.config_file import read_config
+from serve.gpus import Gpus
 from serve.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
 from serve.settings import Settings
 from serve.strict import SettingsError
@@ -28,7 +29,7 @@ def settings(gpus: str | None, **models: dict[str, Any]) -> Settings:
 def test_a_share_left_out_is_the_least_that_will_do() -> None:
     left_out = settings(GPUS, m=RERANKER)
     share = with_shares(left_out).models["m"].gpu_share
-    assert share == needs_of(left_out)[0].least(0.97 * 24 * 2**30)
+    assert share == needs_of(left_out)[0].least(Gpus.parse(GPUS).memory_bytes)
     assert 0 < share < 0.2
     assert share == round(share, 2)
     assert with_shares(settings("1x80GiB", m=RERANKER)).models["m"].gpu_share < share
@@ -74,7 +75,7 @@ def test_what_is_not_cached_is_to_be_fetched_first() -> None:
 
 def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
     greedy = RERANKER | {"max_batch_tokens": 2**20}
-    with pytest.raises(SettingsError, match=r"m takes .* GiB, and a GPU of gpus: 1x1GiB has 0.97 GiB; it fits with"):
+    with pytest.raises(SettingsError, match=r"m takes .* GiB, and a GPU of gpus: 1x1GiB has 0.91 GiB; it fits with"):
         with_shares(settings("1x1GiB", m=greedy))
     [problem] = plan_for(settings("1x1GiB", m=greedy), None).problems
     assert "has no place" in problem
@@ -84,6 +85,20 @@ def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
 def test_a_model_over_several_gpus_says_how_many() -> None:
     with pytest.raises(ValueError, match="m: how many GPUs a device_map may use has to be said"):
         settings(GPUS, m=RERANKER | {"device_map": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "torch_gib"),
+    [
+        ("1x16GiB", 14.56),  # T4
+        ("1x24GiB", 22.0),  # L4, A10G
+        ("1x48GiB", 44.4),  # L40
+        ("1x80GiB", 79.1),  # A100, H100
+        ("1x80GB", 79.1),
+    ],
+)
+def test_no_more_is_planned_than_a_card_has(gpus: str, torch_gib: float) -> None:
+    assert 0.9 * torch_gib < Gpus.parse(gpus).memory_bytes / 2**30 <= torch_gib
 
 
 @pytest.mark.parametrize("gpus", ["24GiB", "0x24GiB", 2])
