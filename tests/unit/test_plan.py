@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ import yaml
 
 from deployments import hub as hubs
 from deployments import live, loading
-from deployments.engines import load_engine
-from deployments.footprint import CONTEXT_BYTES, Footprint, footprint
+from deployments.engines import load_engine, predictor
+from deployments.footprint import CONTEXT_BYTES, HEAD_ROWS, NEW_TOKENS, PROMPT_TOKENS, Footprint, footprint
+from deployments.items import Prompt
 from deployments.progress import LoadProgress
 from deployments.sources import ROOT
 from deployments.spec import CheckpointError, ModelSpec
@@ -77,6 +79,34 @@ def test_what_is_kept_and_computed_grows_with_what_may_be_on_its_way() -> None:
     assert small.activations < large.activations
     none = footprint(replace(VISION, prefix_cache_mb=0), folder)
     assert large.cache - none.cache == 256 * 2**20
+
+
+def test_what_is_computed_in_fp32_takes_twice_as_much() -> None:
+    spec = replace(VISION, prefix_cache_mb=0)
+    single, half, quantised = (
+        footprint(replace(spec, precision=precision), ROOT / spec.source)  # type: ignore[arg-type]
+        for precision in ("fp32", "fp16", "int8")
+    )
+    assert single.cache == 2 * half.cache
+    assert 1.7 * half.activations < single.activations < 2 * half.activations  # scores are in float32 anyway
+    assert (quantised.cache, quantised.activations) == (half.cache, half.activations)
+
+
+def test_next_words_are_planned_for_the_largest_top_k() -> None:
+    """Run with every candidate growing to its last token, as no real text makes them."""
+    spec = ModelSpec("m", "next_word", "demo/next_word/checkpoint", precision="fp32", prefix_cache_mb=0)
+    engine: Any = load_engine(spec, LoadProgress(lambda _: None))
+    engine.ends_word = [False] * len(engine.ends_word)
+    item = engine.prepare(Prompt("오늘 날씨가 " * 100, top_k=50))
+    assert len(item.ids) == PROMPT_TOKENS["next_word"]
+    search = engine.begin(item)
+    while search.result is None:
+        engine.step([search])
+    kept = sum(each.nbytes for each in search.sequence.kept)
+    planned = footprint(replace(spec, max_batch_items=1), ROOT / spec.source).cache
+    assert search.sequence.length == PROMPT_TOKENS["next_word"] + NEW_TOKENS["next_word"]
+    assert 0.9 * planned < kept <= planned
+    assert HEAD_ROWS == predictor.HEAD_ROWS
 
 
 def test_real_models_take_what_is_known_of_them(hub: Path) -> None:
