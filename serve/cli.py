@@ -185,7 +185,7 @@ def plan(
         table.add_row(need.model, str(need.replicas), *map(planning.gib, parts), *shares)
     out.print(table)
     for gpu in made.gpus:
-        bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.booked:.0%}]" for need in gpu.replicas)
+        bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.on_each:.0%}]" for need in gpu.replicas)
         out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
     if made.problems:
         _fail("\n".join(made.problems))

@@ -18,6 +18,8 @@ from serve.strict import SettingsError
 
 STEP = 0.01
 """Fractions are rounded up to it."""
+TOLERANCE = 1e-9
+"""Of sums of fractions: 0.33 + 0.56 + 0.11 is more than 1."""
 DEFAULT_GPUS = "1x24GiB"
 
 
@@ -29,7 +31,7 @@ class Need:
     replicas: int
     footprint: Footprint
     booked: float
-    """Share of a GPU."""
+    """Share of a GPU, or how many of them."""
     spec: ModelSpec
     worked_out: bool = False
     """The config leaves it out: `booked` is the least that will do."""
@@ -38,10 +40,20 @@ class Need:
         """The share that would do, rounded up."""
         return least(self.footprint, gpu_bytes)
 
+    @property
+    def gpus(self) -> int:
+        """That each replica books: a share of one, or several, which Ray gives only whole."""
+        return 1 if self.worked_out else max(1, math.ceil(self.booked - TOLERANCE))
+
+    @property
+    def on_each(self) -> float:
+        """The share that it books of each of them."""
+        return 1 if self.gpus > 1 else self.booked
+
 
 def least(takes: Footprint, gpu_bytes: float) -> float:
     """The share of a GPU that so much memory is, rounded up."""
-    return round(math.ceil(takes.total / gpu_bytes / STEP - 1e-9) * STEP, 2)
+    return round(math.ceil(takes.total / gpu_bytes / STEP - TOLERANCE) * STEP, 2)
 
 
 @dataclass
@@ -53,7 +65,7 @@ class Gpu:
     @property
     def free(self) -> float:
         """The share that nobody has booked."""
-        return 1 - sum(need.booked for need in self.replicas)
+        return 1 - sum(need.on_each for need in self.replicas)
 
 
 @dataclass
@@ -131,30 +143,46 @@ def plan_for(settings: Settings, gpus: str | None, file: Path | str = "FILE") ->
     return plan(needs_of(there, file), places)
 
 
+def place(needs: list[Need], gpus: list[Gpu]) -> Iterator[tuple[Need, int]]:
+    """Put the largest replicas first, each where the least is left that will do, and one that books several GPUs on
+    empty ones. Yields a replica and its number as it turns out to have no place.
+    """
+    for need in sorted(needs, key=lambda need: -need.booked):
+        for number in range(1, need.replicas + 1):
+            fitting = sorted((gpu for gpu in gpus if gpu.free >= need.on_each - TOLERANCE), key=lambda gpu: gpu.free)
+            if len(fitting) < need.gpus:
+                yield need, number
+                continue
+            for gpu in fitting[: need.gpus]:
+                gpu.replicas.append(need)
+
+
 def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
-    """Place the largest replicas first, each where the least is left that will do."""
+    """Place all replicas on the GPUs, and say what keeps any from it."""
     made = Plan(needs, gpus)
     size = min(gpu.memory_bytes for gpu in gpus)
     for need in needs:
-        if need.footprint.total > need.booked * size:
+        used = need.gpus if need.spec.device_map else 1
+        room = min(need.booked, used) * size
+        takes = need.footprint.total + (used - 1) * need.footprint.context
+        if takes > room and not need.worked_out:
+            books = f"{need.booked:g} of a GPU" if used == 1 else f"{used} GPUs"
             made.problems.append(
-                f"{need.model} books {need.booked:g} of a GPU, {gib(need.booked * size)}, and takes "
-                f"{gib(need.footprint.total)}: {gib(need.footprint.total - need.booked * size)} too much; "
-                f"{_remedy(need, need.booked * size)}"
+                f"{need.model} books {books}, {gib(room)}, and takes {gib(takes)}: {gib(takes - room)} too much; "
+                f"{_remedy(need, room)}"
             )
-    for need in sorted(needs, key=lambda need: -need.booked):
-        for number in range(need.replicas):
-            fitting = [gpu for gpu in gpus if gpu.free >= need.booked - 1e-9]
-            if fitting:
-                min(fitting, key=lambda gpu: gpu.free).replicas.append(need)
-                continue
-            room = max(gpu.free for gpu in gpus) * size
-            made.problems.append(
-                f"{need.model}, replica {number + 1} of {need.replicas}, has no place: it books "
-                f"{gib(need.booked * size)}, and the emptiest GPU has {gib(room)} left, "
-                f"{gib(need.booked * size - room)} too little; {_remedy(need, room)}"
-                + ("" if need.worked_out else f", and num_gpus: {math.floor(room / size / STEP) * STEP:.2f}")
-            )
+    for need, number in place(needs, gpus):
+        lack = f"{need.model}, replica {number} of {need.replicas}, has no place: it books "
+        if need.gpus > 1:
+            empty = sum(gpu.free >= 1 - TOLERANCE for gpu in gpus)
+            made.problems.append(f"{lack}{need.gpus} whole GPUs; empty: {empty} of {len(gpus)}")
+            continue
+        room = max(gpu.free for gpu in gpus) * size
+        made.problems.append(
+            f"{lack}{gib(need.booked * size)}, and the emptiest GPU has {gib(room)} left, "
+            f"{gib(need.booked * size - room)} too little; {_remedy(need, room)}"
+            + ("" if need.worked_out else f", and num_gpus: {math.floor(room / size / STEP) * STEP:.2f}")
+        )
     return made
 
 

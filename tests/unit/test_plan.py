@@ -148,6 +148,11 @@ def need(name: str, booked: float, takes_gib: float, replicas: int = 1) -> Need:
     return Need(name, replicas, Footprint(int(takes_gib * GIB), 0, 0, 0), booked, replace(VISION, name=name))
 
 
+def spread(booked: float, takes_gib: float, replicas: int = 1) -> Need:
+    known = need("spread", booked, takes_gib, replicas)
+    return replace(known, spec=replace(known.spec, device_map="balanced"))
+
+
 def test_the_largest_go_first_and_where_the_least_is_left() -> None:
     needs = [need("small", 0.2, 1, replicas=3), need("large", 0.7, 5), need("middle", 0.5, 4)]
     made = planning.plan(needs, planning.gpus_of("2x10GiB"))
@@ -156,6 +161,23 @@ def test_the_largest_go_first_and_where_the_least_is_left() -> None:
         ["middle", "small", "small"],
     ]
     assert made.problems == []
+
+
+def test_a_model_over_several_gpus_takes_empty_ones() -> None:
+    needs = [spread(2, 12), need("small", 0.2, 1)]
+    made = planning.plan(needs, planning.gpus_of("3x10GiB"))
+    assert [[each.model for each in gpu.replicas] for gpu in made.gpus] == [["spread"], ["spread"], ["small"]]
+    assert [gpu.free for gpu in made.gpus] == [0, 0, 0.8]
+    assert made.problems == []
+
+
+def test_a_model_over_several_gpus_that_finds_too_few_empty_ones_is_refused() -> None:
+    made = planning.plan([spread(2, 12, replicas=2)], planning.gpus_of("3x10GiB"))
+    assert made.problems == ["spread, replica 2 of 2, has no place: it books 2 whole GPUs; empty: 1 of 3"]
+    [problem] = planning.plan([spread(2, 20)], planning.gpus_of("2x10GiB")).problems
+    assert "spread books 2 GPUs, 18.19 GiB, and takes 20.00 GiB" in problem
+    [problem] = planning.plan([need("one", 2, 12)], planning.gpus_of("2x10GiB")).problems
+    assert "one books 2 of a GPU, 9.09 GiB, and takes 12.00 GiB" in problem, "without a device_map it has one device"
 
 
 def test_what_takes_more_than_it_books_is_refused_with_what_would_help() -> None:
