@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.footprint import Footprint, footprint
-from deployments.sources import resolve
+from deployments.sources import NotCached, resolve
 from deployments.spec import CheckpointError, ModelSpec
 from serve.gpus import GIB, Gpus
 from serve.model_settings import ModelSettings
@@ -125,7 +125,7 @@ def _need(name: str, model: ModelSettings, settings: Settings, file: Path | str)
     try:
         takes = footprint(spec, resolve(model.source, model.revision, download=False))
     except CheckpointError as error:
-        hint = f"; run `dure fetch -c {file}` first" if model.revision else ""
+        hint = f"; run `dure fetch -c {file}` first" if isinstance(error, NotCached) else ""
         raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}{hint}") from error
     worked_out = settings.leaves_out(model)
     booked = least(takes, Gpus.parse(settings.gpus or "").memory_bytes) if worked_out else model.gpu_share
@@ -167,9 +167,10 @@ def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
         takes = need.footprint.total + (used - 1) * need.footprint.context
         if takes > room and not need.worked_out:
             books = f"{need.booked:g} of a GPU" if used == 1 else f"{used} GPUs"
+            more = [f"num_gpus: {need.least(size):.2f}"] if used == 1 and takes <= size else []
             made.problems.append(
                 f"{need.model} books {books}, {gib(room)}, and takes {gib(takes)}: {gib(takes - room)} too much; "
-                f"{_remedy(need, room)}"
+                f"{_remedy(need, room - (used - 1) * need.footprint.context, *more)}"
             )
     for need, number in place(needs, gpus):
         lack = f"{need.model}, replica {number} of {need.replicas}, has no place: it books "
@@ -178,21 +179,35 @@ def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
             made.problems.append(f"{lack}{need.gpus} whole GPUs; empty: {empty} of {len(gpus)}")
             continue
         room = max(gpu.free for gpu in gpus) * size
+        share = math.floor(room / size / STEP + TOLERANCE) * STEP  # of what is left, as it can be booked
+        if need.least(size) <= share + TOLERANCE:
+            remedy = f"it fits with num_gpus: {need.least(size):.2f}"
+        else:
+            remedy = _remedy(need, share * size, beside="" if need.worked_out else f", and num_gpus: {share:.2f}")
         made.problems.append(
             f"{lack}{gib(need.booked * size)}, and the emptiest GPU has {gib(room)} left, "
-            f"{gib(need.booked * size - room)} too little; {_remedy(need, room)}"
-            + ("" if need.worked_out else f", and num_gpus: {math.floor(room / size / STEP) * STEP:.2f}")
+            f"{gib(need.booked * size - room)} too little; {remedy}"
         )
     return made
 
 
-def _remedy(need: Need, room: float) -> str:
-    """The mildest change to this model that would make it fit into so many bytes."""
+def _remedy(need: Need, room: float, *remedies: str, beside: str = "") -> str:
+    """What would make the model fit into so many bytes: `remedies`, and the mildest change of it with what has to come
+    `beside` it.
+    """
+    if change := _mildest(need, room):
+        remedies = (*remedies, change + beside)
+    if remedies:
+        return f"it fits with {', or with '.join(remedies)}"
+    return f"nothing of its own makes it fit; it needs a GPU with {gib(need.footprint.total)} to spare"
+
+
+def _mildest(need: Need, room: float) -> str | None:
     folder = resolve(need.spec.source, need.spec.revision, download=False)
     for change in _changes(need.spec):
         if footprint(replace(need.spec, **change), folder).total <= room:
-            return f"it fits with {', '.join(f'{name}: {value}' for name, value in change.items())}"
-    return f"nothing of its own makes it fit; it needs a GPU with {gib(need.footprint.total)} to spare"
+            return ", ".join(f"{name}: {value}" for name, value in change.items())
+    return None
 
 
 def _changes(spec: ModelSpec) -> Iterator[dict[str, Any]]:

@@ -184,7 +184,29 @@ def test_what_takes_more_than_it_books_is_refused_with_what_would_help() -> None
     made = planning.plan([need("greedy", 0.1, 2)], planning.gpus_of("1x10GiB"))
     [problem] = made.problems
     assert "greedy books 0.1 of a GPU, 0.91 GiB, and takes 2.00 GiB: 1.09 GiB too much" in problem
-    assert "it fits with" in problem
+    assert "; it fits with num_gpus: 0.22, or with prefix_cache_mb: 0" in problem
+
+
+def test_what_takes_more_than_a_gpu_is_not_offered_more_of_it() -> None:
+    [problem] = planning.plan([need("greedy", 0.1, 20)], planning.gpus_of("1x10GiB")).problems
+    assert "it fits with prefix_cache_mb: 0" in problem
+    assert "num_gpus" not in problem
+
+
+def test_what_books_more_than_it_takes_is_offered_to_book_less() -> None:
+    made = planning.plan([need("a", 0.71, 1), need("b", 0.6, 2.6)], planning.gpus_of("1x10GiB"))
+    assert made.problems[0].endswith("; it fits with num_gpus: 0.29"), "all that is left"
+
+
+@pytest.mark.parametrize("taken", [0.71, 0.86, 0.93])
+def test_all_cents_that_are_left_are_offered(taken: float) -> None:
+    made = planning.plan([need("a", taken, 1), need("b", 0.5, 4)], planning.gpus_of("1x10GiB"))
+    assert made.problems[0].endswith(f"and num_gpus: {1 - taken:.2f}")
+
+
+def test_where_nothing_is_left_nothing_is_offered() -> None:
+    made = planning.plan([need("a", 1, 1), need("b", 0.2, 1)], planning.gpus_of("1x10GiB"))
+    assert made.problems[0].endswith("; nothing of its own makes it fit; it needs a GPU with 1.00 GiB to spare")
 
 
 def test_what_has_no_place_is_refused_by_how_much() -> None:
@@ -218,7 +240,7 @@ def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch:
     needs = planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
     problems = planning.plan(needs, planning.gpus_of("1x16GiB")).problems
     [vision] = [problem for problem in problems if problem.startswith("vision books 0.43 of a GPU")]
-    assert "it fits with precision: int4" in vision
+    assert "it fits with num_gpus: 0.65, or with precision: int4" in vision
 
 
 def test_what_the_shipped_config_offers_for_one_model_less_fits(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

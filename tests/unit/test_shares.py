@@ -68,9 +68,10 @@ def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: 
 def test_what_is_not_cached_is_to_be_fetched_first() -> None:
     with pytest.raises(SettingsError, match=r"run `dure fetch -c mine\.yaml` first"):
         with_shares(settings(GPUS, m=FROM_HUB), "mine.yaml")
-    with pytest.raises(SettingsError, match="no folder") as caught:
-        with_shares(settings(GPUS, m=RERANKER | {"source": "demo/nowhere/at/all"}))
-    assert "dure fetch" not in str(caught.value)
+    for source in ("demo/nowhere/at/all", "package:nowhere/at/all", "serve/routes"):
+        with pytest.raises(SettingsError, match=r"no folder|not installed|config") as caught:
+            with_shares(settings(GPUS, m=RERANKER | {"source": source, "revision": "main"}))
+        assert "dure fetch" not in str(caught.value)
 
 
 def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
