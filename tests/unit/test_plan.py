@@ -145,7 +145,7 @@ def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None
 
 
 def need(name: str, booked: float, takes_gib: float, replicas: int = 1) -> Need:
-    return Need(name, replicas, Footprint(int(takes_gib * GIB), 0, 0, 0), booked, replace(VISION, name=name))
+    return Need(name, replicas, booked, Footprint(int(takes_gib * GIB), 0, 0, 0), replace(VISION, name=name))
 
 
 def spread(booked: float, takes_gib: float, replicas: int = 1) -> Need:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +65,51 @@ def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: 
     config = read_config(written(tmp_path, args__gpus=GPUS))
     with pytest.raises(SettingsError, match=r"predictor 0.*this machine has 0"):
         supervisor._check_gpus(config)
+
+
+@pytest.mark.parametrize(
+    ("shares", "gpus", "fits"),
+    [
+        ((0.33, 0.56, 0.11), 1, True),
+        ((0.6, 0.6), 2, True),
+        ((0.6, 0.6, 0.6), 2, False),
+        ((2,), 2, True),
+        ((2,), 1, False),
+        ((2, 0.1), 2, False),
+    ],
+)
+def test_what_starts_first_has_to_find_its_place_on_the_machine(
+    monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], gpus: int, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    models = {f"m{number}": FROM_HUB | {"num_gpus": share} for number, share in enumerate(shares)}
+    config: Any = SimpleNamespace(settings=settings(None, **models), path="mine.yaml")
+    with contextlib.nullcontext() if fits else pytest.raises(SettingsError, match=f"this machine has {gpus}"):
+        supervisor._check_gpus(config)
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [(0, False), (1, True)])
+def test_a_model_that_sleeps_takes_no_place_but_needs_a_gpu_to_wake_up_on(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    asleep = FROM_HUB | {"num_gpus": 0.6, "autoscaling": {"min_replicas": 0}}
+    config: Any = SimpleNamespace(settings=settings(None, a=asleep, b=asleep), path="mine.yaml")
+    with contextlib.nullcontext() if fits else pytest.raises(SettingsError, match="this machine has 0"):
+        supervisor._check_gpus(config)
+
+
+def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    own = {"task": "tests.engines:Shout", "source": "tests", "num_gpus": 0.8}
+    file = written(tmp_path, args__models={"own": own, "reranker": RERANKER | {"num_gpus": 0.25}})
+    run = CliRunner().invoke(cli.main, ["plan", "--config", str(file), "--gpus", "2x24GiB"])
+    assert run.exit_code == 0, run.output
+    assert "[own 80%]" in run.output
+    assert "[reranker 25%]" in run.output
+    [problem] = plan_for(settings(None, own=own | {"autoscaling": {"max_replicas": 2}}), "1x24GiB").problems
+    assert problem.startswith("own, replica 2 of 2, has no place")
+    assert problem.endswith("too little")
 
 
 def test_what_is_not_cached_is_to_be_fetched_first() -> None:
