@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deployments.layout import tensors
+from deployments.layout import Layout
 from deployments.spec import CheckpointError, ModelSpec
 
 CONTEXT_BYTES = 550 * 2**20
@@ -78,27 +78,17 @@ def footprint(spec: ModelSpec, folder: Path) -> Footprint:
 
 
 def _weights(spec: ModelSpec, folder: Path, plain: int) -> int:
-    shards = sorted(folder.glob("*.safetensors"))
-    quantises = spec.task == "vision" and spec.precision in ("int8", "int4")
-    if not shards:
-        return _of_pickles(folder, plain, spec.precision if quantises else "")
-    shapes = {name: tensor["shape"] for shard in shards for name, tensor in tensors(shard).items()}
+    layout = Layout.read(folder)
+    if spec.task != "vision" or spec.precision not in ("int8", "int4"):
+        return plain * layout.values
+    if not layout.shapes:
+        return round(layout.values * (1 if spec.precision == "int8" else INT4_BYTES))
     return round(
         sum(
-            _quantised(shape, spec.precision) if quantises and _is_linear(name, shape) else plain * math.prod(shape)
-            for name, shape in shapes.items()
+            _quantised(shape, spec.precision) if _is_linear(name, shape) else plain * math.prod(shape)
+            for name, shape in layout.shapes.items()
         )
     )
-
-
-def _of_pickles(folder: Path, plain: int, quantised: str) -> int:
-    """Files of torch have no header: their size stands for their 16-bit or 32-bit weights."""
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise CheckpointError(f"there are no weights in {folder}: neither *.safetensors nor pytorch_model*.bin")
-    half = "float16" in (folder / "config.json").read_text()
-    weights = sum(path.stat().st_size for path in files) / (2 if half else 4)
-    return round(weights * {"int8": 1, "int4": INT4_BYTES}.get(quantised, plain))
 
 
 def _is_linear(name: str, shape: list[int]) -> bool:

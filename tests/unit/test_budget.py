@@ -99,7 +99,7 @@ def test_free_is_what_the_device_has_and_the_share_leaves(
     assert memory.free_bytes() == free_mib * mib
     assert memory.is_share == (fraction < 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (choosing._too_large(150 * mib) is None) == (150 * mib <= 0.25 * free_mib * mib)
+    assert (choosing._too_large(150 * mib // 4) is None) == (150 * mib <= 0.25 * free_mib * mib)
 
 
 def test_measured_bytes_per_token_bound_the_budget() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -142,6 +143,31 @@ def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text((ROOT / VISION.source / "config.json").read_text())
     with pytest.raises(CheckpointError, match="no weights"):
         footprint(VISION, tmp_path)
+
+
+def test_weights_are_those_that_are_loaded_whatever_else_lies_there(tmp_path: Path) -> None:
+    source = ROOT / VISION.source
+    copy = tmp_path / "model"
+    shutil.copytree(source, copy)
+    known = footprint(VISION, source).weights
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shutil.copy(shard, copy / "another.safetensors")
+    (copy / "pytorch_model.bin").write_bytes(bytes(1000))
+    assert footprint(VISION, copy).weights == known
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"lacks {shard.name}"):
+        footprint(VISION, copy)
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", 250), ("bfloat16", 500)])
+@pytest.mark.parametrize(("precision", "of_each"), [("fp32", 4), ("auto", 2), ("int8", 1)])
+def test_pickles_are_counted_by_their_size(
+    tmp_path: Path, dtype: str, weights: int, precision: Any, of_each: int
+) -> None:
+    config = (ROOT / VISION.source / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"float16"', f'"{dtype}"'))
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
+    assert footprint(replace(VISION, precision=precision), tmp_path).weights == round(1.05 * of_each * weights)
 
 
 def need(name: str, booked: float, takes_gib: float, replicas: int = 1) -> Need:
