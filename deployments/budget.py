@@ -8,7 +8,8 @@ from deployments.memory import Memory
 
 GIB = 2**30
 LOW_MEMORY = ((1 * GIB, 1 / 4), (2 * GIB, 1 / 2))
-"""Under so many free bytes, this share of the maximum."""
+"""Under so many free bytes of a whole device, this share of the maximum. A share of a GPU may be smaller than that and
+still be made for the maximum, so there only what was measured counts."""
 MEMORY_SHARE = 0.8
 """Of the free memory that one batch may take: the rest is for fragments and for others on the same device."""
 
@@ -76,8 +77,8 @@ class Budget:
         free = self.memory.free_bytes()
         if free is None:
             return self.max_tokens
-        share = next((share for under, share in LOW_MEMORY if free < under), 1.0)
-        allowed = self.max_tokens * share
+        low = () if self.memory.is_share else LOW_MEMORY
+        allowed = self.max_tokens * next((share for under, share in low if free < under), 1.0)
         if self.bytes_per_token:
             allowed = min(allowed, MEMORY_SHARE * free / self.bytes_per_token)
         return int(allowed)

@@ -26,7 +26,9 @@ import psutil
 import torch
 
 from deployments import cache, calibration
-from deployments.loading import device, original_bytes, plain_precision
+from deployments.layout import Layout
+from deployments.loading import device, plain_precision
+from deployments.memory import gpu_free_bytes
 from deployments.progress import LoadProgress
 from deployments.spec import Facts, ModelSpec, Precision, Runtime
 
@@ -37,6 +39,7 @@ KEPT, WARNED = 0.95, 0.90
 MOST_BYTES = 0.6
 NEARLY = 0.95
 """Of the fastest one's speed. Of those who reach it the nearest to the original wins: that much is noise."""
+FP32_BYTES = 4
 FREE_SHARE = 0.25
 """An original that takes more than this of the free memory is not loaded to compare with."""
 SHORT, LONG = 32, 8
@@ -88,7 +91,7 @@ def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress
     )  # fmt: skip
     choice = cache.read(name)
     if not _is_choice(choice):
-        if reason := _too_large(original_bytes(folder)):
+        if reason := _too_large(Layout.read(folder).values):
             loaded = engine.load(spec, folder, progress)
             reasons = filter(None, (loaded.facts.fallback_reason, reason))
             loaded.facts = replace(loaded.facts, fallback_reason="; ".join(reasons))
@@ -113,7 +116,7 @@ def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) 
     candidates = _candidates(engine, spec) if hasattr(engine, "calibration") else []
     if not candidates:
         raise ValueError(f"models with task {spec.task} and precision {spec.precision} are loaded as they are")
-    if reason := _too_large(original_bytes(folder)):
+    if reason := _too_large(Layout.read(folder).values):
         raise ValueError(reason)
     return _Measurement(engine, spec, folder, progress).choose(candidates)
 
@@ -160,6 +163,7 @@ class _Measurement:
         answers = self._answers(original)
         self._note(base, original, answers, answers)
         del original
+        _tidy()
         for candidate in candidates:
             self._try(candidate, base, candidates, answers)
         best = self._best(candidates) or base
@@ -249,9 +253,10 @@ def _verdict(nearness: float) -> str:
     return "kept" if nearness >= KEPT else "warned" if nearness >= WARNED else "refused"
 
 
-def _too_large(original: int) -> str | None:
-    """Why an original of so many bytes can't be loaded to compare with; None where it can."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+def _too_large(weights: int) -> str | None:
+    """Why an original of so many weights can't be loaded to compare with; None where it can."""
+    original = FP32_BYTES * weights
+    free = gpu_free_bytes() if torch.cuda.is_available() else psutil.virtual_memory().available
     if original <= FREE_SHARE * free:
         return None
     return (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deployments.layout import tensors
+from deployments.layout import Layout
 from deployments.spec import CheckpointError, ModelSpec
 
 CONTEXT_BYTES = 550 * 2**20
@@ -24,10 +24,17 @@ INT8_ROW_BYTES = 4
 """bitsandbytes keeps a float32 scale for each row: https://arxiv.org/abs/2208.07339."""
 INT4_BYTES = 0.5 + 4 / 64
 """Half a byte, and a float32 scale for each block of 64: https://arxiv.org/abs/2305.14314."""
-PLAIN_BYTES = {"fp32": 4, "fp16": HALF, "bf16": HALF, "auto": HALF}
+SINGLE = 4
+PLAIN_BYTES = {"fp32": SINGLE, "fp16": HALF, "bf16": HALF, "auto": HALF}
+"""Of a weight that is not quantised, and of all that is computed; what bitsandbytes quantises is computed in 16 bit."""
 PROMPT_TOKENS = {"next_word": 128, "vision": 256}
 """Of text, at most or as a rule."""
-NEW_TOKENS = {"next_word": 15 * 10, "vision": 512}
+CANDIDATES, GROWN_TOKENS = 50, 9
+"""Of next words at the largest `top_k` that the API takes: what may grow side by side, and the tokens of each that are
+read until it has its last one (MAX_FIRST_TOKENS and MAX_WORD_TOKENS in engines/predictor.py)."""
+HEAD_ROWS = 256
+"""Of candidates, whose words' probabilities are worked out at once (engines/predictor.py)."""
+NEW_TOKENS = {"next_word": CANDIDATES * GROWN_TOKENS, "vision": 512}
 ROOM_TOKENS = 64
 """That a sequence is given beyond what it has read."""
 LAYER_WIDTHS, INNER_WIDTHS = 8, 2
@@ -58,38 +65,30 @@ def footprint(spec: ModelSpec, folder: Path) -> Footprint:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the config in {folder} can't be read: {error}") from error
     text = getattr(config, "text_config", config)
-    weights = _weights(spec, folder)
+    value = PLAIN_BYTES.get(spec.precision, HALF)
+    weights = _weights(spec, folder, value)
     try:
-        activations = _activations(spec, text) + (_tower(spec, config.vision_config) if spec.task == "vision" else 0)
-        cache = _cache(spec, config, text)
+        activations = _activations(spec, text, value)
+        if spec.task == "vision":
+            activations += _tower(spec, config.vision_config, value)
+        cache = _cache(spec, config, text, value)
     except AttributeError as error:
         raise CheckpointError(f"the config in {folder} is of no kind that is known here: {error}") from error
     return Footprint(round((1 + SLACK) * weights), cache, round((1 + SLACK) * activations))
 
 
-def _weights(spec: ModelSpec, folder: Path) -> int:
-    shards = sorted(folder.glob("*.safetensors"))
-    quantises = spec.task == "vision" and spec.precision in ("int8", "int4")
-    plain = PLAIN_BYTES.get(spec.precision, HALF)
-    if not shards:
-        return _of_pickles(folder, plain, spec.precision if quantises else "")
-    shapes = {name: tensor["shape"] for shard in shards for name, tensor in tensors(shard).items()}
+def _weights(spec: ModelSpec, folder: Path, plain: int) -> int:
+    layout = Layout.read(folder)
+    if spec.task != "vision" or spec.precision not in ("int8", "int4"):
+        return plain * layout.values
+    if not layout.shapes:
+        return round(layout.values * (1 if spec.precision == "int8" else INT4_BYTES))
     return round(
         sum(
-            _quantised(shape, spec.precision) if quantises and _is_linear(name, shape) else plain * math.prod(shape)
-            for name, shape in shapes.items()
+            _quantised(shape, spec.precision) if _is_linear(name, shape) else plain * math.prod(shape)
+            for name, shape in layout.shapes.items()
         )
     )
-
-
-def _of_pickles(folder: Path, plain: int, quantised: str) -> int:
-    """Files of torch have no header: their size stands for their 16-bit or 32-bit weights."""
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise CheckpointError(f"there are no weights in {folder}: neither *.safetensors nor pytorch_model*.bin")
-    half = "float16" in (folder / "config.json").read_text()
-    weights = sum(path.stat().st_size for path in files) / (2 if half else 4)
-    return round(weights * {"int8": 1, "int4": INT4_BYTES}.get(quantised, plain))
 
 
 def _is_linear(name: str, shape: list[int]) -> bool:
@@ -102,29 +101,36 @@ def _quantised(shape: list[int], precision: str) -> float:
     return values + INT8_ROW_BYTES * shape[0] if precision == "int8" else INT4_BYTES * values
 
 
-def _cache(spec: ModelSpec, config: Any, text: Any) -> int:
+def _cache(spec: ModelSpec, config: Any, text: Any, value: int) -> int:
     """Keys and values of as many sequences as may be on their way, at their longest."""
     if spec.task not in NEW_TOKENS:
         return 0
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    of_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * HALF
-    image = getattr(config, "image_seq_length", 0)
-    tokens = min(image + PROMPT_TOKENS[spec.task] + NEW_TOKENS[spec.task], text.max_position_embeddings) + ROOM_TOKENS
-    return int(spec.max_batch_items * tokens * of_token + spec.prefix_cache_mb * 2**20)
+    of_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * value
+    read, new = getattr(config, "image_seq_length", 0) + PROMPT_TOKENS[spec.task], NEW_TOKENS[spec.task]
+    if spec.task == "next_word":  # candidates share positions
+        tokens = min(read, text.max_position_embeddings) + new
+    else:
+        tokens = min(read + new, text.max_position_embeddings)
+    return int(spec.max_batch_items * (tokens + ROOM_TOKENS) * of_token + spec.prefix_cache_mb * 2**20)
 
 
-def _activations(spec: ModelSpec, text: Any) -> int:
-    """Of the largest batch, or step, and of its probabilities in float32 and 16 bit."""
+def _activations(spec: ModelSpec, text: Any, value: int) -> int:
+    """Of the largest batch, or step, and of its words' scores: as the model has them, in float32 and what is made of
+    them.
+    """
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
-    layer = spec.max_batch_tokens * (LAYER_WIDTHS * text.hidden_size + INNER_WIDTHS * inner) * HALF
-    rows = {"next_word": 15 * spec.max_batch_items, "vision": spec.max_batch_items}.get(spec.task, 0)
-    return int(layer + rows * text.vocab_size * (4 + HALF))
+    layer = spec.max_batch_tokens * (LAYER_WIDTHS * text.hidden_size + INNER_WIDTHS * inner) * value
+    items = spec.max_batch_items
+    begun, grown = 2 * items, min(CANDIDATES * items, HEAD_ROWS)  # of a first token more is worked out than of others
+    rows = {"next_word": max(begun, grown), "vision": items}.get(spec.task, 0)
+    return int(layer + rows * text.vocab_size * (value + 2 * SINGLE))
 
 
-def _tower(spec: ModelSpec, vision: Any) -> int:
+def _tower(spec: ModelSpec, vision: Any, value: int) -> int:
     """Of a vision tower with as many images as a batch may hold."""
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     widths = LAYER_WIDTHS * vision.hidden_size + INNER_WIDTHS * vision.intermediate_size
-    pixels = 3 * vision.image_size**2 * (4 + HALF)
-    return int(spec.max_batch_items * (patches * widths * HALF + pixels))
+    pixels = 3 * vision.image_size**2 * (SINGLE + value)
+    return int(spec.max_batch_items * (patches * widths * value + pixels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,26 +14,36 @@ from deployments.spec import CheckpointError
 
 
 class Layout:
-    """Which shard holds which tensor, and how many bytes each takes up, from the files' headers alone."""
+    """Which shard holds which tensor, and how many bytes each takes up, from the files' headers alone.
 
-    def __init__(self, shards: list[str], tensors: dict[str, tuple[str, int]]) -> None:
+    Of weights that lie there twice, those that transformers loads: safetensors before pickles, one file before several.
+    """
+
+    def __init__(
+        self, shards: list[str], tensors: dict[str, tuple[str, int]], shapes: dict[str, list[int]], values: int
+    ) -> None:
         self.shards = shards
         self.tensors = tensors
+        self.shapes = shapes
+        """Of each tensor; empty for pickles, which have no header."""
+        self.values = values
+        """Weights in all tensors together."""
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
         """Raises CheckpointError where there are no weights, or an index names a shard that is missing or damaged."""
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"there is no config.json in {folder}")
+        where: dict[str, str]
         for name in ("model.safetensors", "pytorch_model.bin"):
             index = folder / f"{name}.index.json"
-            if index.is_file():
+            if (folder / name).is_file():
+                where = {}
+            elif index.is_file():
                 try:
-                    where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                    where = json.loads(index.read_text())["weight_map"]
                 except (ValueError, KeyError) as error:
                     raise CheckpointError(f"{index} is damaged: {error}") from error
-            elif (folder / name).is_file():
-                where = {}
             else:
                 continue
             shards = sorted(set(where.values())) or [name]
@@ -40,9 +51,12 @@ class Layout:
             if missing:
                 raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in {index.name}")
             if name.endswith(".bin"):
-                return cls(shards, {tensor: (shard, 1) for tensor, shard in where.items()})
-            sizes = {shard: _tensor_bytes(folder / shard) for shard in shards}
-            return cls(shards, {t: (shard, size) for shard in shards for t, size in sizes[shard].items()})
+                known = {tensor: (shard, 1) for tensor, shard in where.items()}
+                return cls(shards, known, {}, _pickled_values(folder, shards))
+            headers = {shard: tensors(folder / shard) for shard in shards}
+            sizes = {t: (shard, _bytes(tensor)) for shard in shards for t, tensor in headers[shard].items()}
+            shapes = {t: tensor["shape"] for header in headers.values() for t, tensor in header.items()}
+            return cls(shards, sizes, shapes, sum(map(math.prod, shapes.values())))
         raise CheckpointError(f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
 
     def follow(self, parameters: Iterable[tuple[str, Any]], progress: LoadProgress) -> Iterator[tuple[str, Any]]:
@@ -76,9 +90,15 @@ class Layout:
         return [key for key in names if key in self.tensors]
 
 
-def _tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in a safetensors file."""
-    return {name: tensor["data_offsets"][1] - tensor["data_offsets"][0] for name, tensor in tensors(path).items()}
+def _pickled_values(folder: Path, shards: list[str]) -> int:
+    """About how many weights are in files of torch, by their size: of 16 bits, where the config says so, or 32."""
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    return size // (2 if "float16" in (folder / "config.json").read_text() else 4)
+
+
+def _bytes(tensor: dict[str, Any]) -> int:
+    begin, end = tensor["data_offsets"]
+    return int(end - begin)
 
 
 def tensors(path: Path) -> dict[str, dict[str, Any]]:
@@ -90,7 +110,7 @@ def tensors(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("its header is longer than the file")
             header: dict[str, dict[str, Any]] = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        size = sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in header.values())
+        size = sum(map(_bytes, header.values()))
         if path.stat().st_size < 8 + length + size:
             raise ValueError("it is cut short")
         return header

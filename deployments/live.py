@@ -134,6 +134,8 @@ def keep_to_share(share: float) -> None:
 def _load(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    if not spec.gpu_share:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # from an actor that books no GPU, Ray hides none
     engine_class(spec.task)  # its module imports torch, if at all
     use_threads(spec.threads or _cores())
     keep_to_share(spec.gpu_share)

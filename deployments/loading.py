@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from deployments.layout import Layout, tensors
+from deployments.layout import Layout
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, Precision
 
@@ -53,15 +52,6 @@ def plain_precision() -> Precision:
         return "fp16"
     cpu = torch.cpu.get_capabilities()
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
-
-
-def original_bytes(folder: Path) -> int:
-    """About how many bytes a checkpoint's weights take up in fp32, from the files' headers and sizes."""
-    shards = list(folder.glob("*.safetensors"))
-    if shards:
-        return sum(4 * math.prod(tensor["shape"]) for shard in shards for tensor in tensors(shard).values())
-    config = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
-    return (2 if "float16" in config else 1) * sum(path.stat().st_size for path in folder.glob("*.bin"))
 
 
 def load_model(

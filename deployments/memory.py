@@ -6,6 +6,10 @@ from typing import Protocol
 
 
 class Memory(Protocol):
+    @property
+    def is_share(self) -> bool:
+        """The process is held to a share, which is planned for its largest batch and nobody else's."""
+
     def free_bytes(self) -> int | None:
         """None where it does not limit batches."""
 
@@ -22,6 +26,8 @@ class Memory(Protocol):
 class CpuMemory:
     """A CPU's is large and shared; what batches of sensible size take of it is small beside the weights."""
 
+    is_share = False
+
     def free_bytes(self) -> int | None:
         return None
 
@@ -34,16 +40,19 @@ class CpuMemory:
 
 
 class GpuMemory:
-    """The GPU's, with what torch has set aside and not used counted as free."""
+    """The GPU's, as far as this process may take it."""
 
     def __init__(self) -> None:
         self._before = 0
 
-    def free_bytes(self) -> int | None:
+    @property
+    def is_share(self) -> bool:
         import torch
 
-        free, _ = torch.cuda.mem_get_info()
-        return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+        return torch.cuda.get_per_process_memory_fraction() < 1
+
+    def free_bytes(self) -> int | None:
+        return gpu_free_bytes()
 
     def begin(self) -> None:
         import torch
@@ -60,6 +69,18 @@ class GpuMemory:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def gpu_free_bytes() -> int:
+    """What tensors of this process may still take: what is free on its GPU, with what torch has set aside and not used,
+    and no more than is left of what the process is held to.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    used = torch.cuda.memory_allocated()
+    left = torch.cuda.get_per_process_memory_fraction() * total - used
+    return max(0, int(min(free + torch.cuda.memory_reserved() - used, left)))
 
 
 def device_memory(device: str) -> Memory:

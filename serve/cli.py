@@ -179,13 +179,16 @@ def plan(
     table = Table("model", "replicas", "weights", "cache", "activations", "CUDA", "all", "booked", "least num_gpus")
     size = min(gpu.memory_bytes for gpu in made.gpus)
     for need in made.needs:
-        print_of = need.footprint
-        parts = (print_of.weights, print_of.cache, print_of.activations, print_of.context, print_of.total)
-        shares = (_mark(need.worked_out) + planning.gib(need.booked * size), f"{need.least(size):.2f}")
-        table.add_row(need.model, str(need.replicas), *map(planning.gib, parts), *shares)
+        parts, least = [""] * 5, ""
+        if isinstance(need, planning.Need):
+            takes = need.footprint
+            parts = [*map(planning.gib, (takes.weights, takes.cache, takes.activations, takes.context, takes.total))]
+            least = f"{need.least(size):.2f}"
+        booked = _mark(need.worked_out) + planning.gib(need.booked * size)
+        table.add_row(need.model, str(need.replicas), *parts, booked, least)
     out.print(table)
     for gpu in made.gpus:
-        bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.booked:.0%}]" for need in gpu.replicas)
+        bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.on_each:.0%}]" for need in gpu.replicas)
         out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
     if made.problems:
         _fail("\n".join(made.problems))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deployments.footprint import Footprint, footprint
-from deployments.sources import resolve
+from deployments.sources import NotCached, resolve
 from deployments.spec import CheckpointError, ModelSpec
 from serve.gpus import GIB, Gpus
-from serve.model_settings import ModelSettings
+from serve.model_settings import TASKS, ModelSettings
+from serve.places import TOLERANCE, Booking, Gpu, place
 from serve.settings import Settings
 from serve.strict import SettingsError
 
@@ -22,17 +23,11 @@ DEFAULT_GPUS = "1x24GiB"
 
 
 @dataclass(frozen=True)
-class Need:
-    """What each of a model's replicas takes, and what it has booked."""
+class Need(Booking):
+    """What each of a model's replicas takes, too."""
 
-    model: str
-    replicas: int
     footprint: Footprint
-    booked: float
-    """Share of a GPU."""
     spec: ModelSpec
-    worked_out: bool = False
-    """The config leaves it out: `booked` is the least that will do."""
 
     def least(self, gpu_bytes: float) -> float:
         """The share that would do, rounded up."""
@@ -41,26 +36,14 @@ class Need:
 
 def least(takes: Footprint, gpu_bytes: float) -> float:
     """The share of a GPU that so much memory is, rounded up."""
-    return round(math.ceil(takes.total / gpu_bytes / STEP - 1e-9) * STEP, 2)
-
-
-@dataclass
-class Gpu:
-    number: int
-    memory_bytes: float
-    replicas: list[Need] = field(default_factory=list)
-
-    @property
-    def free(self) -> float:
-        """The share that nobody has booked."""
-        return 1 - sum(need.booked for need in self.replicas)
+    return round(math.ceil(takes.total / gpu_bytes / STEP - TOLERANCE) * STEP, 2)
 
 
 @dataclass
 class Plan:
-    needs: list[Need]
+    needs: Sequence[Booking]
     gpus: list[Gpu]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
     """What does not fit, by how much, and what would make it fit."""
 
 
@@ -96,13 +79,16 @@ def with_shares(settings: Settings, file: Path | str = "FILE") -> Settings:
     return settings.model_copy(update={"models": models})
 
 
-def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Need]:
-    """What the models that use a GPU take; nothing is fetched for it.
+def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Booking]:
+    """What the models that use a GPU take; of an engine outside Dure, which may compute anything, what it books alone.
+    Nothing is fetched for it.
 
     Raises CheckpointError where one's config or headers can't be read, or a hub's model is not cached here.
     """
     return [
-        _need(name, model, settings, file)
+        Booking(name, model.autoscaling.max_replicas, model.gpu_share)
+        if model.gpu_share and model.task not in TASKS
+        else _need(name, model, settings, file)
         for name, model in settings.models.items()
         if model.gpu_share or settings.leaves_out(model)
     ]
@@ -113,11 +99,11 @@ def _need(name: str, model: ModelSettings, settings: Settings, file: Path | str)
     try:
         takes = footprint(spec, resolve(model.source, model.revision, download=False))
     except CheckpointError as error:
-        hint = f"; run `dure fetch -c {file}` first" if model.revision else ""
+        hint = f"; run `dure fetch -c {file}` first" if isinstance(error, NotCached) else ""
         raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}{hint}") from error
     worked_out = settings.leaves_out(model)
     booked = least(takes, Gpus.parse(settings.gpus or "").memory_bytes) if worked_out else model.gpu_share
-    return Need(name, model.autoscaling.max_replicas, takes, booked, spec, worked_out)
+    return Need(name, model.autoscaling.max_replicas, booked, takes, spec, worked_out=worked_out)
 
 
 def plan_for(settings: Settings, gpus: str | None, file: Path | str = "FILE") -> Plan:
@@ -131,40 +117,67 @@ def plan_for(settings: Settings, gpus: str | None, file: Path | str = "FILE") ->
     return plan(needs_of(there, file), places)
 
 
-def plan(needs: list[Need], gpus: list[Gpu]) -> Plan:
-    """Place the largest replicas first, each where the least is left that will do."""
-    made = Plan(needs, gpus)
+def plan(needs: Sequence[Booking], gpus: list[Gpu]) -> Plan:
+    """Place all replicas on the GPUs, and say what keeps any from it."""
     size = min(gpu.memory_bytes for gpu in gpus)
-    for need in needs:
-        if need.footprint.total > need.booked * size:
-            made.problems.append(
-                f"{need.model} books {need.booked:g} of a GPU, {gib(need.booked * size)}, and takes "
-                f"{gib(need.footprint.total)}: {gib(need.footprint.total - need.booked * size)} too much; "
-                f"{_remedy(need, need.booked * size)}"
-            )
-    for need in sorted(needs, key=lambda need: -need.booked):
-        for number in range(need.replicas):
-            fitting = [gpu for gpu in gpus if gpu.free >= need.booked - 1e-9]
-            if fitting:
-                min(fitting, key=lambda gpu: gpu.free).replicas.append(need)
-                continue
-            room = max(gpu.free for gpu in gpus) * size
-            made.problems.append(
-                f"{need.model}, replica {number + 1} of {need.replicas}, has no place: it books "
-                f"{gib(need.booked * size)}, and the emptiest GPU has {gib(room)} left, "
-                f"{gib(need.booked * size - room)} too little; {_remedy(need, room)}"
-                + ("" if need.worked_out else f", and num_gpus: {math.floor(room / size / STEP) * STEP:.2f}")
-            )
-    return made
+    problems = [_overrun(need, size) for need in needs if isinstance(need, Need) and not need.worked_out]
+    problems += [_homeless(each, number, gpus, size) for each, number in place(needs, gpus)]
+    return Plan(needs, gpus, [problem for problem in problems if problem])
 
 
-def _remedy(need: Need, room: float) -> str:
-    """The mildest change to this model that would make it fit into so many bytes."""
+def _overrun(need: Need, size: float) -> str | None:
+    """What is wrong where a model takes more than it books of GPUs of this size; None where it does not."""
+    used = need.gpus if need.spec.device_map else 1
+    room = min(need.booked, used) * size
+    contexts = (used - 1) * need.footprint.context  # beside the one that is counted
+    takes = need.footprint.total + contexts
+    if takes <= room:
+        return None
+    books = f"{need.booked:g} of a GPU" if used == 1 else f"{used} GPUs"
+    more = [f"num_gpus: {need.least(size):.2f}"] if used == 1 and takes <= size else []
+    return (
+        f"{need.model} books {books}, {gib(room)}, and takes {gib(takes)}: {gib(takes - room)} too much; "
+        f"{_remedy(need, room - contexts, *more)}"
+    )
+
+
+def _homeless(booking: Booking, number: int, gpus: list[Gpu], size: float) -> str:
+    """How much a replica lacks that found no place, and what would help."""
+    lack = f"{booking.model}, replica {number} of {booking.replicas}, has no place: it books "
+    if booking.gpus > 1:
+        empty = sum(gpu.free >= 1 - TOLERANCE for gpu in gpus)
+        return f"{lack}{booking.gpus} whole GPUs; empty: {empty} of {len(gpus)}"
+    left = max(gpu.free for gpu in gpus)
+    lack += (
+        f"{gib(booking.booked * size)}, and the emptiest GPU has {gib(left * size)} left, "
+        f"{gib((booking.booked - left) * size)} too little"
+    )
+    if not isinstance(booking, Need):
+        return lack
+    share = math.floor(left / STEP + TOLERANCE) * STEP  # as it can be booked
+    if booking.least(size) <= share + TOLERANCE:
+        return f"{lack}; it fits with num_gpus: {booking.least(size):.2f}"
+    beside = "" if booking.worked_out else f", and num_gpus: {share:.2f}"
+    return f"{lack}; {_remedy(booking, share * size, beside=beside)}"
+
+
+def _remedy(need: Need, room: float, *remedies: str, beside: str = "") -> str:
+    """What would make the model fit into so many bytes: `remedies`, and the mildest change of it with what has to come
+    `beside` it.
+    """
+    if change := _mildest(need, room):
+        remedies = (*remedies, change + beside)
+    if remedies:
+        return f"it fits with {', or with '.join(remedies)}"
+    return f"nothing of its own makes it fit; it needs a GPU with {gib(need.footprint.total)} to spare"
+
+
+def _mildest(need: Need, room: float) -> str | None:
     folder = resolve(need.spec.source, need.spec.revision, download=False)
     for change in _changes(need.spec):
         if footprint(replace(need.spec, **change), folder).total <= room:
-            return f"it fits with {', '.join(f'{name}: {value}' for name, value in change.items())}"
-    return f"nothing of its own makes it fit; it needs a GPU with {gib(need.footprint.total)} to spare"
+            return ", ".join(f"{name}: {value}" for name, value in change.items())
+    return None
 
 
 def _changes(spec: ModelSpec) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ import httpx
 from deployments.sources import ROOT
 from serve import environment, processes
 from serve.config_file import ConfigFile
+from serve.places import Booking, Gpu, place
 from serve.plan import with_shares
 from serve.strict import SettingsError
 
@@ -126,17 +127,22 @@ def _check_port(config: ConfigFile) -> None:
 
 
 def _check_gpus(config: ConfigFile) -> None:
+    """Every model's first replicas have to find their places, and one that sleeps needs a GPU to wake up on."""
     models = with_shares(config.settings, config.path).models
-    gpus = {name: model.gpu_share * model.autoscaling.min_replicas for name, model in models.items() if model.gpu_share}
-    if not gpus:
+    first = [
+        Booking(name, model.autoscaling.min_replicas, model.gpu_share)
+        for name, model in models.items()
+        if model.gpu_share
+    ]
+    if not first:
         return
     import torch
 
-    if sum(gpus.values()) > torch.cuda.device_count():
-        asked = ", ".join(f"{name} {share:g}" for name, share in gpus.items())
-        raise SettingsError(
-            f"the models ask for {sum(gpus.values()):g} GPUs ({asked}); this machine has {torch.cuda.device_count()}"
-        )
+    count = torch.cuda.device_count()
+    without_place = list(place(first, [Gpu(number) for number in range(count)]))
+    if without_place or max(booking.gpus for booking in first) > count:
+        asked = ", ".join(f"{booking.model} {booking.booked:g} x {booking.replicas}" for booking in first)
+        raise SettingsError(f"the models ask for GPUs ({asked}); this machine has {count}, where they don't fit")
 
 
 def _log_folder(config: ConfigFile) -> Path | None:

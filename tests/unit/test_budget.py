@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+from deployments import choosing
 from deployments.budget import GIB, Budget
-from deployments.memory import CpuMemory
+from deployments.memory import CpuMemory, device_memory
 from deployments.pace import BatchCost
 
 
@@ -64,6 +66,40 @@ def test_the_budget_grows_where_larger_is_faster() -> None:
 @pytest.mark.parametrize(("free_gib", "allowed"), [(0.5, 1000), (1.5, 2000), (8, 4000)])
 def test_little_free_memory_means_small_batches(free_gib: float, allowed: int) -> None:
     assert Budget(4000, Device(free_gib * GIB)).tokens() == allowed
+
+
+def test_a_small_share_is_made_for_the_largest_batch() -> None:
+    device = Device(0.3 * GIB, per_token=2**20)
+    device.is_share = True
+    budget = Budget(4000, device)
+    assert budget.tokens() == 4000
+    device.tokens = 100
+    budget.observe(100, 0.1, full=True)
+    assert budget.tokens() == int(0.8 * 0.3 * 1024), "what was measured counts, however small the share is"
+
+
+@pytest.mark.parametrize(
+    ("fraction", "free_mib"),
+    [
+        (1.0, 700),  # 600 on the device, and 100 that torch has set aside
+        (0.09, 600),  # 900 of 10,000, of which 300 are taken
+        (0.5, 700),  # others have taken what is left of the share
+        (0.02, 0),
+    ],
+)
+def test_free_is_what_the_device_has_and_the_share_leaves(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, free_mib: int
+) -> None:
+    mib = 2**20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (600 * mib, 10_000 * mib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 400 * mib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 300 * mib)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: fraction)
+    memory = device_memory("cuda")
+    assert memory.free_bytes() == free_mib * mib
+    assert memory.is_share == (fraction < 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (choosing._too_large(150 * mib // 4) is None) == (150 * mib <= 0.25 * free_mib * mib)
 
 
 def test_measured_bytes_per_token_bound_the_budget() -> None:

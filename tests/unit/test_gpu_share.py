@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from deployments import live
 from deployments import replica as replicas
 from deployments.footprint import CONTEXT_BYTES
 from deployments.gpu_share import GpuShare, GpuUse, planned_bytes
 from deployments.metrics import REGISTRY
-from deployments.progress import LoadEvent
+from deployments.progress import LoadEvent, LoadProgress
 from deployments.spec import Facts, ModelSpec
 from serve.board import Board, Replica, Report
 from serve.reporter import Reporter
@@ -195,3 +197,16 @@ def test_a_client_sees_it_for_each_replica() -> None:
         {"share": 0.1, "share_mb": 1000, "planned_mb": 500, "used_mb": 600, "over_share": False},
         None,
     ]
+
+
+@pytest.mark.parametrize(("share", "visible"), [(0, ""), (0.1, "3")])
+def test_a_replica_without_a_share_sees_no_gpu(monkeypatch: pytest.MonkeyPatch, share: float, visible: str) -> None:
+    seen: list[str] = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(live, "engine_class", lambda task: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(live, "load_engine", lambda spec, progress: SimpleNamespace(warm_up=lambda: None))
+    progress = LoadProgress(lambda _: None)
+    progress.preparing()
+    live._load(replace(SPEC, gpu_share=share, threads=1), progress)
+    assert seen == [visible], "before the engine's module imports torch"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from serve import app, cli, supervisor
 from serve.config_file import read_config
+from serve.gpus import Gpus
 from serve.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
 from serve.settings import Settings
 from serve.strict import SettingsError
@@ -28,7 +31,7 @@ def settings(gpus: str | None, **models: dict[str, Any]) -> Settings:
 def test_a_share_left_out_is_the_least_that_will_do() -> None:
     left_out = settings(GPUS, m=RERANKER)
     share = with_shares(left_out).models["m"].gpu_share
-    assert share == needs_of(left_out)[0].least(0.97 * 24 * 2**30)
+    assert share == needs_of(left_out)[0].least(Gpus.parse(GPUS).memory_bytes)
     assert 0 < share < 0.2
     assert share == round(share, 2)
     assert with_shares(settings("1x80GiB", m=RERANKER)).models["m"].gpu_share < share
@@ -64,17 +67,63 @@ def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: 
         supervisor._check_gpus(config)
 
 
+@pytest.mark.parametrize(
+    ("shares", "gpus", "fits"),
+    [
+        ((0.33, 0.56, 0.11), 1, True),
+        ((0.6, 0.6), 2, True),
+        ((0.6, 0.6, 0.6), 2, False),
+        ((2,), 2, True),
+        ((2,), 1, False),
+        ((2, 0.1), 2, False),
+    ],
+)
+def test_what_starts_first_has_to_find_its_place_on_the_machine(
+    monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], gpus: int, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    models = {f"m{number}": FROM_HUB | {"num_gpus": share} for number, share in enumerate(shares)}
+    config: Any = SimpleNamespace(settings=settings(None, **models), path="mine.yaml")
+    with contextlib.nullcontext() if fits else pytest.raises(SettingsError, match=f"this machine has {gpus}"):
+        supervisor._check_gpus(config)
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [(0, False), (1, True)])
+def test_a_model_that_sleeps_takes_no_place_but_needs_a_gpu_to_wake_up_on(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    asleep = FROM_HUB | {"num_gpus": 0.6, "autoscaling": {"min_replicas": 0}}
+    config: Any = SimpleNamespace(settings=settings(None, a=asleep, b=asleep), path="mine.yaml")
+    with contextlib.nullcontext() if fits else pytest.raises(SettingsError, match="this machine has 0"):
+        supervisor._check_gpus(config)
+
+
+def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    own = {"task": "tests.engines:Shout", "source": "tests", "num_gpus": 0.8}
+    file = written(tmp_path, args__models={"own": own, "reranker": RERANKER | {"num_gpus": 0.25}})
+    run = CliRunner().invoke(cli.main, ["plan", "--config", str(file), "--gpus", "2x24GiB"])
+    assert run.exit_code == 0, run.output
+    assert "[own 80%]" in run.output
+    assert "[reranker 25%]" in run.output
+    [problem] = plan_for(settings(None, own=own | {"autoscaling": {"max_replicas": 2}}), "1x24GiB").problems
+    assert problem.startswith("own, replica 2 of 2, has no place")
+    assert problem.endswith("too little")
+
+
 def test_what_is_not_cached_is_to_be_fetched_first() -> None:
     with pytest.raises(SettingsError, match=r"run `dure fetch -c mine\.yaml` first"):
         with_shares(settings(GPUS, m=FROM_HUB), "mine.yaml")
-    with pytest.raises(SettingsError, match="no folder") as caught:
-        with_shares(settings(GPUS, m=RERANKER | {"source": "demo/nowhere/at/all"}))
-    assert "dure fetch" not in str(caught.value)
+    for source in ("demo/nowhere/at/all", "package:nowhere/at/all", "serve/routes"):
+        with pytest.raises(SettingsError, match=r"no folder|not installed|config") as caught:
+            with_shares(settings(GPUS, m=RERANKER | {"source": source, "revision": "main"}))
+        assert "dure fetch" not in str(caught.value)
 
 
 def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
     greedy = RERANKER | {"max_batch_tokens": 2**20}
-    with pytest.raises(SettingsError, match=r"m takes .* GiB, and a GPU of gpus: 1x1GiB has 0.97 GiB; it fits with"):
+    with pytest.raises(SettingsError, match=r"m takes .* GiB, and a GPU of gpus: 1x1GiB has 0.91 GiB; it fits with"):
         with_shares(settings("1x1GiB", m=greedy))
     [problem] = plan_for(settings("1x1GiB", m=greedy), None).problems
     assert "has no place" in problem
@@ -84,6 +133,20 @@ def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
 def test_a_model_over_several_gpus_says_how_many() -> None:
     with pytest.raises(ValueError, match="m: how many GPUs a device_map may use has to be said"):
         settings(GPUS, m=RERANKER | {"device_map": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "torch_gib"),
+    [
+        ("1x16GiB", 14.56),  # T4
+        ("1x24GiB", 22.0),  # L4, A10G
+        ("1x48GiB", 44.4),  # L40
+        ("1x80GiB", 79.1),  # A100, H100
+        ("1x80GB", 79.1),
+    ],
+)
+def test_no_more_is_planned_than_a_card_has(gpus: str, torch_gib: float) -> None:
+    assert 0.9 * torch_gib < Gpus.parse(gpus).memory_bytes / 2**30 <= torch_gib
 
 
 @pytest.mark.parametrize("gpus", ["24GiB", "0x24GiB", 2])
