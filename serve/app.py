@@ -33,7 +33,8 @@ def build(settings: Settings) -> Application:
     """One deployment per model, one per composed service, and the ingress over them."""
     settings = with_shares(settings)
     deploy = uuid.uuid4().hex
-    models = {name: _model(name, model, settings, deploy) for name, model in settings.models.items()}
+    largest_first = sorted(settings.models.items(), key=lambda item: -item[1].gpu_share)  # Serve starts them in order
+    models = {name: _model(name, model, settings, deploy) for name, model in largest_first}
     services: dict[str, Application] = {}
     if {*NEEDS["search"]} <= {model.task for model in settings.models.values()}:
         search = serve.deployment(Search).options(

@@ -57,8 +57,8 @@ class Graph:
             settings,
             watch,
             {
-                name: Model(name, settings.models[name], handle, patient, watch, settings.load_wait_s, weights)
-                for name, handle in models.items()
+                name: Model(name, model, models[name], patient, watch, settings.load_wait_s, weights)
+                for name, model in settings.models.items()
             },
             {
                 name: Deployment(name, handle, settings.service(name).most, weights=weights)

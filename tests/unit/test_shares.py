@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from ray import serve
+from ray.serve._private.build_app import build_app
 from typer.testing import CliRunner
 
 from serve import app, cli, supervisor
 from serve.config_file import read_config
 from serve.gpus import Gpus
+from serve.graph import Graph
 from serve.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
 from serve.settings import Settings
 from serve.strict import SettingsError
@@ -58,6 +61,19 @@ def test_what_is_filled_in_is_what_is_booked_and_kept_to() -> None:
     assert {name: spec.gpu_share for name, spec in specs.items()} == {"m": share, "cpu": 0}
     assert share > 0
     assert specs["cpu"].own_cores, "a model on a GPU takes no cores"
+
+
+def test_large_shares_are_started_before_small_ones_take_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = {"a": 0.1, "b": 0.6, "c": 0, "d": 0.3}
+    config = settings(None, **{name: RERANKER | {"num_gpus": share} for name, share in shares.items()})
+    built = build_app(app.build(config), name="dure")
+    assert [deployment.name for deployment in built.deployments] == ["b", "d", "a", "c", "ingress"]
+    context = SimpleNamespace(deployment="ingress", replica_id=SimpleNamespace(unique_id="1"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr("serve.graph.Model", lambda name, *_: SimpleNamespace(name=name, task="rerank"))
+    handles: Any = dict.fromkeys(["b", "d", "a", "c"])
+    graph = Graph.of(config, handles, {})
+    assert list(graph.models) == ["a", "b", "c", "d"], "of models with a task the config's first is asked by default"
 
 
 def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
