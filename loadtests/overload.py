@@ -160,7 +160,7 @@ def own_memory() -> dict[str, float]:
     for process in psutil.process_iter():
         try:
             if mark in process.environ().get("DURE_OWNER", ""):
-                title = " ".join(process.cmdline())
+                title = " ".join(process.cmdline()).strip()
                 name = title.partition(".")[0] if title.startswith("ray::") else process.name()
                 own[f"{name} ({process.pid})"] = process.memory_full_info().uss / 2**20
         except psutil.Error:
