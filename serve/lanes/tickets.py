@@ -30,6 +30,7 @@ with lists of 32, of which 24 may wait, at four times what can be borne: of the 
 with 1/4 and 99 % with 1/8.
 """
 SLOT_S = 0.5
+"""The longest that SLOT makes it, however long the queue."""
 MAX_WAIT_S = 60
 """The longest time that a ticket is given for: further ahead the pace is a guess."""
 LONGEST_S = 300
