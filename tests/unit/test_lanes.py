@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from serve.caller import Caller
 from serve.errors import DureError
@@ -403,13 +404,18 @@ def test_a_flood_is_refused_where_it_comes_in_and_no_other_tenant_with_it(monkey
         flood += [asyncio.ensure_future(ask("flood")) for _ in range(4)]
         await until(lambda: len(lane.queue) == 4)
         lane.tickets.pace.seconds_per_item = 8.0  # so that there are few tickets
-        refusals = [error for _ in range(100) if (error := await ask("flood"))]
+        refusals: list[DureError] = []
+        for _ in range(100):
+            if error := await ask("flood"):
+                refusals.append(error)
+            if len([each for each in refusals if not each.ticket]) == 3:
+                await asyncio.sleep(2 * admission.BEAT_S)  # what admission has heard of meanwhile still counts
         assert [error.status for error in refusals] == [429] * 100
         tickets = [bool(error.ticket) for error in refusals]
         assert tickets == sorted(tickets, reverse=True)
         assert 0 < sum(tickets) < 10
         times = [error.retry_after_s for error in refusals if not error.ticket]
-        assert times[:3] == [70, 80, 90]
+        assert times[:4] == [70, 80, 90, 100]
         assert max(filter(None, times)) == LONGEST_S
         assert here.calls["enter"] < 5 + 20
         small = asyncio.ensure_future(ask("small"))
@@ -418,5 +424,33 @@ def test_a_flood_is_refused_where_it_comes_in_and_no_other_tenant_with_it(monkey
         for task in (small, *flood):
             task.cancel()
         await asyncio.gather(small, *flood, return_exceptions=True)
+
+    admitting(scenario, monkeypatch)
+
+
+def test_an_admission_that_dies_again_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "AWAY_S", 0.3)
+    monkeypatch.setattr(client, "RETRY_PAUSE_S", 0.02)
+
+    class Dying(Here):
+        """Dies at once, then after it has been there for longer than one may be away, then no more."""
+
+        def __getattr__(self, method: str) -> Any:
+            whole = super().__getattr__(method)
+            if method != "enter" or self.calls["enter"] >= 2:
+                return whole
+            self.calls["enter"] += 1
+
+            async def dies(seconds: float) -> None:
+                await asyncio.sleep(seconds)
+                raise RayActorError
+
+            return SimpleNamespace(remote=lambda _: dies(0.5 * (self.calls["enter"] - 1)))
+
+    async def scenario(actor: Admission) -> None:
+        here = Dying(actor)
+        monkeypatch.setattr(client, "admission", lambda: here)
+        async with client.Lanes("ingress", {"search": (1, 4)}, {}).admitted("search", Caller.waiting(20)):
+            assert here.calls["enter"] == 3
 
     admitting(scenario, monkeypatch)
