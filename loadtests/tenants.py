@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clients", default="4", help="of the small tenant; the other has 20 times as many")
+    parser.add_argument("--clients", default="1,2,4", help="of the small tenant; the other has 20 times as many")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     models = {
