@@ -37,6 +37,10 @@ class Parcel:
     """Turns that the tenant gets for one of another's."""
     sent: int = 0
 
+    @property
+    def size(self) -> int:
+        return len(self.items)
+
     def settle(self) -> None:
         if self.collector.left == 0 and not self.done.done():
             self.done.set_result(None)
@@ -61,6 +65,15 @@ class Call:
         return [number for (parcel, _), number in pairs if parcel.done.cancelled()]
 
 
+LEAD, LEAD_S = 0.1, 0.01
+"""How long before the end of the call under way the next one leaves: a part of its time, as that is only expected, and
+as many seconds as a call may need to be sent and prepared."""
+
+
+SPLIT = 0.05
+"""What not to split a request may cost: a part of the time per item."""
+
+
 Send = Callable[[Requests, Callable[[Piece], None]], Awaitable[None]]
 """Calls a replica and hands on answers as they come."""
 
@@ -80,7 +93,7 @@ class Coalescer:
     Where the engine works in steps, and takes newcomers at each, a call leaves at once, as long as there is room for it
     in what the replicas may have on their way.
 
-    Room in a call is dealt out in turns among the tenants that wait, and a tenant's evenly among its requests, so that
+    Calls are filled first with who would be done first if tenants took turns, and a tenant's requests theirs, so that
     neither a flood nor a long list holds up others.
     """
 
@@ -104,7 +117,7 @@ class Coalescer:
         """Items that have not been sent."""
         self.cost = BatchCost()
         self.linger = Linger(self.cost)
-        self._parcels: FairQueue[Parcel] = FairQueue()
+        self._parcels: FairQueue[Parcel] = FairQueue(credit=max_call_items)
         self._calls: list[Call] = []
         """In the order in which they left."""
         self._numbers = itertools.count(secrets.randbits(62))  # no other caller's
@@ -177,11 +190,18 @@ class Coalescer:
             return self.linger.wait_s(self.waiting, self.waiting, self.max_call_items)
         if len(self._calls) < 2 * replicas:
             if self.waiting >= self.max_call_items:
-                return 0.0
+                return self._until_needed_s()
             under_way = min(call.left for call in self._calls)
             if self.waiting >= under_way and self._is_faster_apart(under_way):
-                return 0.0
+                return self._until_needed_s()
         return None
+
+    def _until_needed_s(self) -> float:
+        """How long a replica will do without another call: what comes till then may have its turn before others."""
+        now = time.monotonic()
+        return min(
+            (call.since or now) + (1 - LEAD) * self.cost.seconds(call.left) - LEAD_S - now for call in self._calls
+        )
 
     def _room(self) -> int:
         """For how many items the next call has room."""
@@ -195,6 +215,16 @@ class Coalescer:
         together = min(items, self.max_call_items)
         apart_s = self.cost.seconds(items) + self.cost.fixed
         return items * (self.cost.seconds(together) + self.linger.back_s) >= together * apart_s
+
+    def _better_cut(self, items: int, room: int) -> bool:
+        """Is a call of so many nearly as fast for each as a full one, which would have a part of the next request?
+
+        That part would make the others wait, and be no sooner for its request, as the rest comes with the next call.
+        """
+        splits = room - items < self._parcels.next_turns <= self.max_call_items
+        if not items or not splits or self.in_steps():
+            return False
+        return self.cost.seconds(items) * room <= (1 + SPLIT) * self.cost.seconds(room) * items
 
     def _begin(self) -> None:
         """Those that come first are what the replicas work on; where there are none yet, nothing is."""
@@ -218,14 +248,12 @@ class Coalescer:
                 await asyncio.wait_for(self._wake.wait(), pause_s)
 
     def _take(self) -> Call:
-        first: dict[Parcel, int] = {}
-        for _ in range(min(self._room(), self.waiting)):
-            parcel = self._parcels.take()
-            first.setdefault(parcel, parcel.sent)
-            parcel.sent += 1
-            if parcel.sent < len(parcel.items):
-                self._parcels.put(parcel)
-        owners = [(parcel, place) for parcel, begin in first.items() for place in range(begin, parcel.sent)]
+        owners: list[tuple[Parcel, int]] = []
+        room = min(self._room(), self.waiting)
+        while len(owners) < room and not self._better_cut(len(owners), room):
+            parcel, count = self._parcels.take(room - len(owners))
+            owners += [(parcel, place) for place in range(parcel.sent, parcel.sent + count)]
+            parcel.sent += count
         call = Call(owners, list(itertools.islice(self._numbers, len(owners))), len(owners))
         self.waiting -= call.left
         return call

@@ -1,9 +1,10 @@
-"""What waits, in turns among tenants: weighted round robin, so that no flood starves another tenant."""
+"""What waits, in turns among tenants, so that no flood starves another tenant and no long list a short request."""
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 
@@ -15,8 +16,24 @@ class Entrant(Protocol):
     def weight(self) -> float:
         """Turns that its tenant gets for one of another's."""
 
+    @property
+    def size(self) -> int:
+        """How many turns it takes to serve it, from 1."""
+
 
 E = TypeVar("E", bound=Entrant)
+
+REMEMBERED = 256
+"""Tenants that have nothing waiting: a bound, as anybody can make up names."""
+
+
+@dataclass(eq=False)
+class Place(Generic[E]):
+    entry: E
+    left: int
+    """Turns until it is served."""
+    due: float
+    """On its line's clock."""
 
 
 class Line(Generic[E]):
@@ -25,61 +42,110 @@ class Line(Generic[E]):
     def __init__(self, weight: float, turn: float) -> None:
         self.weight = weight
         self.turn = turn
-        """When its next one is due: the line with the least is served, which adds the inverse of its weight (stride
-        scheduling, Waldspurger and Weihl 1995)."""
-        self.served = False
-        """Of two whose turn it is, one that has had none since it came goes first."""
-        self.entries: deque[E] = deque()
+        """Up to where it has had its turns, on the queue's clock."""
+        self.places: list[Place[E]] = []
+        """Who is due first is first."""
+        self._clock = 0.0
+        """How many turns one that came first has had if all share evenly."""
+
+    @property
+    def entries(self) -> list[E]:
+        return [place.entry for place in self.places]
+
+    @property
+    def due(self) -> float:
+        """When its first one is served if all tenants share evenly, on the queue's clock."""
+        return self.turn + self.places[0].left / self.weight
+
+    def put(self, entry: E) -> None:
+        bisect.insort(self.places, Place(entry, entry.size, self._clock + entry.size), key=lambda place: place.due)
+
+    def take(self, most: int) -> tuple[E, int]:
+        first = self.places[0]
+        turns = min(most, first.left)
+        first.left -= turns
+        self.turn += turns / self.weight
+        self._clock += turns / len(self.places)
+        if not first.left:
+            del self.places[0]
+        return first.entry, turns
+
+    def remove(self, entry: E) -> None:
+        self.places.remove(next(place for place in self.places if place.entry is entry))
 
 
 class FairQueue(Generic[E]):
-    """Among a tenant's own, who came first is first: so whoever waits knows for how long at most.
+    """Serves next who would be done first if all tenants had turns evenly, by weight, and a tenant's entries theirs.
 
-    What is taken out and put back has its next turn behind its tenant's others.
+    So hardly anybody is done later than with even turns, and most are sooner: who has little to ask does not wait for
+    each part of it, and two who ask for much are not both done last (Friedman and Henderson's fair sojourn protocol
+    2003, with a clock as in Demers, Keshav and Shenker's fair queueing 1989). Of entries of one size, a tenant's are
+    served as they came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, credit: int = 0) -> None:
+        """`credit`: how many turns a tenant that has let as many pass may have at once, before others' turns."""
+        self.credit = credit
         self.lines: dict[str, Line[E]] = {}
         """Of the tenants that have something waiting."""
-        self._turn = 0.0
-        """Of the line served last; it never goes back, so a tenant gains nothing by leaving and coming again."""
+        self._clock = 0.0
+        """How many turns a tenant of weight 1 that always waits has had if all share evenly."""
+        self._left: dict[str, float] = {}
+        """Turns of tenants that have nothing waiting: where they go on if they come again soon."""
 
     def __len__(self) -> int:
-        return sum(len(line.entries) for line in self.lines.values())
+        return sum(len(line.places) for line in self.lines.values())
 
     def __bool__(self) -> bool:
         return bool(self.lines)
 
     def __iter__(self) -> Iterator[E]:
         """In the order in which they will be served if nobody comes."""
-        turns = [
-            (line.turn + number / line.weight, line.served or number > 0, at, entry)
-            for at, line in enumerate(self.lines.values())
-            for number, entry in enumerate(line.entries)
-        ]
-        yield from (entry for *_, entry in sorted(turns, key=lambda turn: turn[:3]))
+        turns: list[tuple[float, int, E]] = []
+        for at, line in enumerate(self.lines.values()):
+            turn = line.turn
+            for place in line.places:
+                turn += place.left / line.weight
+                turns.append((turn, at, place.entry))
+        yield from (entry for *_, entry in sorted(turns, key=lambda turn: turn[:2]))
 
     def put(self, entry: E) -> None:
         line = self.lines.get(entry.tenant)
-        if line is None:  # not before those who have waited a turn
-            line = self.lines[entry.tenant] = Line(entry.weight, self._turn + 1 / entry.weight)
+        if line is None:
+            earliest = self._clock - self.credit / entry.weight
+            turn = max(earliest, self._left.pop(entry.tenant, earliest))
+            line = self.lines[entry.tenant] = Line(entry.weight, turn)
         line.weight = entry.weight
-        line.entries.append(entry)
+        line.put(entry)
 
-    def take(self) -> E:
-        """The next one. Raises ValueError where there is none."""
-        line = min(self.lines.values(), key=lambda line: (line.turn, line.served))
-        self._turn, line.served = line.turn, True
-        line.turn += 1 / line.weight
-        entry = line.entries.popleft()
+    @property
+    def next_turns(self) -> int:
+        """How many the next one still needs. Raises ValueError where nobody waits."""
+        return self._next.places[0].left
+
+    @property
+    def _next(self) -> Line[E]:
+        return min(self.lines.values(), key=lambda line: line.due)
+
+    def take(self, most: int = 1) -> tuple[E, int]:
+        """The next one, and how many of its turns it has now. It is out once it has had all. Raises ValueError where
+        nobody waits.
+        """
+        line = self._next
+        weights = sum(each.weight for each in self.lines.values())
+        waiting = len(line.places)
+        entry, turns = line.take(most)
+        self._clock += turns / weights
+        if len(line.places) < waiting:
+            line.turn = max(line.turn, self._clock)  # what it was behind with one is not owed to its next
         self._forget_if_empty(entry.tenant)
-        return entry
+        return entry, turns
 
     def remove(self, entry: E) -> None:
         """Raises ValueError where it does not wait."""
-        if entry.tenant not in self.lines:
+        if entry not in self.of(entry.tenant):
             raise ValueError("it does not wait")
-        self.lines[entry.tenant].entries.remove(entry)
+        self.lines[entry.tenant].remove(entry)
         self._forget_if_empty(entry.tenant)
 
     def of(self, tenant: str) -> Collection[E]:
@@ -100,5 +166,12 @@ class FairQueue(Generic[E]):
         return (newcomers or line.entries)[-1]
 
     def _forget_if_empty(self, tenant: str) -> None:
-        if not self.lines[tenant].entries:
-            del self.lines[tenant]
+        line = self.lines[tenant]
+        if line.places:
+            return
+        del self.lines[tenant]
+        self._left[tenant] = line.turn
+        if len(self._left) > REMEMBERED:
+            self._left = {name: turn for name, turn in self._left.items() if turn > self._clock - self.credit}
+        if len(self._left) > REMEMBERED:
+            del self._left[next(iter(self._left))]

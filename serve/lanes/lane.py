@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.lanes.fair import FairQueue
+from serve.lanes.returns import Returns
 from serve.lanes.tickets import Pace, Refused, Tickets
 
 
@@ -41,6 +42,8 @@ class Entry:
     deadline: float
     """On the clock of time.monotonic."""
     decision: asyncio.Future[Decision]
+    came_back: bool = False
+    """At once, after another of its tenant's."""
     admitted_at: float | None = None
     seen_at: float = field(default_factory=time.monotonic)
     """When its holder last said that it has it."""
@@ -52,6 +55,10 @@ class Entry:
     @property
     def weight(self) -> float:
         return self.asked.weight
+
+    @property
+    def size(self) -> int:
+        return 1
 
     def decide(self, decision: Decision) -> None:
         if not self.decision.done():
@@ -87,7 +94,8 @@ class Lane:
         self.tickets = Tickets(f"lane {name}", key)  # a service's own gate has its name, too
         self.max_concurrent = self.max_queue = 0
         self.running: set[Entry] = set()
-        self.queue: FairQueue[Entry] = FairQueue()
+        self.queue: FairQueue[Entry] = FairQueue(credit=1)
+        self.returns = Returns()
         self.rejected = 0
         self.paused = False
         """Nothing begins, as it is not known yet what runs."""
@@ -95,12 +103,17 @@ class Lane:
     def enter(self, asked: Asked) -> Entry:
         """What becomes of it is known once its `decision` is."""
         self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue
+        gap = self.returns.came(asked.tenant)
         entry = Entry(
             asked,
             self.tickets.redeem(asked.ticket, asked.tenant),
             time.monotonic() + asked.timeout_s,
             asyncio.get_running_loop().create_future(),
+            came_back=gap is not None,
         )
+        if gap and gap.keeps_slot and not self.paused:
+            self._admit(entry)
+            return entry
         if not self._has_room(entry):
             self._refuse(entry)
             return entry
@@ -118,6 +131,7 @@ class Lane:
             self.running.remove(entry)
             assert entry.admitted_at is not None
             self.tickets.pace.served(1, entry.admitted_at)
+            self._expect_back(entry)
         elif not entry.decision.done():
             self.queue.remove(entry)
             entry.decide("gone")
@@ -132,7 +146,7 @@ class Lane:
         """It runs already, let in by one who has died since."""
         self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue
         decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        entry = Entry(asked, False, 0, decision, time.monotonic())
+        entry = Entry(asked, False, 0, decision, admitted_at=time.monotonic())
         entry.decide("admitted")
         self.running.add(entry)
         return entry
@@ -140,14 +154,14 @@ class Lane:
     def fill(self) -> None:
         """Let in as many as have room. Who is too late is not."""
         now = time.monotonic()
-        while self.queue and len(self.running) < self.max_concurrent and not self.paused:
-            entry = self.queue.take()
+        free = self.max_concurrent - len(self.running) - len(self.returns.kept)
+        while self.queue and free > 0 and not self.paused:
+            entry, _ = self.queue.take()
             if entry.deadline <= now:
                 entry.decide("late")
                 continue
-            entry.admitted_at = now
-            self.running.add(entry)
-            entry.decide("admitted")
+            self._admit(entry)
+            free -= 1
 
     def expire(self) -> None:
         """Send away those whose deadline has passed while they waited."""
@@ -180,6 +194,11 @@ class Lane:
     def _waiting(self) -> int:
         return len(self.queue)
 
+    def _admit(self, entry: Entry) -> None:
+        entry.admitted_at = time.monotonic()
+        self.running.add(entry)
+        entry.decide("admitted")
+
     def _has_room(self, entry: Entry) -> bool:
         """A tenant's share of the queue is its, however much others have waiting or reserved."""
         if not self._waiting and len(self.running) < self.max_concurrent:
@@ -199,6 +218,18 @@ class Lane:
     def _excess(self, tenant: str) -> float:
         """By how many a tenant holds more places than are its."""
         return len(self.queue.of(tenant)) - self._due_to(tenant, self.queue.lines[tenant].weight)
+
+    def _expect_back(self, entry: Entry) -> None:
+        """Keep its slot for its tenant's next where that comes at once, has its share of slots, and others wait."""
+        tenant, kept = entry.tenant, self.returns.kept
+        own = [name for name in (*(each.tenant for each in self.running), *kept) if name == tenant]
+        others = {each.tenant for each in self.running} | set(kept)
+        share = self.max_concurrent * self.queue.share(tenant, entry.weight, others)
+        others_wait = bool(self.queue) and not self.queue.of(tenant)
+        keep = entry.came_back and others_wait and len(own) + 1 <= share
+        soon_s = self.returns.left(tenant, self.tickets.pace.p50_s or 0.0, keep)
+        if keep:
+            asyncio.get_running_loop().call_later(soon_s, self.fill)
 
     def _pace(self) -> Pace:
         """With what has not been served yet."""

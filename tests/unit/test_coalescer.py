@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -27,6 +28,8 @@ class Replica:
         self.go.set()
         self.failure: Exception | None = None
         self.pause_s = 0.0
+        self.whole = False
+        """Answers a call in one piece."""
         self._turn = asyncio.Lock()
 
     async def __call__(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
@@ -46,6 +49,10 @@ class Replica:
             raise
         if self.failure:
             raise self.failure
+        if self.whole:
+            await asyncio.sleep(self.pause_s * len(items))
+            deliver(Piece(list(range(len(items))), [item * 10 for item in items], {}))
+            return
         for place, item in enumerate(items):
             if item < 0:
                 deliver(Piece([], [], {place: Refusal(f"{item} is negative")}))
@@ -83,6 +90,13 @@ async def held(coalescer: Coalescer, replica: Replica, *requests: tuple[int, ...
     return tasks
 
 
+async def learned(coalescer: Coalescer, replica: Replica) -> None:
+    """What calls of different size take."""
+    replica.pause_s, replica.whole = 0.02, True
+    for size in (1, 3, 8):
+        await ask(coalescer, *range(size))
+
+
 def test_what_waits_leaves_as_one_call() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         tasks = await held(coalescer, replica, (3,), (4, 5), (6,))
@@ -91,7 +105,7 @@ def test_what_waits_leaves_as_one_call() -> None:
         assert [(await task).results for task in tasks] == [[10], [20], [30], [40, 50], [60]]
 
     replica = run(scenario)
-    assert replica.calls == [[1], [2], [3, 4, 5, 6]]
+    assert replica.calls == [[1], [2], [3, 6, 4, 5]], "first who would be done first"
     assert replica.backlogs == [0, 0, 0]
 
 
@@ -117,22 +131,81 @@ def test_a_long_list_shares_calls_with_short_requests() -> None:
     assert all(len(call) <= 8 for call in calls)
 
 
+def test_two_long_requests_are_not_both_done_last() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, tuple(range(100, 116)), tuple(range(200, 216)))
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    calls = run(scenario).calls
+    assert list(itertools.chain(*calls[2:])) == [*range(100, 116), *range(200, 216)]
+
+
 def test_tenants_take_turns_by_their_weight_however_much_one_has_waiting() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
-        tasks = await held(coalescer, replica, *((number,) for number in range(100, 120)))
-        tasks += [
-            ask(coalescer, *range(20, 23), tenant="small"),
-            ask(coalescer, *range(30, 39), tenant="b", weight=3.0),
-        ]
+        tasks = await held(coalescer, replica, *((number,) for number in range(100, 150)))
+        tasks += [ask(coalescer, number, tenant="small") for number in range(20, 35)]
+        tasks += [ask(coalescer, number, tenant="b", weight=3.0) for number in range(40, 100)]
         await asyncio.sleep(0.01)
         replica.go.set()
         await asyncio.gather(*tasks)
 
     calls = run(scenario).calls
-    assert len([item for item in calls[2] if 30 <= item < 39]) in (4, 5)  # three fifths of eight
-    assert len([item for item in calls[2] if 20 <= item < 23]) in (1, 2)
-    assert {20, 21, 22, *range(30, 39)} <= {item for call in calls[2:5] for item in call}
-    assert [item for call in calls[2:] for item in call if item >= 100] == list(range(100, 120))
+    served = list(itertools.chain(*calls[2:]))
+    for items in (50, 75):
+        of_small, of_b = (sum(low <= item < high for item in served[:items]) for low, high in [(20, 35), (40, 100)])
+        assert abs(of_small - items / 5) <= 8, "but for what it was owed at first"
+        assert abs(of_b - items * 3 / 5) <= 8
+    assert [item for item in served if item >= 100] == list(range(100, 150))
+
+
+def test_a_tenant_with_little_to_ask_has_it_in_the_next_call() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, *(tuple(range(at, at + 8)) for at in range(100, 180, 8)))
+        tasks.append(ask(coalescer, *range(20, 26), tenant="small"))
+        await asyncio.sleep(0.01)
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    assert set(range(20, 26)) <= set(run(scenario).calls[2])
+
+
+def test_tenants_with_new_names_do_not_starve_one_that_waits() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        replica.pause_s = 0.001
+        waits = [ask(coalescer, *range(100, 116), tenant="waits")]
+        for number in range(400):  # more than is served meanwhile
+            waits.append(ask(coalescer, number, tenant=f"new {number}"))
+            if number % 4 == 3:
+                await asyncio.sleep(0.003)
+        await asyncio.gather(*waits)
+
+    served = list(itertools.chain(*run(scenario).calls))
+    assert served.index(115) < 400, "however many come"
+
+
+def test_a_request_is_not_split_where_a_smaller_call_is_as_fast_for_each() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        await learned(coalescer, replica)
+        tasks = [ask(coalescer, *range(at, at + size)) for at, size in [(10, 5), (20, 5), (30, 20)]]
+        await asyncio.gather(*tasks)
+
+    calls = run(scenario).calls
+    assert calls[3] == list(range(10, 15))
+    assert calls[4] == [*range(20, 25), 30, 31, 32], "one that fits into no call is split anyway"
+    assert [len(call) for call in calls[5:]] == [8, 8, 1]
+
+
+def test_a_call_leaves_when_it_is_needed_so_that_who_comes_till_then_may_be_in_it() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        await learned(coalescer, replica)
+        tasks = [ask(coalescer, *range(100, 140))]
+        await asyncio.sleep(0.05)  # of the 0.16 that the call under way takes
+        tasks.append(ask(coalescer, 7, tenant="small"))
+        await asyncio.gather(*tasks)
+
+    calls = run(scenario).calls
+    assert 7 in calls[4], "the one after that under way"
 
 
 def test_a_request_whose_client_left_while_it_waited_is_never_sent() -> None:
@@ -222,11 +295,11 @@ def test_answers_do_not_wait_for_the_rest_of_their_call() -> None:
         replica.go.set()
         assert (await tasks[2]).results == [30]
         assert not tasks[4].done()
-        assert (await tasks[3]).results == [40, 50]
-        assert not tasks[4].done()
         assert (await tasks[4]).results == [60]
+        assert not tasks[3].done()
+        assert (await tasks[3]).results == [40, 50]
 
-    assert run(scenario).calls[2] == [3, 4, 5, 6]
+    assert run(scenario).calls[2] == [3, 6, 4, 5]
 
 
 def test_requests_wait_for_one_call_where_two_in_turn_would_be_slower() -> None:
@@ -289,7 +362,7 @@ def test_what_shares_its_call_is_taken_back_with_the_next() -> None:
         await asyncio.sleep(0.01)
         newer = ask(coalescer, 8)
         await asyncio.sleep(0.02)
-        assert replica.calls == [[1, 5, 6, 7], [8]]
+        assert replica.calls == [[1, 7, 5, 6], [8]]
         assert replica.taken_back == [[], [5, 6]]
         assert replica.cancelled == 0
         replica.go.set()
