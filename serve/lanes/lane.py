@@ -111,7 +111,7 @@ class Lane:
             asyncio.get_running_loop().create_future(),
             came_back=gap is not None,
         )
-        if gap and gap.keeps_slot and not self.paused:
+        if gap and gap.keeps_slot and len(self.running) < self.max_concurrent and not self.paused:
             self._admit(entry)
             return entry
         if not self._has_room(entry):
