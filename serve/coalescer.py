@@ -42,8 +42,8 @@ class Coalescer:
 
     A hop between processes costs about a millisecond of CPU, a request in it next to nothing. So each replica has one
     call to work on, and a second one to prepare once that is full, or as large as the first where two such calls in
-    turn are faster than one for which all clients have to be back. What comes later waits here, where its client can
-    still take it back for nothing. Answers come back batch by batch, so that nobody waits for the slowest in a call.
+    turn are faster than one for which all clients have to be back. A lone replica is given that no sooner than it needs
+    it. What comes later waits here, where its client can still take it back for nothing. Answers come back batch by batch, so that nobody waits for the slowest in a call.
 
     Where the engine works in steps, and takes newcomers at each, a call leaves at once, as long as there is room for it
     in what the replicas may have on their way.
@@ -152,7 +152,13 @@ class Coalescer:
         return None
 
     def _until_needed_s(self) -> float:
-        """How long a replica will do without another call: what comes till then may have its turn before others."""
+        """How long a replica will do without another call: what comes till then may have its turn before others.
+
+        Of several replicas Serve chooses one with the fewest calls. They have to have one each to prepare at once, or
+        the next might go to one that has just begun, and another would stand still.
+        """
+        if self.replicas() > 1:
+            return 0.0
         now = time.monotonic()
         return min(
             (call.since or now) + (1 - LEAD) * self.cost.seconds(call.left) - LEAD_S - now for call in self._calls

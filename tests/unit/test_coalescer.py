@@ -208,6 +208,17 @@ def test_a_call_leaves_when_it_is_needed_so_that_who_comes_till_then_may_be_in_i
     assert 7 in calls[4], "the one after that under way"
 
 
+def test_several_replicas_have_a_call_each_to_prepare_at_once() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        await learned(coalescer, replica)
+        everything = ask(coalescer, *range(100, 140))
+        await asyncio.sleep(0.05)  # of the 0.16 that a call takes
+        assert [len(call) for call in replica.calls[3:]] == [8] * 4
+        await everything
+
+    run(scenario, replicas=2)
+
+
 def test_a_request_whose_client_left_while_it_waited_is_never_sent() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         tasks = await held(coalescer, replica, (3, 4), (5,))
