@@ -43,7 +43,8 @@ class Coalescer:
     A hop between processes costs about a millisecond of CPU, a request in it next to nothing. So each replica has one
     call to work on, and a second one to prepare once that is full, or as large as the first where two such calls in
     turn are faster than one for which all clients have to be back. A lone replica is given that no sooner than it needs
-    it. What comes later waits here, where its client can still take it back for nothing. Answers come back batch by batch, so that nobody waits for the slowest in a call.
+    it. What comes later waits here, where its client can still take it back for nothing. Answers come back batch by
+    batch, so that nobody waits for the slowest in a call.
 
     Where the engine works in steps, and takes newcomers at each, a call leaves at once, as long as there is room for it
     in what the replicas may have on their way.
