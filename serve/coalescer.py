@@ -107,8 +107,7 @@ class Coalescer:
         self._parcels.put(parcel)
         self.waiting += len(items)
         self.linger.arrived(len(items))
-        pause_s = self._pause_s()
-        if pause_s is not None and (pause_s <= 0 or self.waiting == len(items)):
+        if self._pause_s() is not None:
             self._wake.set()
         try:
             await asyncio.wait_for(done, timeout_s)
@@ -158,12 +157,10 @@ class Coalescer:
         Of several replicas Serve chooses one with the fewest calls. They have to have one each to prepare at once, or
         the next might go to one that has just begun, and another would stand still.
         """
-        if self.replicas() > 1:
+        [call, *others] = self._calls
+        if others or call.since is None:
             return 0.0
-        now = time.monotonic()
-        return min(
-            (call.since or now) + (1 - LEAD) * self.cost.seconds(call.left) - LEAD_S - now for call in self._calls
-        )
+        return call.since + (1 - LEAD) * self.cost.seconds(call.left) - LEAD_S - time.monotonic()
 
     def _room(self) -> int:
         """For how many items the next call has room."""
@@ -186,7 +183,7 @@ class Coalescer:
         splits = room - items < self._parcels.next_turns <= self.max_call_items
         if not items or not splits or self.in_steps():
             return False
-        return self.cost.seconds(items) * room <= (1 + SPLIT) * self.cost.seconds(room) * items
+        return self.cost.seconds(items) * room < (1 + SPLIT) * self.cost.seconds(room) * items
 
     def _begin(self) -> None:
         """Those that come first are what the replicas work on; where there are none yet, nothing is."""
@@ -266,7 +263,7 @@ class Coalescer:
             self.linger.ended(len(piece), now - call.since)
         call.left -= len(piece)
         call.since = now
-        if self.waiting and self.in_steps():
+        if self.waiting:
             self._wake.set()
 
     def _tell(self, parcel: Parcel, news: News | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import heapq
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -28,10 +30,10 @@ REMEMBERED = 256
 
 
 @dataclass(eq=False)
-class Place(Generic[E]):
+class Waiting(Generic[E]):
     entry: E
-    left: int
-    """Turns until it is served."""
+    turns_left: int
+    """Until it is served."""
     due: float
     """On its line's clock."""
 
@@ -43,35 +45,39 @@ class Line(Generic[E]):
         self.weight = weight
         self.turn = turn
         """Up to where it has had its turns, on the queue's clock."""
-        self.places: list[Place[E]] = []
+        self.queue: list[Waiting[E]] = []
         """Who is due first is first."""
+        self.served = 0
+        """When an entry was served last, by the queue's count; 0: none yet. Of two lines due at once, that goes first
+        which had to wait longer.
+        """
         self._clock = 0.0
         """How many turns one that came first has had if all share evenly."""
 
     @property
     def entries(self) -> list[E]:
-        return [place.entry for place in self.places]
+        return [each.entry for each in self.queue]
 
     @property
     def due(self) -> float:
         """When its first one is served if all tenants share evenly, on the queue's clock."""
-        return self.turn + self.places[0].left / self.weight
+        return self.turn + self.queue[0].turns_left / self.weight
 
     def put(self, entry: E) -> None:
-        bisect.insort(self.places, Place(entry, entry.size, self._clock + entry.size), key=lambda place: place.due)
+        bisect.insort(self.queue, Waiting(entry, entry.size, self._clock + entry.size), key=lambda each: each.due)
 
     def take(self, most: int) -> tuple[E, int]:
-        first = self.places[0]
-        turns = min(most, first.left)
-        first.left -= turns
+        first = self.queue[0]
+        turns = min(most, first.turns_left)
+        first.turns_left -= turns
         self.turn += turns / self.weight
-        self._clock += turns / len(self.places)
-        if not first.left:
-            del self.places[0]
+        self._clock += turns / len(self.queue)
+        if not first.turns_left:
+            del self.queue[0]
         return first.entry, turns
 
     def remove(self, entry: E) -> None:
-        self.places.remove(next(place for place in self.places if place.entry is entry))
+        self.queue.remove(next(each for each in self.queue if each.entry is entry))
 
 
 class FairQueue(Generic[E]):
@@ -84,36 +90,40 @@ class FairQueue(Generic[E]):
     """
 
     def __init__(self, credit: int = 0) -> None:
-        """`credit`: how many turns a tenant that has let as many pass may have at once, before others' turns."""
+        """`credit`: turns that a tenant of weight 1 may have at once, before others, where it has let as many pass."""
         self.credit = credit
         self.lines: dict[str, Line[E]] = {}
         """Of the tenants that have something waiting."""
         self._clock = 0.0
         """How many turns a tenant of weight 1 that always waits has had if all share evenly."""
-        self._left: dict[str, float] = {}
-        """Turns of tenants that have nothing waiting: where they go on if they come again soon."""
+        self._served = 0
+        """Entries so far."""
+        self._absent: dict[str, float] = {}
+        """Turns of tenants that have nothing waiting while others have: where they go on if they come again."""
 
     def __len__(self) -> int:
-        return sum(len(line.places) for line in self.lines.values())
+        return sum(len(line.queue) for line in self.lines.values())
 
     def __bool__(self) -> bool:
         return bool(self.lines)
 
     def __iter__(self) -> Iterator[E]:
         """In the order in which they will be served if nobody comes."""
-        turns: list[tuple[float, int, E]] = []
-        for at, line in enumerate(self.lines.values()):
-            turn = line.turn
-            for place in line.places:
-                turn += place.left / line.weight
-                turns.append((turn, at, place.entry))
-        yield from (entry for *_, entry in sorted(turns, key=lambda turn: turn[:2]))
+        served = itertools.count(self._served + 1)
+        firsts = [(line.due, line.served, number, line, 0) for number, line in enumerate(self.lines.values())]
+        heapq.heapify(firsts)
+        while firsts:
+            due, _, number, line, at = heapq.heappop(firsts)
+            yield line.queue[at].entry
+            if at + 1 < len(line.queue):
+                due += line.queue[at + 1].turns_left / line.weight
+                heapq.heappush(firsts, (due, next(served), number, line, at + 1))
 
     def put(self, entry: E) -> None:
         line = self.lines.get(entry.tenant)
         if line is None:
-            earliest = self._clock - self.credit / entry.weight
-            turn = max(earliest, self._left.pop(entry.tenant, earliest))
+            earliest = self._clock - self.credit
+            turn = max(earliest, self._absent.pop(entry.tenant, earliest))
             line = self.lines[entry.tenant] = Line(entry.weight, turn)
         line.weight = entry.weight
         line.put(entry)
@@ -121,11 +131,11 @@ class FairQueue(Generic[E]):
     @property
     def next_turns(self) -> int:
         """How many the next one still needs. Raises ValueError where nobody waits."""
-        return self._next.places[0].left
+        return self._next.queue[0].turns_left
 
     @property
     def _next(self) -> Line[E]:
-        return min(self.lines.values(), key=lambda line: line.due)
+        return min(self.lines.values(), key=lambda line: (line.due, line.served))
 
     def take(self, most: int = 1) -> tuple[E, int]:
         """The next one, and how many of its turns it has now. It is out once it has had all. Raises ValueError where
@@ -133,11 +143,11 @@ class FairQueue(Generic[E]):
         """
         line = self._next
         weights = sum(each.weight for each in self.lines.values())
-        waiting = len(line.places)
         entry, turns = line.take(most)
         self._clock += turns / weights
-        if len(line.places) < waiting:
-            line.turn = max(line.turn, self._clock)  # what it was behind with one is not owed to its next
+        if entry not in line.entries:
+            self._served += 1
+            line.served = self._served
         self._forget_if_empty(entry.tenant)
         return entry, turns
 
@@ -167,11 +177,14 @@ class FairQueue(Generic[E]):
 
     def _forget_if_empty(self, tenant: str) -> None:
         line = self.lines[tenant]
-        if line.places:
+        if line.queue:
             return
         del self.lines[tenant]
-        self._left[tenant] = line.turn
-        if len(self._left) > REMEMBERED:
-            self._left = {name: turn for name, turn in self._left.items() if turn > self._clock - self.credit}
-        if len(self._left) > REMEMBERED:
-            del self._left[next(iter(self._left))]
+        if not self.lines:  # nobody has to be made good for anything
+            self._absent.clear()
+            return
+        self._absent[tenant] = line.turn
+        if len(self._absent) > REMEMBERED:
+            self._absent = {name: turn for name, turn in self._absent.items() if turn > self._clock - self.credit}
+        if len(self._absent) > REMEMBERED:
+            del self._absent[next(iter(self._absent))]

@@ -177,7 +177,7 @@ class Lane:
 
     def standing(self) -> Standing:
         waiting, pace = self._waiting, self._pace()
-        busy = len(self.running) >= self.max_concurrent
+        busy = len(self.running) + len(self.returns.kept) >= self.max_concurrent
         return Standing(
             len(self.running),
             waiting,
@@ -227,7 +227,7 @@ class Lane:
         share = self.max_concurrent * self.queue.share(tenant, entry.weight, others)
         others_wait = bool(self.queue) and not self.queue.of(tenant)
         keep = entry.came_back and others_wait and len(own) + 1 <= share
-        soon_s = self.returns.left(tenant, self.tickets.pace.p50_s or 0.0, keep)
+        soon_s = self.returns.expect(tenant, self.tickets.pace.p50_s or 0.0, keep)
         if keep:
             asyncio.get_running_loop().call_later(soon_s, self.fill)
 

@@ -33,8 +33,8 @@ class Returns:
         """Tenants that a slot is kept for, each as often as it has one."""
         return [gap.tenant for gap in self._current() if gap.keeps_slot]
 
-    def left(self, tenant: str, service_time_s: float, keep_slot: bool) -> float:
-        """Seconds for which its next one is expected, with its slot where that is kept."""
+    def expect(self, tenant: str, service_time_s: float, keep_slot: bool) -> float:
+        """Of a tenant that leaves: seconds for which its next one is expected, with its slot where that is kept."""
         soon_s = SOON * service_time_s
         self._gaps.append(Gap(tenant, time.monotonic() + soon_s, keep_slot))
         return soon_s

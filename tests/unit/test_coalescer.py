@@ -30,6 +30,8 @@ class Replica:
         self.pause_s = 0.0
         self.whole = False
         """Answers a call in one piece."""
+        self.on_the_way: list[int] = []
+        """How many calls had come when such a one was answered."""
         self._turn = asyncio.Lock()
 
     async def __call__(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
@@ -51,6 +53,7 @@ class Replica:
             raise self.failure
         if self.whole:
             await asyncio.sleep(self.pause_s * len(items))
+            self.on_the_way.append(len(self.calls))
             deliver(Piece(list(range(len(items))), [item * 10 for item in items], {}))
             return
         for place, item in enumerate(items):
@@ -90,9 +93,9 @@ async def held(coalescer: Coalescer, replica: Replica, *requests: tuple[int, ...
     return tasks
 
 
-async def learned(coalescer: Coalescer, replica: Replica) -> None:
+async def learned(coalescer: Coalescer, replica: Replica, pause_s: float = 0.02) -> None:
     """What calls of different size take."""
-    replica.pause_s, replica.whole = 0.02, True
+    replica.pause_s, replica.whole = pause_s, True
     for size in (1, 3, 8):
         await ask(coalescer, *range(size))
 
@@ -206,6 +209,32 @@ def test_a_call_leaves_when_it_is_needed_so_that_who_comes_till_then_may_be_in_i
 
     calls = run(scenario).calls
     assert 7 in calls[4], "the one after that under way"
+
+
+def test_a_call_that_is_full_only_in_the_end_leaves_when_it_is_needed_too() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        await learned(coalescer, replica, pause_s=0.05)
+        tasks = []
+        for items in (range(100, 108), range(10, 13), range(20, 28)):
+            tasks.append(ask(coalescer, *items))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*tasks)
+
+    assert run(scenario).on_the_way[3] == 5, "before the one under way was over"
+
+
+def test_a_model_without_replicas_has_its_calls_at_once() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        await learned(coalescer, replica)
+        replica.go.clear()
+        coalescer.replicas = lambda: 0
+        tasks = [ask(coalescer, *range(100, 116))]
+        await asyncio.sleep(0.01)
+        assert len(replica.calls) == 5
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    run(scenario)
 
 
 def test_several_replicas_have_a_call_each_to_prepare_at_once() -> None:
