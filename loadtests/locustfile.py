@@ -1,4 +1,4 @@
-"""A day's traffic on a running Dure, over all its endpoints: `make loadtest ARGS="--shape spike --users 40"`.
+"""A day's traffic on a running Dure: `make loadtest ARGS="--shape spike --users 40"`.
 
 People who type, who search and who have an advert checked, programs that index documents, and one that watches. How
 many there are when is told by `loadtests/shapes.py`; `--users` is a day's peak. Inputs are fresh, but people often

@@ -80,7 +80,7 @@ def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> 
         **_lifecycle(settings, model.gpu_share),
     )
     spec = replace(model.spec(name), deploy=deploy, own_cores=settings.own_cores)
-    return deployment.bind(spec, partial(Reporter, settings.guard.where(uses_gpu=model.gpu_share > 0)))
+    return deployment.bind(spec, partial(Reporter, settings.guard_of(model)))
 
 
 def _autoscaling(scaling: Autoscaling) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from deployments.spec import CheckpointError
 from serve import bench, environment, history, processes
+from serve.code_version import DURE, code_version, run_by
 from serve.config_file import ConfigFile, checked, read_config
 from serve.store import locations, schema
 from serve.strict import SettingsError
@@ -83,10 +84,14 @@ def _serve_here(config: ConfigFile) -> None:
 
 def _serve_there(config: ConfigFile, source: str | None = None) -> None:
     cluster = _joined()
-    deploy = history.record(source or str(config.path), config.document)
-    cluster.deploy(config)
+    code = code_version(DURE)
+    before = history.deploys()
+    deploy = history.record(source or str(config.path), config.document, code)
+    cluster.deploy(config, code=code_version(run_by(config.settings)))
     if _show((asdict(event) for event in cluster.follow(config)), config):
         history.confirm(deploy.number)
+        if before and before[-1].code != code:
+            cluster.renew()
     print_ready(out, config)
 
 
@@ -190,6 +195,8 @@ def plan(
     for gpu in made.gpus:
         bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.on_each:.0%}]" for need in gpu.replicas)
         out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
+    if on_cpu := ", ".join(file.settings.on_cpu):
+        out.print(f"On the CPU, without num_gpus or gpus: {on_cpu}", highlight=False, soft_wrap=True)
     if made.problems:
         _fail("\n".join(made.problems))
 
@@ -222,6 +229,13 @@ def fetch(config: ConfigOption = Path("configs/gpu.yaml")) -> None:
     if problems:
         _fail("\n".join(problems))
     out.print("All models are here")
+
+
+@main.command("environment")
+def environment_command() -> None:
+    """What Ray needs in its environment on every node of a cluster: env $(dure environment) ray start ..."""
+    for name, value in environment.joining_environment().items():
+        out.print(f"{name}={value}", highlight=False, markup=False, soft_wrap=True)
 
 
 @main.command()

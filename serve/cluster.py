@@ -32,6 +32,8 @@ STATUS_S = 0.5
 ANNOUNCE_S, LEAVE_S = 2.0, 0.5
 """How long telling the ingresses of a stop may take, and what they have for taking leave."""
 LONGEST_REASON = 1000
+CODE = "DURE_CODE"
+"""A variable of all replicas' environment."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,23 @@ def connect() -> None:
     _quiet()
     if ray.is_initialized():
         return
+    if not os.environ.get("RAY_ADDRESS"):  # Ray would start one of its own
+        raise SettingsError("this is for a cluster: set RAY_ADDRESS to where its head listens, as 127.0.0.1:6379")
     try:
         ray.init(namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SettingsError(f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
 
 
-def deploy(config: ConfigFile, log_folder: Path | None = None) -> None:
-    """Start Serve where it does not run, and apply the config file; returns before anything is loaded."""
+def deploy(config: ConfigFile, log_folder: Path | None = None, code: str = "") -> None:
+    """Start Serve where it does not run, and apply the config file; returns before anything is loaded. What runs `code`
+    of another version is replaced, though its settings are the same.
+    """
     document = dict(config.document)
     if log_folder is not None:
         document["logging_config"] = {**document["logging_config"], "logs_dir": str(log_folder)}
+    if code:
+        document["applications"] = [_of_version(application, code) for application in document["applications"]]
     schema = ServeDeploySchema.model_validate(document)
     client = api.serve_start(
         http_options=schema.http_options.model_dump(),
@@ -81,6 +89,20 @@ def deploy(config: ConfigFile, log_folder: Path | None = None) -> None:
         global_logging_config=schema.logging_config,
     )
     client.deploy_apps(schema, _blocking=False)
+
+
+def _of_version(application: dict[str, Any], code: str) -> dict[str, Any]:
+    """A process is never one that has run with another environment, so it has imported nothing of another version."""
+    environment = application.get("runtime_env") or {}
+    variables = (environment.get("env_vars") or {}) | {CODE: code}
+    return application | {"runtime_env": environment | {"env_vars": variables}}
+
+
+def renew() -> None:
+    """Let the board and admission begin anew, with the code that is there now; they lose nothing that others know."""
+    for name in (NAME, admission.NAME):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
 
 
 def follow(config: ConfigFile, is_over: Callable[[], bool] = lambda: False) -> Iterator[Event]:

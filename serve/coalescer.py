@@ -79,6 +79,8 @@ class Coalescer:
         self._numbers = itertools.count(secrets.randbits(62))  # no other caller's
         self._left_at = 0.0
         """When the last one did."""
+        self._followed = 0
+        """How many of the requests that are here somebody follows."""
         self._wake = asyncio.Event()
         self._pumping: asyncio.Task[None] | None = None
 
@@ -102,10 +104,10 @@ class Coalescer:
         """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following, tenant, weight)
-        if following:
-            self._tell(parcel, News(ahead=self._ahead(tenant, weight)))
         self._parcels.put(parcel)
         self.waiting += len(items)
+        self._followed += following is not None
+        self._tell_places()
         self.linger.arrived(len(items))
         if self._pause_s() is not None:
             self._wake.set()
@@ -113,12 +115,8 @@ class Coalescer:
             await asyncio.wait_for(done, timeout_s)
             return parcel.collector.answers()
         finally:
+            self._followed -= following is not None
             self._forget(parcel)
-
-    def _ahead(self, tenant: str, weight: float) -> int:
-        """How many items come before one of the tenant's that comes now, where tenants take turns."""
-        mine = sum(len(parcel.items) - parcel.sent for parcel in self._parcels.of(tenant))
-        return self.under_way + min(self.waiting, round(mine / self._parcels.share(tenant, weight)))
 
     def _forget(self, parcel: Parcel) -> None:
         """Drop what of the parcel has not been sent, and the calls that nobody waits for any more."""
@@ -188,7 +186,12 @@ class Coalescer:
     def _begin(self) -> None:
         """Those that come first are what the replicas work on; where there are none yet, nothing is."""
         for call in self._calls[: self.replicas()]:
-            call.since = call.since or time.monotonic()
+            if call.begun:
+                continue
+            call.begun, call.since = True, call.since or time.monotonic()
+            if self._followed and not self.in_steps():  # which tells of each item itself
+                for parcel in {parcel for parcel, _ in call.owners}:
+                    self._tell(parcel, News())
 
     async def _pump(self) -> None:
         while True:
@@ -198,6 +201,7 @@ class Coalescer:
                 self._calls.append(call)
                 self._left_at = time.monotonic()
                 self._begin()
+                self._tell_places()
                 call.task = asyncio.get_running_loop().create_task(self._run(call))
                 # Not in `_run` itself, which never begins where all clients leave before its first step.
                 call.task.add_done_callback(functools.partial(self._over, call))
@@ -266,14 +270,24 @@ class Coalescer:
         if self.waiting:
             self._wake.set()
 
+    def _tell_places(self) -> None:
+        """To those who follow what has not been sent: how many items come first."""
+        if not self._followed:
+            return
+        ahead = self.under_way
+        for parcel in self._parcels:
+            if not parcel.sent:
+                self._tell(parcel, News(ahead=ahead))
+            ahead += len(parcel.items) - parcel.sent
+
     def _tell(self, parcel: Parcel, news: News | None = None) -> None:
         """Whoever follows: that items have been answered, or how far one is that has not."""
         following, items, left = parcel.following, len(parcel.items), parcel.collector.left
         if following is None:
             return
-        if items > 1 and (news is None or left < items):
-            following.running(done=items - left, items=items)
-        elif news and news.ahead is not None:
+        if news and news.ahead is not None and left == items:
             following.queued(news.ahead + 1, (news.ahead + items) * self.pace.seconds_per_item)
+        elif items > 1:
+            following.running(done=items - left, items=items)
         elif news:
             following.running(tokens=news.tokens)

@@ -70,7 +70,7 @@ class Graph:
                 {name: (settings.service(name).max_concurrent, settings.service(name).max_queue) for name in services},
                 weights,
             ),
-            Reporter(settings.guard.where(uses_gpu=False)),
+            Reporter(settings.guard_of(None)),
             patient,
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
@@ -28,7 +30,7 @@ class Load:
     cpu: float
     """Since it was last asked for."""
     gpu_memory: float
-    """Of the fullest GPU; 0 where there is none."""
+    """Of the fullest GPU that this process may use; 0 where there is none."""
 
 
 class Guard:
@@ -96,7 +98,19 @@ def _memory() -> float:
 def _gpu_memory() -> float:
     try:
         pynvml.nvmlInit()
-        gpus = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [_gpu(name) for name in _visible_gpus()]
         return max((memory.used / memory.total for memory in map(pynvml.nvmlDeviceGetMemoryInfo, gpus)), default=0.0)
     except pynvml.NVMLError:
         return 0.0
+
+
+def _visible_gpus() -> list[str]:
+    """Numbers or UUIDs; Ray tells a replica by this variable which GPUs are its."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
+    return [name for name in visible.split(",") if name]
+
+
+def _gpu(name: str) -> Any:
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)

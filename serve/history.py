@@ -23,6 +23,8 @@ class Deploy:
     document: dict[str, Any]
     ready: bool = False
     """Its models came up."""
+    code: str = ""
+    """The version of Dure itself."""
 
 
 def deploys() -> list[Deploy]:
@@ -31,10 +33,10 @@ def deploys() -> list[Deploy]:
     return [Deploy(**each) for each in json.loads(known)] if known else []
 
 
-def record(source: str, document: dict[str, Any]) -> Deploy:
+def record(source: str, document: dict[str, Any], code: str = "") -> Deploy:
     """Note what is being deployed."""
     before = deploys()
-    deploy = Deploy(before[-1].number + 1 if before else 1, time.time(), source, document)
+    deploy = Deploy(before[-1].number + 1 if before else 1, time.time(), source, document, code=code)
     _keep([*before, deploy][-KEPT:])
     return deploy
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from deployments.metrics import SECONDS
 
@@ -23,7 +23,7 @@ DURATION = Histogram(
     registry=REGISTRY,
     buckets=SECONDS,
 )
-QUEUE_ITEMS = Gauge("dure_queue_items", "Items waiting or running, per deployment", ["name"], registry=REGISTRY)
+QUEUE_ITEMS = Gauge("dure_queue_items", "Items waiting or running for a model", ["name"], registry=REGISTRY)
 REJECTED = Counter("dure_rejected", "Requests refused because a queue was full", ["name"], registry=REGISTRY)
 CACHE = Counter(
     "dure_cache_lookups",
@@ -57,6 +57,21 @@ def measured(model: str) -> Iterator[None]:
     finally:
         DURATION.labels(model).observe(time.perf_counter() - started)
         PREDICTIONS.labels(model, status).inc()
+
+
+def of_lanes(standings: dict[str, dict[str, Any]]) -> list[Metric]:
+    """Of each lane in the cluster, by its standing: what runs and waits, and how long one that came now would wait."""
+    families = {
+        "running": GaugeMetricFamily("dure_lane_running", "Requests that run, per service", labels=["name"]),
+        "waiting": GaugeMetricFamily("dure_lane_waiting", "Requests that wait, per service", labels=["name"]),
+        "estimated_wait_s": GaugeMetricFamily(
+            "dure_lane_wait_seconds", "How long a request that came now would wait, per service", labels=["name"]
+        ),
+    }
+    for name, standing in standings.items():
+        for field, family in families.items():
+            family.add_metric([name], standing[field])
+    return list(families.values())
 
 
 class Cluster:

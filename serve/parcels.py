@@ -45,6 +45,8 @@ class Call:
     numbers: list[int] = field(default_factory=list)
     """Of each item, by which it is taken back."""
     left: int = 0
+    begun: bool = False
+    """No other comes before it any more."""
     since: float | None = None
     """When the replica began with what is left of it (time.monotonic); None while others come before it."""
     task: asyncio.Task[None] | None = None

@@ -136,12 +136,12 @@ class GuardSettings(Strict):
     """Over which share in use a machine is given no new work: 503 until it has fallen; null switches one off."""
 
     memory: Share | None = 0.9
-    cpu: Share | None = 0.9
-    gpu_memory: Share | None = Field(0.9, description="only for models that use a GPU")
-
-    def where(self, uses_gpu: bool) -> "GuardSettings":
-        """For a process that uses a GPU, or one that a full GPU does not concern."""
-        return self if uses_gpu else self.model_copy(update={"gpu_memory": None})
+    cpu: Share | None = Field(
+        0.9, description="left out: off where a model runs on the CPU, which takes all of it by design"
+    )
+    gpu_memory: Share | None = Field(
+        None, description="where others use the GPUs, too: models alone keep to their shares, and may fill a GPU"
+    )
 
 
 class WebSocketSettings(Strict):
@@ -197,8 +197,24 @@ class Settings(Strict):
     def own_cores(self) -> bool:
         """Has this machine a core for every thread of every model that runs on the CPU?"""
         cores = os.cpu_count() or 1
-        on_cpu = [model for model in self.models.values() if not model.gpu_share]
-        return sum((model.threads or cores) * model.autoscaling.max_replicas for model in on_cpu) <= cores
+        replicas = ((model.threads or cores) * model.autoscaling.max_replicas for model in self.on_cpu.values())
+        return sum(replicas) <= cores
+
+    @property
+    def on_cpu(self) -> dict[str, ModelSettings]:
+        """The models that use no GPU."""
+        return {
+            name: model for name, model in self.models.items() if not model.gpu_share and not self.leaves_out(model)
+        }
+
+    def guard_of(self, model: ModelSettings | None) -> GuardSettings:
+        """What holds for a replica of the model, or for a process without one."""
+        off: dict[str, None] = {}
+        if model is None or not model.gpu_share:
+            off["gpu_memory"] = None
+        if self.on_cpu and "cpu" not in self.guard.model_fields_set:
+            off["cpu"] = None
+        return self.guard.model_copy(update=off)
 
     def leaves_out(self, model: ModelSettings) -> bool:
         """Is the model's share of a GPU to be worked out?"""

@@ -31,12 +31,12 @@ QUICK = {
 class Nodes:
     """Nodes are numbered from 0, the head. All answer on one port, for which the kernel chooses among them."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, **environment: str) -> None:
         self.gcs = free_port()
         self.sockets = Path(tempfile.mkdtemp(prefix="dure-test-"))
         mark = {"DURE_OWNER": f"0:0:{state}", "SERVE_SOCKET_REUSE_PORT_ENABLED": "1"}
         mark["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # Ray's word for several nodes at 127.0.0.1
-        self.environment = local_environment(self.sockets) | QUICK | mark | ports_of_its_own()
+        self.environment = local_environment(self.sockets) | QUICK | mark | ports_of_its_own() | environment
         self.count = 0
 
     def add(self, cpus: float, gpus: float = 0) -> int:

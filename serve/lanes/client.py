@@ -119,12 +119,23 @@ class Lanes:
     async def queues(self) -> dict[str, Any]:
         """How the lanes of the cluster are, and what waits for models. Raises DureError."""
         try:
-            actor = await self._admission()
-            told: dict[str, Any] = await asyncio.wait_for(actor.queues.remote(), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                told = await self._told_queues()
         except (RayError, TimeoutError) as error:
             raise errors.no_admission() from error
         idle = {name: asdict(Standing.idle(*limits)) for name, limits in self.limits.items()}
         return told | {"lanes": idle | told["lanes"]}
+
+    async def _told_queues(self) -> dict[str, Any]:
+        """Asked again where the actor has died."""
+        while True:
+            actor = await self._admission()
+            try:
+                told: dict[str, Any] = await actor.queues.remote()
+                return told
+            except (RayActorError, ValueError):
+                self._actor = None
+            await asyncio.sleep(RETRY_PAUSE_S)
 
     def _turn_away(self, lane: str, tenant: str) -> None:
         """Raises DureError where admission has just told another newcomer of the tenant's that there is no room."""

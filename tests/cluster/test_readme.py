@@ -18,6 +18,7 @@ from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
 from serve.cli import main
 from serve.config_file import read_config
+from serve.environment import cluster_environment
 from serve.settings import Settings
 from tests.dure import ROOT, Dure, curls
 
@@ -140,8 +141,19 @@ def test_command_for_a_cluster_names_what_is_there(command: str) -> None:
             assert list(yaml.safe_load_all((ROOT / word).read_text()))
 
 
+@pytest.mark.parametrize("command", of("env"))
+def test_a_node_is_started_with_an_environment(dure: Dure, command: str) -> None:
+    words = shlex.split(command)
+    assert words[1:3] == ["$(dure", "environment)"]
+    told = dure.command("environment").stdout.split()
+    assert dict(line.split("=") for line in told).items() >= cluster_environment().items()
+    options = subprocess.run([*words[3:5], "--help"], capture_output=True, text=True, check=True).stdout
+    for word in words[5:]:
+        assert not word.startswith("--") or word in options
+
+
 def test_every_command_is_of_a_kind_that_is_tested() -> None:
-    tested = of("curl", "make", "dure", "docker", "ray", "kubectl")
+    tested = of("curl", "make", "dure", "docker", "ray", "kubectl", "env")
     others = [each for each in COMMANDS if each not in tested]
     assert others == ["python -m loadtests.baseline", "pre-commit run --all-files"]
     subprocess.run([sys.executable, "-c", "import loadtests.baseline"], cwd=ROOT, check=True)

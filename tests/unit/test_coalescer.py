@@ -12,6 +12,7 @@ from deployments.answers import Answers, Piece
 from deployments.items import Requests
 from deployments.spec import Refusal
 from serve.coalescer import Coalescer
+from serve.following import Following, Progress
 
 
 class Replica:
@@ -46,9 +47,12 @@ class Replica:
         try:
             async with self._turn:
                 await asyncio.wait_for(self.go.wait(), 5)
+                await self._answer(items, deliver)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+
+    async def _answer(self, items: list[Any], deliver: Callable[[Piece], None]) -> None:
         if self.failure:
             raise self.failure
         if self.whole:
@@ -62,6 +66,17 @@ class Replica:
             else:
                 deliver(Piece([place], [item * 10], {}))
             await asyncio.sleep(self.pause_s)
+
+
+class Told(Following):
+    """All that was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: list[Progress] = []
+
+    def tell(self, progress: Progress) -> None:
+        self.of.append(progress)
 
 
 def run(
@@ -235,6 +250,29 @@ def test_a_model_without_replicas_has_its_calls_at_once() -> None:
         await asyncio.gather(*tasks)
 
     run(scenario)
+
+
+def test_who_follows_hears_of_each_step_forward_and_when_it_begins() -> None:
+    one, several = Told(), Told()
+
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica, *((number,) for number in range(10, 25)))
+        tasks.append(ask(coalescer, 40, 41, 42, tenant="other", following=several))
+        await asyncio.sleep(0.01)
+        tasks.append(ask(coalescer, 30, following=one))
+        await asyncio.sleep(0.01)
+        replica.pause_s = 0.001
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+    places = [each.place for each in one.of if each.place]
+    assert places[0] == 2 + 15 + 3 + 1
+    assert places == sorted(places, reverse=True)
+    assert len(set(places)) > 2
+    assert [each.state for each in one.of][-1:] == ["running"]
+    running = [(each.done, each.items) for each in several.of if each.state == "running"]
+    assert (running[0], running[-1]) == ((0, 3), (3, 3))
 
 
 def test_several_replicas_have_a_call_each_to_prepare_at_once() -> None:

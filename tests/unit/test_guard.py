@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from serve import guard as guards
 from serve.guard import Guard, Load, Machine
-from serve.settings import GuardSettings
+from serve.model_settings import ModelSettings
+from serve.settings import GuardSettings, Settings
 
 
 def test_work_is_taken_again_once_the_load_is_well_below_its_limit() -> None:
@@ -32,13 +34,41 @@ def test_each_limit_may_be_off_and_the_reason_names_the_others() -> None:
     assert off.reason == ""
 
 
+def settings(*num_gpus: float, **guard: Any) -> Settings:
+    """Of models with such shares."""
+    models = {f"model{share}": ModelSettings(task="embedding", source="x", num_gpus=share) for share in num_gpus}
+    return Settings(models=models, guard=GuardSettings(**guard))
+
+
 def test_a_full_gpu_holds_up_nobody_who_does_not_use_it() -> None:
-    limits = GuardSettings(memory=0.9)
-    full = Load(0.1, 0.1, 0.99)
-    for uses_gpu, reason in ((True, "gpu memory is at 99%"), (False, "")):
-        guard = Guard(limits.where(uses_gpu=uses_gpu), lambda: full)
+    both = settings(0.5, 0, gpu_memory=0.9)
+    for model, reason in ((both.models["model0.5"], "gpu memory is at 99%"), (both.models["model0"], ""), (None, "")):
+        guard = Guard(both.guard_of(model), lambda: Load(0.1, 0.1, 0.99))
         guard.sample()
         assert guard.reason == reason
+
+
+def test_cpus_are_watched_only_where_no_model_may_take_all_of_them_or_as_is_said() -> None:
+    assert settings(0.5).guard_of(None).cpu == 0.9
+    assert settings(0.5, 0).guard_of(None).cpu is None
+    assert settings(0.5, 0, cpu=0.8).guard_of(None).cpu == 0.8
+    assert settings(0.5, cpu=None).guard_of(None).cpu is None
+
+
+def test_a_replica_looks_at_the_gpus_that_are_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {0: 20, 1: 90, 2: 50}
+    monkeypatch.setattr(guards.pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(guards.pynvml, "nvmlDeviceGetCount", lambda: len(used))
+    monkeypatch.setattr(guards.pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
+    monkeypatch.setattr(guards.pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-b": 1}.__getitem__)
+    monkeypatch.setattr(
+        guards.pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(used=used[handle], total=100)
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Machine().load().gpu_memory == 0.9
+    for visible, share in (("0,2", 0.5), ("GPU-b", 0.9), ("", 0.0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert Machine().load().gpu_memory == share
 
 
 def test_this_machine_is_looked_at() -> None:

@@ -1,0 +1,39 @@
+"""Which code a deploy is of. Serve replaces replicas where their settings differ, and does not look at the code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from serve.settings import Settings
+
+DURE = ("serve", "deployments")
+
+
+def code_version(packages: Iterable[str]) -> str:
+    """Of what these top-level packages and modules are on this machine, as far as it has them."""
+    digest = hashlib.sha256()
+    for package in sorted(set(packages)):
+        for path in _files(package):
+            content = path.read_bytes()
+            digest.update(f"{package}/{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def run_by(settings: Settings) -> Iterator[str]:
+    """What replicas run: Dure, and the engines and policies of one's own that the settings call MODULE:NAME."""
+    yield from DURE
+    for model in settings.models.values():
+        for name in (model.task, model.autoscaling.policy):
+            if name and ":" in name:
+                yield name.partition(":")[0].partition(".")[0]
+
+
+def _files(package: str) -> Iterator[Path]:
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        yield from sorted(Path(folder).rglob("*.py"))
+    if found and found.origin and not found.submodule_search_locations:
+        yield Path(found.origin)
