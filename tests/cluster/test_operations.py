@@ -99,7 +99,7 @@ def test_metrics_show_each_process_once_with_the_buckets_asked_for(client: httpx
     assert len(replicas) == len(set(replicas)) == len(MODELS)
     buckets = {float(s.labels["le"]) for s in found["prediction_duration_seconds"] if s.name.endswith("_bucket")}
     assert {0.1, 0.25, 0.5, 0.75, 1, 2.5, 5} <= buckets
-    assert {"dure_queue_items", "dure_gpu_memory_bytes", "dure_http_requests"} <= set(found)
+    assert {"dure_queue_items", "dure_lane_waiting", "dure_gpu_memory_bytes", "dure_http_requests"} <= set(found)
 
 
 def test_every_response_has_a_request_id_and_the_log_has_it_too(client: httpx.Client, logs: Path) -> None:

@@ -147,7 +147,9 @@ def test_a_node_is_started_with_an_environment(dure: Dure, command: str) -> None
     assert words[1:3] == ["$(dure", "environment)"]
     told = dure.command("environment").stdout.split()
     assert dict(line.split("=") for line in told).items() >= cluster_environment().items()
-    options = subprocess.run([*words[3:5], "--help"], capture_output=True, text=True, check=True).stdout
+    assert words[3] == "ray"
+    ray = [sys.executable, "-m", "ray.scripts.scripts", words[4], "--help"]
+    options = subprocess.run(ray, capture_output=True, text=True, check=True).stdout
     for word in words[5:]:
         assert not word.startswith("--") or word in options
 
