@@ -90,7 +90,9 @@ class FairQueue(Generic[E]):
     """
 
     def __init__(self, credit: int = 0) -> None:
-        """`credit`: turns that a tenant of weight 1 may have at once, before others, where it has let as many pass."""
+        """`credit`: turns that a tenant of weight 1 may have at once, before others, where it has let as many pass, and
+        that it has to let pass at most for those that it had before.
+        """
         self.credit = credit
         self.lines: dict[str, Line[E]] = {}
         """Of the tenants that have something waiting."""
@@ -99,7 +101,7 @@ class FairQueue(Generic[E]):
         self._served = 0
         """Entries so far."""
         self._absent: dict[str, float] = {}
-        """Turns of tenants that have nothing waiting while others have: where they go on if they come again."""
+        """Turns of tenants that have nothing waiting: where they go on if they come again."""
 
     def __len__(self) -> int:
         return sum(len(line.queue) for line in self.lines.values())
@@ -122,9 +124,9 @@ class FairQueue(Generic[E]):
     def put(self, entry: E) -> None:
         line = self.lines.get(entry.tenant)
         if line is None:
-            earliest = self._clock - self.credit
-            turn = max(earliest, self._absent.pop(entry.tenant, earliest))
-            line = self.lines[entry.tenant] = Line(entry.weight, turn)
+            earliest, latest = self._clock - self.credit, self._clock + self.credit
+            turn = self._absent.pop(entry.tenant, earliest)
+            line = self.lines[entry.tenant] = Line(entry.weight, min(max(turn, earliest), latest))
         line.weight = entry.weight
         line.put(entry)
 
@@ -145,6 +147,8 @@ class FairQueue(Generic[E]):
         weights = sum(each.weight for each in self.lines.values())
         entry, turns = line.take(most)
         self._clock += turns / weights
+        if len(self.lines) == 1:  # nobody has been before it for whom it would be owed anything
+            line.turn = max(line.turn, self._clock)
         if entry not in line.entries:
             self._served += 1
             line.served = self._served
@@ -180,9 +184,6 @@ class FairQueue(Generic[E]):
         if line.queue:
             return
         del self.lines[tenant]
-        if not self.lines:  # nobody has to be made good for anything
-            self._absent.clear()
-            return
         self._absent[tenant] = line.turn
         if len(self._absent) > REMEMBERED:
             self._absent = {name: turn for name, turn in self._absent.items() if turn > self._clock - self.credit}

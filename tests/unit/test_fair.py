@@ -70,8 +70,19 @@ def test_who_weighs_more_has_more_at_once() -> None:
     assert (order[0], order[-1]) == ("gold", "tin")
 
 
-def test_what_a_tenant_had_before_the_queue_was_empty_is_forgotten() -> None:
-    queue: FairQueue[Entry] = FairQueue(1)
+def test_who_asks_little_goes_before_a_flood_that_had_all_turns() -> None:
+    queue: FairQueue[Entry] = FairQueue(32)
+    for _ in range(10):
+        queue.put(Entry("flood", size=25))
+    for _ in range(3):
+        queue.take(25)
+    for _ in range(3):
+        queue.put(Entry("small", size=25))
+        assert [queue.take(25)[0].tenant for _ in range(2)] == ["small", "flood"]
+
+
+def test_what_a_tenant_had_before_is_held_against_it_for_a_while_only() -> None:
+    queue: FairQueue[Entry] = FairQueue(2)
     others = [Entry(tenant, size=100) for tenant in "bcd"]
     queue.put(Entry("a", size=100))
     for other in others:
@@ -82,7 +93,7 @@ def test_what_a_tenant_had_before_the_queue_was_empty_is_forgotten() -> None:
     for _ in range(20):
         queue.put(Entry("e"))
     queue.put(Entry("a"))
-    assert "a" in [entry.tenant for entry in served(queue, 2)]
+    assert "a" in [entry.tenant for entry in served(queue, 6)]
 
 
 @pytest.mark.parametrize("credit", [0, 1, 32])
