@@ -57,3 +57,21 @@ def resolve(source: str, revision: str | None, download: bool = True) -> Path:
         return hub.folder(source, revision, download)
     except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
         raise NotCached(f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}") from error
+
+
+def described(source: str, revision: str | None) -> Path:
+    """A folder with a model's config and its weights' headers; of a hub's model that is not cached no more is fetched.
+
+    Raises CheckpointError saying what is missing.
+    """
+    try:
+        return resolve(source, revision, download=False)
+    except NotCached:
+        from deployments import hub
+        from deployments.outline import outline
+
+        assert revision
+        try:
+            return outline(source, revision)
+        except Exception as error:  # the hub's client raises many kinds
+            raise NotCached(f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}") from error

@@ -1,6 +1,6 @@
 """Processes and a machine of a cluster are killed under load, one after the other: what fails, and for how long.
 
-Three nodes on this machine, two ingress replicas. A steady number of clients searches and embeds through one port. In
+Three nodes on this machine, two ingress replicas. A steady number of clients searches through one port. In
 turn a model's replica, the admission actor, an ingress replica, a HAProxy and a node get a SIGKILL, each when what was
 killed before is back. What a client is refused or loses is asked for once more, which is counted by itself.
 """
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -36,6 +37,8 @@ SHARE = 0.45
 each of two GPUs, a replica of 0.6 waits for ever."""
 BETWEEN_S = 5.0
 RECOVER_S = 90.0
+REPLICA_S = 10.0
+"""For a model's replica; with loading it anew, which is quick here."""
 INGRESS, HAPROXY = "ServeReplica:dure:ingress", "haproxy -"
 ATTEMPTS = 200
 GOOD_IN_A_ROW = 10
@@ -105,6 +108,7 @@ class Outage:
     prepare: Callable[[], None] = lambda: None
     """Before the kill, not measured."""
     may_fail_once: bool = False
+    at_most_s: float = RECOVER_S
 
 
 def main() -> None:
@@ -172,13 +176,17 @@ def _suffer(outage: Outage, load: Load) -> list[str]:
     once, again = load.failed_once[outage.kind], load.failed_again[outage.kind]
     print(f"{outage.kind}: {once} requests failed once, {again} again; failures for {failing_s:.1f} s, as many "
           f"processes as before after {back_s:.1f} s", flush=True)  # fmt: skip
-    problems = {f"{again} failed twice": again, f"{once} failed": once and not outage.may_fail_once}
+    problems = {
+        f"{again} failed twice": again,
+        f"{once} failed": once and not outage.may_fail_once,
+        f"back after {back_s:.1f} s": back_s > outage.at_most_s,
+    }
     return [f"{outage.kind}: {problem}" for problem, is_so in problems.items() if is_so]
 
 
 def _outages(nodes: Nodes, load: Load, port: int) -> list[Outage]:
     return [
-        _process(nodes, "model replica", "ServeReplica:dure:embedder"),
+        _process(nodes, "model replica", "ServeReplica:dure:embedder", at_most_s=REPLICA_S),
         _process(nodes, "admission", "Admission"),
         _process(nodes, "ingress replica", INGRESS, may_fail_once=True),
         _process(nodes, "HAProxy", HAPROXY, may_fail_once=True),
@@ -187,7 +195,7 @@ def _outages(nodes: Nodes, load: Load, port: int) -> list[Outage]:
     ]
 
 
-def _process(nodes: Nodes, kind: str, title: str, may_fail_once: bool = False) -> Outage:
+def _process(nodes: Nodes, kind: str, title: str, **more: Any) -> Outage:
     before: dict[psutil.Process, int] = {}
 
     def kill() -> None:
@@ -198,7 +206,7 @@ def _process(nodes: Nodes, kind: str, title: str, may_fail_once: bool = False) -
         now = nodes.actors(title)
         return len(now) >= len(before) and now.keys() != before.keys()
 
-    return Outage(kind, kill, is_back, may_fail_once=may_fail_once)
+    return Outage(kind, kill, is_back, **more)
 
 
 def _node(nodes: Nodes, load: Load, port: int, with_ingress: bool) -> Outage:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.footprint import Footprint, footprint
-from deployments.sources import NotCached, resolve
+from deployments.sources import NotCached, described
 from deployments.spec import CheckpointError, ModelSpec
 from serve.gpus import GIB, Gpus
 from serve.model_settings import TASKS, ModelSettings
@@ -59,8 +59,8 @@ def gpus_of(text: str) -> list[Gpu]:
 def with_shares(settings: Settings, file: Path | str = "FILE") -> Settings:
     """Gives each model that leaves its share out the least that will do, where the settings say what GPUs there are.
 
-    Nothing is fetched for it; `file` is named in errors. Raises SettingsError where a share can't be worked out, or is
-    more than a GPU.
+    No weights are fetched for it; `file` is named in errors. Raises SettingsError where a share can't be worked out,
+    or is more than a GPU.
     """
     models = dict(settings.models)
     for name, model in settings.models.items():
@@ -81,9 +81,9 @@ def with_shares(settings: Settings, file: Path | str = "FILE") -> Settings:
 
 def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Booking]:
     """What the models that use a GPU take; of an engine outside Dure, which may compute anything, what it books alone.
-    Nothing is fetched for it.
+    No weights are fetched for it.
 
-    Raises CheckpointError where one's config or headers can't be read, or a hub's model is not cached here.
+    Raises CheckpointError where one's config or headers can't be had.
     """
     return [
         Booking(name, model.autoscaling.max_replicas, model.gpu_share)
@@ -97,7 +97,7 @@ def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Booking]:
 def _need(name: str, model: ModelSettings, settings: Settings, file: Path | str) -> Need:
     spec = model.spec(name)
     try:
-        takes = footprint(spec, resolve(model.source, model.revision, download=False))
+        takes = footprint(spec, described(model.source, model.revision))
     except CheckpointError as error:
         hint = f"; run `dure fetch -c {file}` first" if isinstance(error, NotCached) else ""
         raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}{hint}") from error
@@ -173,7 +173,7 @@ def _remedy(need: Need, room: float, *remedies: str, beside: str = "") -> str:
 
 
 def _mildest(need: Need, room: float) -> str | None:
-    folder = resolve(need.spec.source, need.spec.revision, download=False)
+    folder = described(need.spec.source, need.spec.revision)
     for change in _changes(need.spec):
         if footprint(replace(need.spec, **change), folder).total <= room:
             return ", ".join(f"{name}: {value}" for name, value in change.items())

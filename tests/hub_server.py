@@ -96,14 +96,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Linked-Size", str(len(data)))
             self._end(source, 0)
             return
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        wanted = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(wanted[0]), min(int(wanted[2] or len(data)) + 1, len(data))
+        part = start > 0 or end < len(data)
+        self.send_response(206 if part else 200)
+        if part:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         self.send_header("ETag", f'"{_tag(data)}"')
-        self._end(source, len(data) - start)
+        self._end(source, end - start)
         if self.command == "GET":
-            self._send(name, data[start:])
+            self._send(name, data[start:end])
 
     def _send(self, name: str, data: bytes) -> None:
         stop = min(self.hub.breaks.pop(name, len(data)), self.hub.stalls.get(name, len(data)))

@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-from deployments import hub as hubs
 from deployments import live, loading
 from deployments.engines import load_engine, predictor
 from deployments.footprint import CONTEXT_BYTES, HEAD_ROWS, NEW_TOKENS, PROMPT_TOKENS, Footprint, footprint
@@ -30,7 +29,9 @@ from serve.config_file import read_config
 from serve.plan import GIB, Need
 from serve.settings import Settings
 from serve.strict import SettingsError
+from tests.dure import config_file
 from tests.hub import COMMIT, write_cache
+from tests.hub_server import environment, serving
 
 VISION = ModelSpec("m", "vision", "demo/adverts/checkpoint")
 
@@ -46,10 +47,10 @@ def folder_of(hub: Path, name: str) -> Path:
     return hub / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
 
 
-def dure_plan(hub: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+def dure_plan(hub: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    known = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
     command = [sys.executable, "-m", "serve.cli", "plan", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=known, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(
@@ -124,17 +125,31 @@ def test_real_models_take_what_is_known_of_them(hub: Path) -> None:
     assert 0.25 < kogpt2.weights / 1e9 < 0.35
 
 
-def test_nothing_is_fetched_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-
-    def folder(source: str, revision: str, download: bool) -> Path:
-        asked.append(download)
-        raise FileNotFoundError(f"{source} is not in the cache")
-
-    monkeypatch.setattr(hubs, "folder", folder)
-    with pytest.raises(CheckpointError, match="not in the cache"):
-        planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
-    assert asked == [False]
+def test_of_a_model_that_is_not_here_the_headers_alone_are_fetched_for_a_plan(tmp_path: Path) -> None:
+    llava = {path.name: path.read_bytes() for path in (ROOT / VISION.source).iterdir()}
+    pickled = {"config.json": llava["config.json"], "pytorch_model.bin": bytes(4_000_000)}
+    model = {"task": "vision", "revision": "main", "num_gpus": 0.4}
+    models = {name: model | {"source": f"someone/{name}"} for name in ("llava", "pickled")}
+    config = str(config_file(tmp_path, models, 8000))
+    with serving() as hub:
+        hub.add("someone/llava", llava)
+        hub.add("someone/pickled", pickled)
+        there = environment(hub, tmp_path / "cache")
+        run = dure_plan(tmp_path / "cache", "--config", config, **there)
+        assert run.returncode == 0, run.stderr
+        shards = [name for name in llava if name.endswith(".safetensors")]
+        assert len(shards) == 4
+        assert all(0 < hub.sent[name] < len(llava[name]) / 2 for name in shards)
+        assert "pytorch_model.bin" not in hub.sent
+        hub.gated.add("someone/llava")
+        refused = dure_plan(tmp_path / "cache", "--config", config, **there)
+    (tmp_path / "pickled").mkdir()
+    for name, content in pickled.items():
+        (tmp_path / "pickled" / name).write_bytes(content)
+    known = [footprint(VISION, folder).weights for folder in (ROOT / VISION.source, tmp_path / "pickled")]
+    for weights in known:
+        assert planning.gib(weights) in run.stdout
+    assert (refused.returncode, "its owner has to grant access" in refused.stderr) == (2, True)
 
 
 def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None:
@@ -256,13 +271,13 @@ def test_the_shipped_config_fits_the_gpu_that_it_is_for(hub: Path) -> None:
 
 
 def test_the_most_replicas_in_production_fit_its_workers(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    monkeypatch.setattr(planning, "described", lambda source, revision: folder_of(hub, source))
     needs = planning.needs_of(read_config(ROOT / "configs/production.yaml").settings)
     assert planning.plan(needs, planning.gpus_of("4x24GiB")).problems == []
 
 
 def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    monkeypatch.setattr(planning, "described", lambda source, revision: folder_of(hub, source))
     needs = planning.needs_of(read_config(ROOT / "configs/gpu.yaml").settings)
     problems = planning.plan(needs, planning.gpus_of("1x16GiB")).problems
     [vision] = [problem for problem in problems if problem.startswith("vision books 0.43 of a GPU")]
@@ -270,7 +285,7 @@ def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch:
 
 
 def test_what_the_shipped_config_offers_for_one_model_less_fits(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    monkeypatch.setattr(planning, "described", lambda source, revision: folder_of(hub, source))
     path = ROOT / "configs/gpu.yaml"
     [offer] = re.findall(r"# +(num_gpus: .*) `dure plan` says what fits", path.read_text())
     changes = yaml.safe_load("{" + offer.rstrip(". ") + "}")
@@ -287,7 +302,7 @@ TWELVE = ROOT / "configs/examples/twelve-models.yaml"
 def test_twelve_models_without_shares_find_their_places_on_two_large_gpus(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "resolve", lambda source, revision, download: folder_of(hub, source))
+    monkeypatch.setattr(planning, "described", lambda source, revision: folder_of(hub, source))
     made = planning.plan_for(read_config(TWELVE).settings, None)
     assert made.problems == []
     placed = Counter(need.model for gpu in made.gpus for need in gpu.replicas)

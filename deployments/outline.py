@@ -1,0 +1,57 @@
+"""A hub's checkpoint as far as it can be known without its weights: configs, headers, and holes where weights are."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from deployments import hub
+
+CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@functools.cache
+def outline(source: str, revision: str) -> Path:
+    """A folder, until this process ends, whose weights' files are as long as the real ones and take up no room.
+
+    Of safetensors the headers are fetched, of pickles nothing. Raises what the hub's client raises.
+    """
+    disable_progress_bars()
+    listing = hub.listing(source, revision)
+    sizes = listing.missing()
+    folder = Path(tempfile.mkdtemp(prefix="dure-outline-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in listing.names:
+        if name in CONFIGS:
+            hf_hub_download(source, name, revision=listing.commit, local_dir=folder)
+        elif "/" not in name and name.endswith(".safetensors"):
+            _write_outline(folder / name, _header(source, name, listing.commit))
+        elif "/" not in name and name.endswith(".bin"):
+            with (folder / name).open("wb") as file:
+                file.truncate(sizes.get(name, 0))
+    return folder
+
+
+def _header(source: str, name: str, commit: str) -> dict[str, Any]:
+    known = HfApi().parse_safetensors_file_metadata(source, name, revision=commit)
+    return {
+        tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
+        for tensor, info in known.tensors.items()
+    }
+
+
+def _write_outline(path: Path, header: dict[str, Any]) -> None:
+    """Eight bytes of length, the header, and a hole: https://huggingface.co/docs/safetensors#format."""
+    encoded = json.dumps(header).encode()
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
