@@ -16,6 +16,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from deployments import hub
 
 CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+ANSWER_S = 10.0
+"""As the hub's client gives a hub for all else that is asked here."""
 
 
 @functools.cache
@@ -25,22 +27,22 @@ def outline(source: str, revision: str) -> Path:
     Of safetensors the headers are fetched, of pickles nothing. Raises what the hub's client raises.
     """
     disable_progress_bars()
-    listing = hub.listing(source, revision)
-    sizes = listing.missing()
+    told = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=ANSWER_S)
+    sizes = {file.rfilename: file.size or 0 for file in told.siblings or ()}
     folder = Path(tempfile.mkdtemp(prefix="dure-outline-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in listing.names:
+    for name in hub.loaded(sizes):
         if name in CONFIGS:
-            hf_hub_download(source, name, revision=listing.commit, local_dir=folder)
+            hf_hub_download(source, name, revision=told.sha, local_dir=folder)
         elif "/" not in name and name.endswith(".safetensors"):
-            _write_outline(folder / name, _header(source, name, listing.commit))
+            _write_outline(folder / name, _header(source, name, told.sha))
         elif "/" not in name and name.endswith(".bin"):
             with (folder / name).open("wb") as file:
-                file.truncate(sizes.get(name, 0))
+                file.truncate(sizes[name])
     return folder
 
 
-def _header(source: str, name: str, commit: str) -> dict[str, Any]:
+def _header(source: str, name: str, commit: str | None) -> dict[str, Any]:
     known = HfApi().parse_safetensors_file_metadata(source, name, revision=commit)
     return {
         tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}

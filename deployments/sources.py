@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
@@ -60,18 +61,23 @@ def resolve(source: str, revision: str | None, download: bool = True) -> Path:
 
 
 def described(source: str, revision: str | None) -> Path:
-    """A folder with a model's config and its weights' headers; of a hub's model that is not cached no more is fetched.
+    """A folder with a model's config and its weights' headers; of a hub's model that is not here no more is fetched.
 
     Raises CheckpointError saying what is missing.
     """
-    try:
-        return resolve(source, revision, download=False)
-    except NotCached:
-        from deployments import hub
-        from deployments.outline import outline
+    if local_folder(source) is not None or revision is None:
+        return resolve(source, revision)
+    from deployments import hub
+    from deployments.layout import Layout
+    from deployments.outline import outline
 
-        assert revision
-        try:
-            return outline(source, revision)
-        except Exception as error:  # the hub's client raises many kinds
-            raise NotCached(f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}") from error
+    with contextlib.suppress(CheckpointError):
+        folder = resolve(source, revision, download=False)
+        Layout.read(folder)  # a fetch that was broken off leaves some of it
+        return folder
+    try:
+        return outline(source, revision)
+    except Exception as error:  # the hub's client raises many kinds
+        raise CheckpointError(
+            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+        ) from error

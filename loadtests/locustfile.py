@@ -83,6 +83,13 @@ class Searcher(Visitor):
     def embed(self) -> None:
         embed(self, case(1).query)
 
+    @task(1)
+    def follow(self) -> None:
+        asked = case(DRAW.randint(8, 32))
+        body = {"query": asked.query, "documents": asked.documents, "top_k": FOUND}
+        events = {"Accept": "text/event-stream"}
+        self.ask("POST", "/v1/search", ends_well, name="/v1/search (followed)", json=body, headers=events)
+
     def _find(self, path: str, limit: str, score: str, size: int) -> None:
         asked = case(size)
         body = {"query": asked.query, "documents": asked.documents, limit: FOUND}
@@ -156,7 +163,14 @@ class Monitor(Visitor):
     @task
     def look(self) -> None:
         self.ask("GET", "/health", lambda answer: answer["status"] == "healthy")
-        self.ask("GET", "/v1/models", lambda answer: all(model["id"] and model["state"] for model in answer["data"]))
+        self.ask("GET", "/health/live", bool)
+        listed = self.ask(
+            "GET", "/v1/models", lambda answer: all(each["id"] and each["state"] for each in answer["data"])
+        )
+        for model in listed["data"] if listed else ():
+            self.ask("GET", f"/v1/models/{model['id']}", lambda answer: "replicas" in answer, name="/v1/models/{name}")
+        self.ask("GET", "/v1/queues", lambda answer: answer["lanes"] and answer["models"])
+        self.ask("GET", "/model/upload-stream", lambda told: '"status":"failed"' not in told)
         self.ask("GET", "/metrics", lambda answer: "# TYPE predictions_total " in answer)
 
 
@@ -237,3 +251,9 @@ def are_hits(found: list[dict[str, Any]], score: str, documents: int) -> bool:
     scores = [hit[score] for hit in found]
     indexes = {hit["index"] for hit in found}
     return len(indexes) == len(found) == min(FOUND, documents) and scores == sorted(scores, reverse=True)
+
+
+def ends_well(told: str) -> bool:
+    """Events of how far it is, and at last the result, or a refusal where a model on the way is full."""
+    last = told.rstrip().split("\n\n")[-1]
+    return last.startswith("event: result") or ('"status":429' in last or '"status":503' in last)

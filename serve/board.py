@@ -26,6 +26,8 @@ logger = logging.getLogger("ray.serve")
 
 NAME = "dure-board"
 BEAT_S = 1.0
+LEARN_S = 2.5 * BEAT_S
+"""In which all have said how they are to a board that follows one that has died."""
 SILENCE_S = 10.0
 """A replica not heard of for this long is gone: ten beats, as loading may hold the interpreter for seconds."""
 DIED = "the process died while loading"
@@ -88,7 +90,7 @@ class Changes:
 
 class Board:
     def __init__(self) -> None:
-        self.epoch = uuid.uuid4().hex
+        self.epoch, self.started = uuid.uuid4().hex, time.monotonic()
         self.sequence = 0
         self.stops = 0
         self.replicas: dict[Key, Replica] = {}
@@ -146,6 +148,8 @@ class Board:
 
         `stops` is what the listener knows of them.
         """
+        if epoch and epoch != self.epoch:  # one before has died, and not all have said yet how they are
+            await asyncio.sleep(self.started + LEARN_S - time.monotonic())
         if epoch != self.epoch or self.sequence - since > len(self.history):
             return Changes(self.epoch, self.sequence, True, list(self.replicas.items()), self.stops)
         if since == self.sequence and stops == self.stops:

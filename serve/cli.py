@@ -85,12 +85,12 @@ def _serve_here(config: ConfigFile) -> None:
 def _serve_there(config: ConfigFile, source: str | None = None) -> None:
     cluster = _joined()
     code = code_version(DURE)
-    before = history.deploys()
     deploy = history.record(source or str(config.path), config.document, code)
     cluster.deploy(config, code=code_version(run_by(config.settings)))
     if _show((asdict(event) for event in cluster.follow(config)), config):
         history.confirm(deploy.number)
-        if before and before[-1].code != code:
+        before = history.came_up_before(deploy.number)
+        if before and before.code != code:
             cluster.renew()
     print_ready(out, config)
 
@@ -178,7 +178,7 @@ def plan(
 
     try:
         file = read_config(config.resolve())
-        made = planning.plan_for(file.settings, gpus, file.path)
+        made = planning.plan_for(file.settings, gpus)
     except (SettingsError, CheckpointError) as error:
         _fail(str(error), 2)
     table = Table("model", "replicas", "weights", "cache", "activations", "CUDA", "all", "booked", "least num_gpus")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from serve.strict import SettingsError
@@ -30,7 +30,8 @@ class Deploy:
 def deploys() -> list[Deploy]:
     """Of this cluster, the last one last; needs a connection to Ray."""
     known = _store()._internal_kv_get(KEY, namespace=NAMESPACE)
-    return [Deploy(**each) for each in json.loads(known)] if known else []
+    names = {field.name for field in fields(Deploy)}  # a later version may have kept more
+    return [Deploy(**{name: each[name] for name in names & each.keys()}) for each in json.loads(known or "[]")]
 
 
 def record(source: str, document: dict[str, Any], code: str = "") -> Deploy:
@@ -39,6 +40,11 @@ def record(source: str, document: dict[str, Any], code: str = "") -> Deploy:
     deploy = Deploy(before[-1].number + 1 if before else 1, time.time(), source, document, code=code)
     _keep([*before, deploy][-KEPT:])
     return deploy
+
+
+def came_up_before(number: int) -> Deploy | None:
+    """The last one that came up before the deploy with this number."""
+    return next((each for each in reversed(deploys()) if each.ready and each.number < number), None)
 
 
 def confirm(number: int) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from deployments.footprint import Footprint, footprint
-from deployments.sources import NotCached, described
+from deployments.sources import described
 from deployments.spec import CheckpointError, ModelSpec
 from serve.gpus import GIB, Gpus
 from serve.model_settings import TASKS, ModelSettings
@@ -56,17 +55,17 @@ def gpus_of(text: str) -> list[Gpu]:
     return [Gpu(number, gpus.memory_bytes) for number in range(gpus.count)]
 
 
-def with_shares(settings: Settings, file: Path | str = "FILE") -> Settings:
+def with_shares(settings: Settings) -> Settings:
     """Gives each model that leaves its share out the least that will do, where the settings say what GPUs there are.
 
-    No weights are fetched for it; `file` is named in errors. Raises SettingsError where a share can't be worked out,
+    No weights are fetched for it. Raises SettingsError where a share can't be worked out,
     or is more than a GPU.
     """
     models = dict(settings.models)
     for name, model in settings.models.items():
         if settings.leaves_out(model):
             try:
-                need = _need(name, model, settings, file)
+                need = _need(name, model, settings)
             except CheckpointError as error:
                 raise SettingsError(str(error)) from error
             if need.booked > 1:
@@ -79,7 +78,7 @@ def with_shares(settings: Settings, file: Path | str = "FILE") -> Settings:
     return settings.model_copy(update={"models": models})
 
 
-def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Booking]:
+def needs_of(settings: Settings) -> list[Booking]:
     """What the models that use a GPU take; of an engine outside Dure, which may compute anything, what it books alone.
     No weights are fetched for it.
 
@@ -88,25 +87,24 @@ def needs_of(settings: Settings, file: Path | str = "FILE") -> list[Booking]:
     return [
         Booking(name, model.autoscaling.max_replicas, model.gpu_share)
         if model.gpu_share and model.task not in TASKS
-        else _need(name, model, settings, file)
+        else _need(name, model, settings)
         for name, model in settings.models.items()
         if model.gpu_share or settings.leaves_out(model)
     ]
 
 
-def _need(name: str, model: ModelSettings, settings: Settings, file: Path | str) -> Need:
+def _need(name: str, model: ModelSettings, settings: Settings) -> Need:
     spec = model.spec(name)
     try:
         takes = footprint(spec, described(model.source, model.revision))
     except CheckpointError as error:
-        hint = f"; run `dure fetch -c {file}` first" if isinstance(error, NotCached) else ""
-        raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}{hint}") from error
+        raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}") from error
     worked_out = settings.leaves_out(model)
     booked = least(takes, Gpus.parse(settings.gpus or "").memory_bytes) if worked_out else model.gpu_share
     return Need(name, model.autoscaling.max_replicas, booked, takes, spec, worked_out=worked_out)
 
 
-def plan_for(settings: Settings, gpus: str | None, file: Path | str = "FILE") -> Plan:
+def plan_for(settings: Settings, gpus: str | None) -> Plan:
     """The plan on `gpus` instead of those that the settings name; shares that are left out are of these, too.
 
     Raises SettingsError and CheckpointError.
@@ -114,7 +112,7 @@ def plan_for(settings: Settings, gpus: str | None, file: Path | str = "FILE") ->
     gpus = gpus or settings.gpus or DEFAULT_GPUS
     places = gpus_of(gpus)
     there = settings.model_copy(update={"gpus": gpus}) if settings.gpus else settings
-    return plan(needs_of(there, file), places)
+    return plan(needs_of(there), places)
 
 
 def plan(needs: Sequence[Booking], gpus: list[Gpu]) -> Plan:

@@ -128,7 +128,7 @@ def _check_port(config: ConfigFile) -> None:
 
 def _check_gpus(config: ConfigFile) -> None:
     """Every model's first replicas have to find their places, and one that sleeps needs a GPU to wake up on."""
-    models = with_shares(config.settings, config.path).models
+    models = with_shares(config.settings).models
     first = [
         Booking(name, model.autoscaling.min_replicas, model.gpu_share)
         for name, model in models.items()

@@ -75,12 +75,17 @@ class Handler(BaseHTTPRequestHandler):
         if revision not in ("main", self.hub.commit(source)):
             return self._refuse(404, "RevisionNotFound")
         if kind == "revision":
-            return self._answer({"id": source, "sha": self.hub.commit(source), "siblings": []})
+            return self._answer({"id": source, "sha": self.hub.commit(source), "siblings": self._siblings(files)})
         if kind == "tree":
             return self._answer([self._entry(name, data) for name, data in files.items()])
         if rest not in files:
             return self._refuse(404, "EntryNotFound")
         return self._file(source, rest, files[rest], elsewhere=kind == "large")
+
+    def _siblings(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
+        """With sizes where they are asked for, as the hub has it."""
+        sizes = "blobs=" in self.path.lower()
+        return [{"rfilename": name} | ({"size": len(data)} if sizes else {}) for name, data in files.items()]
 
     def _entry(self, name: str, data: bytes) -> dict[str, Any]:
         entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": _tag(data)[:40]}

@@ -129,9 +129,8 @@ class Lanes:
     async def _told_queues(self) -> dict[str, Any]:
         """Asked again where the actor has died."""
         while True:
-            actor = await self._admission()
             try:
-                told: dict[str, Any] = await actor.queues.remote()
+                told: dict[str, Any] = await (await self._admission()).queues.remote()
                 return told
             except (RayActorError, ValueError):
                 self._actor = None

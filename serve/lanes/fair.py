@@ -90,8 +90,8 @@ class FairQueue(Generic[E]):
     """
 
     def __init__(self, credit: int = 0) -> None:
-        """`credit`: turns that a tenant of weight 1 may have at once, before others, where it has let as many pass, and
-        that it has to let pass at most for those that it had before.
+        """`credit`: turns that a tenant of weight 1 may have at once, before others, where it has let as many pass. As
+        many, or what those who wait are to have first, it lets pass at most for turns that it had before.
         """
         self.credit = credit
         self.lines: dict[str, Line[E]] = {}
@@ -124,7 +124,8 @@ class FairQueue(Generic[E]):
     def put(self, entry: E) -> None:
         line = self.lines.get(entry.tenant)
         if line is None:
-            earliest, latest = self._clock - self.credit, self._clock + self.credit
+            earliest = self._clock - self.credit
+            latest = max([self._clock + self.credit, *(line.due for line in self.lines.values())])
             turn = self._absent.pop(entry.tenant, earliest)
             line = self.lines[entry.tenant] = Line(entry.weight, min(max(turn, earliest), latest))
         line.weight = entry.weight

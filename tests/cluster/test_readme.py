@@ -89,7 +89,7 @@ def test_the_load_test(dure: Dure, tmp_path: Path) -> None:
     command = [sys.executable, *shlex.split(recipe)[1:]]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    for name in ("WS /ws/{id}", "POST /v1/embeddings (lists)", "GET /metrics"):
+    for name in ("WS /ws/{id}", "POST /v1/embeddings (lists)", "GET /v1/queues", "GET /metrics"):
         assert f"| {name} " in run.stdout
     assert (tmp_path / "report.html").stat().st_size
 

@@ -40,6 +40,23 @@ def test_a_late_listener_gets_all_there_is_and_then_only_changes() -> None:
     asyncio.run(scenario())
 
 
+def test_a_board_that_follows_one_that_died_hears_all_before_it_tells_how_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(board_module, "LEARN_S", 0.3)
+
+    async def scenario() -> None:
+        board = Board()
+        asked = asyncio.create_task(board.listen("of the one before", 7))
+        await asyncio.sleep(0.01)
+        await board.report(said(at("ready", 100)))
+        changes = await asked
+        assert changes.whole
+        assert [replica.event.status for _, replica in changes.states if replica] == ["ready"]
+
+    asyncio.run(scenario())
+
+
 def test_a_report_that_arrives_late_is_not_believed() -> None:
     async def scenario() -> None:
         board = Board()

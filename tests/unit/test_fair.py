@@ -96,6 +96,26 @@ def test_what_a_tenant_had_before_is_held_against_it_for_a_while_only() -> None:
     assert "a" in [entry.tenant for entry in served(queue, 6)]
 
 
+@pytest.mark.parametrize(("clients", "size"), [(2, 32), (4, 16), (64, 1)])
+def test_a_tenant_that_is_back_before_the_next_call_does_not_hold_up_a_long_list(clients: int, size: int) -> None:
+    queue: FairQueue[Entry] = FairQueue(32)
+    long = Entry("a", size=1900)
+    queue.put(long)
+    back = [Entry("b", size=size) for _ in range(clients)]
+    calls = 0
+    while long in queue.of("a") or not calls:
+        for entry in back:
+            queue.put(Entry(entry.tenant, size=entry.size))
+        back, room = [], 32
+        while room and queue:
+            entry, turns = queue.take(room)
+            room -= turns
+            if entry.tenant == "b" and entry not in queue.of("b"):
+                back.append(entry)
+        calls += 1
+    assert calls == pytest.approx(2 * 1900 / 32, rel=0.05), "even turns"
+
+
 @pytest.mark.parametrize("credit", [0, 1, 32])
 def test_it_tells_the_order_in_which_it_serves(credit: int) -> None:
     draw = random.Random(credit)

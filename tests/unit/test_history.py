@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -64,3 +65,22 @@ def test_where_nothing_came_up_before_there_is_nothing_to_go_back_to() -> None:
 def test_only_the_last_ones_are_kept() -> None:
     numbers = [deploy(str(number)) for number in range(history.KEPT + 3)]
     assert [each.number for each in history.deploys()] == numbers[3:]
+
+
+def test_the_one_before_is_one_that_came_up() -> None:
+    first = deploy("a")
+    deploy("b", ready=False)
+    last = deploy("b")
+    before = history.came_up_before(last)
+    assert before
+    assert before.number == first
+    assert history.came_up_before(first) is None
+
+
+def test_what_a_later_version_keeps_of_a_deploy_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = deploy("a")
+    [known] = json.loads(history._store().known[history.NAMESPACE, history.KEY])
+    history._store()._internal_kv_put(
+        history.KEY, json.dumps([known | {"later": True}]).encode(), overwrite=True, namespace=history.NAMESPACE
+    )
+    assert [each.number for each in history.deploys()] == [number]
