@@ -174,36 +174,19 @@ def plan(
     ] = None,
 ) -> None:
     """Where a config's models go on GPUs, what each takes of its share, and whether they fit. Reads no weights."""
-    from serve import plan as planning
+    from serve.plan import plan_for
+    from serve.plan_table import print_plan
 
     try:
         file = read_config(config.resolve())
-        made = planning.plan_for(file.settings, gpus)
+        made = plan_for(file.settings, gpus)
     except (SettingsError, CheckpointError) as error:
         _fail(str(error), 2)
-    table = Table("model", "replicas", "weights", "cache", "activations", "CUDA", "all", "booked", "least num_gpus")
-    size = min(gpu.memory_bytes for gpu in made.gpus)
-    for need in made.needs:
-        parts, least = [""] * 5, ""
-        if isinstance(need, planning.Need):
-            takes = need.footprint
-            parts = [*map(planning.gib, (takes.weights, takes.cache, takes.activations, takes.context, takes.total))]
-            least = f"{need.least(size):.2f}"
-        booked = _mark(need.worked_out) + planning.gib(need.booked * size)
-        table.add_row(need.model, str(need.replicas), *parts, booked, least)
-    out.print(table)
-    for gpu in made.gpus:
-        bar = "".join(f"[{need.model} {_mark(need.worked_out)}{need.on_each:.0%}]" for need in gpu.replicas)
-        out.print(f"GPU {gpu.number}  {bar}  {gpu.free:.0%} free", highlight=False, markup=False, soft_wrap=True)
+    print_plan(out, made)
     if on_cpu := ", ".join(file.settings.on_cpu):
         out.print(f"On the CPU, without num_gpus or gpus: {on_cpu}", highlight=False, soft_wrap=True)
     if made.problems:
         _fail("\n".join(made.problems))
-
-
-def _mark(worked_out: bool) -> str:
-    """Before a share that the config leaves out."""
-    return "~" if worked_out else ""
 
 
 @main.command()

@@ -146,11 +146,12 @@ class FairQueue(Generic[E]):
         """
         line = self._next
         weights = sum(each.weight for each in self.lines.values())
+        waiting = len(line.queue)
         entry, turns = line.take(most)
         self._clock += turns / weights
         if len(self.lines) == 1:  # nobody has been before it for whom it would be owed anything
             line.turn = max(line.turn, self._clock)
-        if entry not in line.entries:
+        if len(line.queue) < waiting:
             self._served += 1
             line.served = self._served
         self._forget_if_empty(entry.tenant)
