@@ -74,6 +74,6 @@ def earlier(number: int | None) -> Deploy:
         found = next((each for each in others if each.ready), None)
     if found is None:
         have = ", ".join(str(each.number) for each in known) or "none"
-        wanted = "earlier deploy that came up" if number is None else f"deploy {number}"
+        wanted = "earlier deploy that came up with another config" if number is None else f"deploy {number}"
         raise SettingsError(f"there is no {wanted}; known: {have}")
     return found

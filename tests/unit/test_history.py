@@ -55,7 +55,7 @@ def test_where_nothing_came_up_before_there_is_nothing_to_go_back_to() -> None:
     deploy("a", ready=False)
     deploy("b")
     deploy("b")
-    with pytest.raises(SettingsError, match="that came up; known: 1, 2, 3"):
+    with pytest.raises(SettingsError, match="that came up with another config; known: 1, 2, 3"):
         history.earlier(None)
     with pytest.raises(SettingsError, match="deploy 7"):
         history.earlier(7)
