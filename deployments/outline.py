@@ -35,7 +35,7 @@ def outline(source: str, revision: str) -> Path:
         if name in CONFIGS:
             hf_hub_download(source, name, revision=told.sha, local_dir=folder)
         elif "/" not in name and name.endswith(".safetensors"):
-            _write_outline(folder / name, _header(source, name, told.sha))
+            write_holes(folder / name, _header(source, name, told.sha))
         elif "/" not in name and name.endswith(".bin"):
             with (folder / name).open("wb") as file:
                 file.truncate(sizes[name])
@@ -50,8 +50,11 @@ def _header(source: str, name: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-def _write_outline(path: Path, header: dict[str, Any]) -> None:
-    """Eight bytes of length, the header, and a hole: https://huggingface.co/docs/safetensors#format."""
+def write_holes(path: Path, header: dict[str, Any]) -> None:
+    """A file of safetensors: 8 bytes of length, the header, and a hole: https://huggingface.co/docs/safetensors#format.
+
+    `header`: of each tensor its `dtype`, `shape` and `data_offsets`.
+    """
     encoded = json.dumps(header).encode()
     end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     with path.open("wb") as file:

@@ -15,10 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class NotCached(CheckpointError):
-    """A hub's model that is not all on this machine, and was not to be had from the hub."""
-
-
 def local_folder(source: str) -> Path | None:
     """The folder that `source` names, or None where it is a hub id.
 
@@ -57,7 +53,9 @@ def resolve(source: str, revision: str | None, download: bool = True) -> Path:
     try:
         return hub.folder(source, revision, download)
     except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
-        raise NotCached(f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}") from error
+        raise CheckpointError(
+            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+        ) from error
 
 
 def described(source: str, revision: str | None) -> Path:

@@ -256,4 +256,5 @@ def are_hits(found: list[dict[str, Any]], score: str, documents: int) -> bool:
 def ends_well(told: str) -> bool:
     """Events of how far it is, and at last the result, or a refusal where a model on the way is full."""
     last = told.rstrip().split("\n\n")[-1]
-    return last.startswith("event: result") or ('"status":429' in last or '"status":503' in last)
+    refused = '"status":429' in last or '"status":503' in last
+    return last.startswith("event: result") or (last.startswith("event: error") and refused)

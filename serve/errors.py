@@ -87,6 +87,10 @@ def no_admission() -> DureError:
     return DureError(503, "unavailable", "admission does not answer; send the request again", None, 2)
 
 
+def no_board() -> DureError:
+    return DureError(503, "unavailable", "the board does not answer; send the request again", None, 2)
+
+
 def loading(name: str, retry_after_s: float) -> DureError:
     return DureError(
         503, "loading", f"model {name} is still loading; see GET /model/upload-stream", None, retry_after_s

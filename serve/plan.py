@@ -58,8 +58,7 @@ def gpus_of(text: str) -> list[Gpu]:
 def with_shares(settings: Settings) -> Settings:
     """Gives each model that leaves its share out the least that will do, where the settings say what GPUs there are.
 
-    No weights are fetched for it. Raises SettingsError where a share can't be worked out,
-    or is more than a GPU.
+    No weights are fetched for it. Raises SettingsError where a share can't be worked out, or is more than a GPU.
     """
     models = dict(settings.models)
     for name, model in settings.models.items():

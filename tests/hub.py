@@ -5,7 +5,6 @@ The files' headers are true to the real shapes, and their size is, too; on the d
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from transformers import (
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
 )
+
+from deployments.outline import write_holes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -88,19 +89,15 @@ def write_cache(folder: Path) -> None:
         with torch.device("meta"):
             model = build()
         model.config.save_pretrained(snapshot)
-        write_holes(
-            snapshot / "model.safetensors", {key: list(value.shape) for key, value in model.state_dict().items()}
-        )
+        shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+        write_holes(snapshot / "model.safetensors", header(shapes))
 
 
-def write_holes(path: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file of 16-bit tensors: 8 bytes of length, the header in JSON, and a hole."""
-    header: dict[str, Any] = {}
+def header(shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """Of a safetensors file of 16-bit tensors."""
+    tensors: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + end)
+        tensors[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    return tensors

@@ -7,7 +7,9 @@ import contextlib
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from ray.exceptions import RayError
 
+from serve import errors
 from serve.board import board
 from serve.errors import DureError
 from serve.metrics import REGISTRY, exposition, of_lanes
@@ -23,8 +25,11 @@ async def metrics(graph: GraphDep) -> Response:
     """Every process of the cluster, each once: this one as it is now, the others as they last reported. And the lanes,
     as long as there is somebody who knows how they are.
     """
-    actor = await asyncio.to_thread(board)
-    processes = await asyncio.wait_for(actor.metrics.remote(), TIMEOUT_S)
+    try:
+        actor = await asyncio.to_thread(board)
+        processes = await asyncio.wait_for(actor.metrics.remote(), TIMEOUT_S)
+    except (RayError, TimeoutError, ValueError) as error:  # ValueError: it has just died
+        raise errors.no_board() from error
     processes[graph.me] = list(REGISTRY.collect())
     with contextlib.suppress(DureError):
         processes["admission", ""] = of_lanes((await graph.lanes.queues())["lanes"])

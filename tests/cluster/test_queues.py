@@ -191,6 +191,8 @@ def test_admission_may_die_and_nothing_is_lost(client: httpx.Client, dure: Dure)
             process for process in dure.processes() if "Admission" in process.name() + " ".join(process.cmdline())
         ]
         actor.send_signal(signal.SIGKILL)
+        assert client.get("/v1/queues").status_code == 200
+        assert "dure_lane_running" in client.get("/metrics").text
         assert [each.result().status_code for each in under_way] == [200] * (RUNS + WAITS)
     wait_until(lambda: (lane(client)["running"], lane(client)["waiting"]) == (0, 0))
     assert not psutil.pid_exists(actor.pid)

@@ -70,3 +70,19 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
     run = load_test("http://127.0.0.1:9")
     assert run.returncode == 1
     assert "make serve" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("told", "well"),
+    [
+        ('event: running\ndata: {}\n\nevent: result\ndata: {"results":[]}\n\n', True),
+        ('event: queued\ndata: {}\n\nevent: error\ndata: {"status":429}\n\n', True),
+        ('event: queued\ndata: {}\n\nevent: error\ndata: {"status":500}\n\n', False),
+        ('event: running\ndata: {"status":429}\n\n', False),
+        ("", False),
+    ],
+)
+def test_a_followed_search_ends_with_its_result_or_a_refusal(told: str, well: bool) -> None:
+    code = f"from loadtests.locustfile import ends_well; print(ends_well({told!r}))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == str(well)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from rich.console import Console
 
 from deployments import hub as hubs
-from deployments.sources import ROOT, resolve
-from deployments.spec import CheckpointError
+from deployments.footprint import footprint
+from deployments.sources import ROOT, described, resolve
+from deployments.spec import CheckpointError, ModelSpec
 from serve import prefetch
 from serve.settings import Settings
 from serve.terminal import Fetching
@@ -320,3 +321,22 @@ def test_a_bar_for_each_on_a_terminal_and_lines_elsewhere(terminal: bool) -> Non
     assert "14.0" in said
     assert ("embedder" in said) == terminal
     assert terminal or len(said.splitlines()) == 10
+
+
+@pytest.mark.parametrize("fetched", [[], ["config.json"], ["config.json", "first"]])
+def test_what_is_not_all_here_is_described_as_it_is(hub: Hub, cache: Path, tmp_path: Path, fetched: list[str]) -> None:
+    llava = {path.name: path.read_bytes() for path in (ROOT / "demo/adverts/checkpoint").iterdir()}
+    pickled = {"config.json": llava["config.json"], "pytorch_model.bin": bytes(4_000_000)}
+    for source, files, first in (
+        ("someone/llava", llava, "model-00001-of-00004.safetensors"),
+        ("someone/pickled", pickled, "pytorch_model.bin"),
+    ):
+        commit = hub.add(source, files)
+        for name in fetched:
+            hf_hub_download(source, first if name == "first" else name, revision=commit)
+        whole = tmp_path / source
+        whole.mkdir(parents=True)
+        for name, content in files.items():
+            (whole / name).write_bytes(content)
+        spec = ModelSpec("m", "vision", source)
+        assert footprint(spec, described(source, commit)) == footprint(spec, whole)

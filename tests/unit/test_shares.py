@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve._private.build_app import build_app
 from typer.testing import CliRunner
 
+from deployments.sources import ROOT
 from serve import app, cli, supervisor
 from serve.config_file import read_config
 from serve.gpus import Gpus
@@ -126,6 +127,20 @@ def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monk
     [problem] = plan_for(settings(None, own=own | {"autoscaling": {"max_replicas": 2}}), "1x24GiB").problems
     assert problem.startswith("own, replica 2 of 2, has no place")
     assert problem.endswith("too little")
+
+
+def test_a_plan_names_the_models_that_use_no_gpu() -> None:
+    run = CliRunner().invoke(cli.main, ["plan", "--config", str(ROOT / "configs/local.yaml"), "--gpus", "1x24GiB"])
+    assert run.exit_code == 0
+    assert "On the CPU, without num_gpus or gpus: predictor, vision, embedder, reranker" in run.output
+
+
+@pytest.mark.parametrize("command", ["rollback", "history"])
+def test_what_is_for_a_cluster_asks_for_its_address(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = CliRunner().invoke(cli.main, [command])
+    assert run.exit_code == 2
+    assert "set RAY_ADDRESS" in run.output
 
 
 def test_what_can_not_be_had_is_named() -> None:
