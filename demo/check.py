@@ -52,7 +52,7 @@ def answers(engine: Any, cases: list[adverts.Case]) -> list[BaseModel]:
 
 def scorer(engine: Any) -> rerank.Score:
     def score(query: str, documents: list[str]) -> list[float]:
-        scores: list[float] = engine.run([engine.prepare(Pair(query, text)) for text in documents]).scores.tolist()
+        scores: list[float] = engine.run([engine.prepare(Pair(query, text)) for text in documents]).logits.tolist()
         return scores
 
     return score

@@ -13,6 +13,7 @@ import torch
 
 from deployments import choosing
 from deployments.engines import engine_class, load_engine
+from deployments.process import hold_to
 from deployments.progress import LoadProgress
 from deployments.sources import resolve
 from deployments.spec import Facts, ModelSpec
@@ -63,7 +64,7 @@ class BatchSizes:
 
 def batch_sizes(spec: ModelSpec, sizes: list[int]) -> BatchSizes:
     """Run batches of each size, of a short and of a long item, in turn. Raises ValueError without example requests."""
-    _set_threads(spec)
+    hold_to(spec)
     engine: Any = load_engine(spec, LoadProgress(lambda _: None))
     if not hasattr(engine, "calibration"):
         raise ValueError(f"the engine of task {spec.task} has no `calibration()` requests to run")
@@ -84,7 +85,6 @@ def batch_sizes(spec: ModelSpec, sizes: list[int]) -> BatchSizes:
 
 def precisions(spec: ModelSpec) -> dict[str, Any]:
     """All candidates beside the original, and which is chosen. Raises ValueError where there is nothing to choose."""
-    _set_threads(spec)
     folder = resolve(spec.source, spec.revision)
     return choosing.measure(engine_class(spec.task), spec, folder, LoadProgress(lambda _: None))
 
@@ -111,8 +111,3 @@ class _Used:
     def mb(self) -> float:
         now = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.process.memory_info().rss
         return max(0.0, (now - self.before) / 2**20)
-
-
-def _set_threads(spec: ModelSpec) -> None:
-    if spec.threads:
-        torch.set_num_threads(spec.threads)

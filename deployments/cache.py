@@ -14,9 +14,11 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-VERSIONED = ("torch", "transformers", "sentence-transformers", "openvino")
+VERSIONED = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "openvino", "bitsandbytes")
+REMEMBERED_BYTES = 2**20
+"""A digest of a file of at least this size is kept; a smaller one is read as fast as its digest would be."""
 
 
 def cache_folder() -> Path:
@@ -25,14 +27,25 @@ def cache_folder() -> Path:
 
 
 def key(*parts: Any) -> str:
-    """A short name for anything that JSON can write."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    """A name for anything that JSON can write."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change of each file of a model: what tells one from another without reading weights."""
-    found = [(str(path.relative_to(folder)), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+def digest(path: Path) -> str:
+    """SHA-256 of a file. That of a large one is kept until the file is written or replaced: its time of change
+    (st_ctime) can't be set back, as that of modification can, which installers and images do.
+    """
+    stat = path.stat()
+    if stat.st_size < REMEMBERED_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    where = [str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    name = "digest-" + key(where)
+    known = (read(name) or {}).get("sha256")
+    if not isinstance(known, str):
+        with path.open("rb") as file:
+            known = hashlib.file_digest(file, "sha256").hexdigest()
+        write(name, {"file": str(path), "sha256": known})
+    return known
 
 
 def versions() -> dict[str, str]:
@@ -47,13 +60,21 @@ def versions() -> dict[str, str]:
 @functools.cache
 def processor() -> str:
     """The CPU's name and its instructions for matrices and vectors."""
+    known = _cpuinfo("model name") or platform.processor() or platform.machine()
+    return " ".join([known, *sorted(flag for flag in _cpuinfo("flags").split() if re.match(r"avx|amx|fma", flag))])
+
+
+def half_precision() -> Literal["bf16"] | None:
+    """The half precision that the CPU multiplies fast; None where it has none."""
+    return "bf16" if {"amx_bf16", "avx512_bf16"} & set(_cpuinfo("flags").split()) else None
+
+
+@functools.cache
+def _cpuinfo(name: str) -> str:
     with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-        flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)
-        wanted = sorted(flag for flag in (flags[1].split() if flags else []) if re.match(r"avx|amx|fma", flag))
-        return " ".join([name[1] if name else "", *wanted])
-    return platform.processor() or platform.machine()
+        found = re.search(rf"^{name}\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1] if found else ""
+    return ""
 
 
 def cores() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Prompt:
     top_k: int = 5
     temperature: float = 0.8
     complete_word: bool = True
+    tenant: str = ""
+    """Whose it is: what was read for one tenant's prompts is not used for another's."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,19 @@ class Word:
     """Product of the probabilities of the word's tokens, the first at the temperature."""
 
 
+InputType = Literal["query", "document"]
+
+
 @dataclass(frozen=True)
 class Text:
     """A text, or the ids of one in the model's own tokenizer; cut at the model's length unless `truncate` is off."""
 
     text: str | list[int]
     truncate: bool = True
+    prompt_name: str | None = None
+    """Of the model's own prompts that which comes before the text."""
+    input_type: InputType | None = None
+    """Without a `prompt_name`: the model's prompt for such texts; without either its default, as for `encode`."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,17 @@ class Pair:
 class Scores:
     """A batch's answer, an entry for each pair."""
 
-    scores: np.ndarray
-    """float32, shape (pairs,), 0 to 1: the sigmoid of the model's one logit."""
+    logits: np.ndarray
+    """float32, shape (pairs,): the model's own, by which documents are put in order."""
     tokens: np.ndarray
     """int32, shape (pairs,)."""
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Logits as scores from 0 to 1, float64: in float32 all from 17 on would be 1."""
+    small = np.exp(-np.abs(logits.astype(np.float64)))
+    scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)
+    return scores
 
 
 MAX_ASPECT = 50
@@ -97,6 +113,8 @@ class Question:
     prompt: str
     schema: str
     """JSON schema that the answer obeys."""
+    tenant: str = ""
+    """As of a `Prompt`."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from deployments.checkpoint_files import encoder_folder, is_static, read_json
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError
 
@@ -32,7 +33,8 @@ class Layout:
     @classmethod
     def read(cls, folder: Path) -> Layout:
         """Raises CheckpointError where there are no weights, or an index names a shard that is missing or damaged."""
-        if not (folder / "config.json").is_file():
+        static, folder = is_static(folder), encoder_folder(folder)
+        if not static and not (folder / "config.json").is_file():
             raise CheckpointError(f"there is no config.json in {folder}")
         where: dict[str, str]
         for name in ("model.safetensors", "pytorch_model.bin"):
@@ -40,14 +42,11 @@ class Layout:
             if (folder / name).is_file():
                 where = {}
             elif index.is_file():
-                try:
-                    where = json.loads(index.read_text())["weight_map"]
-                except (ValueError, KeyError) as error:
-                    raise CheckpointError(f"{index} is damaged: {error}") from error
+                where = _weight_map(index)
             else:
                 continue
             shards = sorted(set(where.values())) or [name]
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            missing = [shard for shard in shards if PurePath(shard).name != shard or not (folder / shard).is_file()]
             if missing:
                 raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in {index.name}")
             if name.endswith(".bin"):
@@ -90,10 +89,20 @@ class Layout:
         return [key for key in names if key in self.tensors]
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor, by the index of a checkpoint in shards."""
+    listed = read_json(index)
+    where = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of tensors and files")
+    return where
+
+
 def _pickled_values(folder: Path, shards: list[str]) -> int:
     """About how many weights are in files of torch, by their size: of 16 bits, where the config says so, or 32."""
     size = sum((folder / shard).stat().st_size for shard in shards)
-    return size // (2 if "float16" in (folder / "config.json").read_text() else 4)
+    config = folder / "config.json"
+    return size // (2 if config.is_file() and b"float16" in config.read_bytes() else 4)
 
 
 def _bytes(tensor: dict[str, Any]) -> int:

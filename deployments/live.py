@@ -7,20 +7,23 @@ import contextlib
 import gc
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from deployments import cache
 from deployments.answers import Piece
 from deployments.batching import Batcher
-from deployments.engines import Engine, engine_class, load_engine
+from deployments.checkpoint_files import contents
+from deployments.engines import Engine, load_engine
 from deployments.items import Requests
+from deployments.process import hold_to
 from deployments.progress import LoadProgress
 from deployments.running import FAILED
-from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal
+from deployments.sources import resolve
+from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal, first_line
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,8 +38,12 @@ LAST_CALLS_S = 600.0
 class Live:
     """Prepares requests and runs them in batches, each on threads of its own, until it is retired."""
 
-    def __init__(self, spec: ModelSpec, engine: Engine[Any, Any, Any], thread: ThreadPoolExecutor, seconds: float):
+    def __init__(
+        self, spec: ModelSpec, engine: Engine[Any, Any, Any], thread: ThreadPoolExecutor, seconds: float, content: str
+    ) -> None:
         self.spec = spec
+        self.content = content
+        """Tells these weights from others that lay at the same place before."""
         self.engine = engine
         self.load_seconds = seconds
         self.batcher = Batcher(engine, spec, thread)
@@ -53,13 +60,13 @@ class Live:
         started = time.monotonic()
         thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         try:
-            engine = await asyncio.get_running_loop().run_in_executor(thread, _load, spec, progress)
+            engine, content = await asyncio.get_running_loop().run_in_executor(thread, _load, spec, progress)
         except Exception as error:
             progress.failed(reason(error))
             thread.shutdown(wait=False)
             raise
         progress.ready()
-        return cls(spec, engine, thread, time.monotonic() - started)
+        return cls(spec, engine, thread, time.monotonic() - started, content)
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
         """A result or a Refusal per request, batch by batch."""
@@ -105,46 +112,15 @@ class Live:
 
 def reason(error: Exception) -> str:
     """Why a model could not be loaded."""
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, CheckpointError) else first_line(error)
 
 
-def use_threads(count: int) -> None:
-    """Let a batch be computed by so many threads, whether torch is here already, is yet to come, or never does."""
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(count)
-
-
-def keep_to_share(share: float) -> None:
-    """Let this process take no more of its GPU's memory than its share: Ray only places by it.
-
-    torch counts what it allocates; CUDA's own is part of the share, too.
-    """
-    if not 0 < share < 1:
-        return
-    import torch
-
-    from deployments.footprint import CONTEXT_BYTES
-
-    if torch.cuda.is_available():
-        own = CONTEXT_BYTES / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(share - own, share / 10))
-
-
-def _load(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
+def _load(spec: ModelSpec, progress: LoadProgress) -> tuple[Engine[Any, Any, Any], str]:
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    if not spec.gpu_share:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # from an actor that books no GPU, Ray hides none
-    engine_class(spec.task)  # its module imports torch, if at all
-    use_threads(spec.threads or _cores())
-    keep_to_share(spec.gpu_share)
+    hold_to(spec)
+    content = cache.key(contents(resolve(spec.source, spec.revision)))
     engine = load_engine(spec, progress)
     progress.loaded()
     engine.warm_up()
-    return engine
-
-
-def _cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return engine, content

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +17,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from deployments import cache
+from deployments.completeness import Probe, reports, require
 from deployments.layout import Layout
 from deployments.progress import LoadProgress
-from deployments.spec import CheckpointError, Facts, Precision
+from deployments.spec import CheckpointError, Facts, Precision, first_line
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,8 +54,7 @@ def plain_precision() -> Precision:
     """What `auto` means: half precision where the hardware multiplies it fast, else fp32."""
     if torch.cuda.is_available():
         return "fp16"
-    cpu = torch.cpu.get_capabilities()
-    return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
+    return cache.half_precision() or "fp32"
 
 
 def load_model(
@@ -59,31 +62,31 @@ def load_model(
     folder: Path,
     precision: Precision,
     progress: LoadProgress,
+    probe: Probe,
     quantise: bool = False,
     placement: Placement = Placement(),
 ) -> tuple[Model, Facts]:
     """Load a model at the asked precision.
 
-    `load(dtype=..., **kwargs)` is a bound `from_pretrained`. With `quantise`, int8 and int4 go through bitsandbytes
-    while loading; where that fails the model is loaded in plain precision and the reason is in the facts. Without it
-    int8 means torch's dynamic quantisation of the linear layers (CPU only). With a `placement` accelerate spreads the
-    model over devices.
+    `load(dtype=..., **kwargs)` is a bound `from_pretrained`, `probe` the output of what it loads for some example.
+    With `quantise`, int8 and int4 go through bitsandbytes while loading; where that fails the model is loaded in plain
+    precision and the reason is in the facts. Without it int8 means torch's dynamic quantisation of the linear layers
+    (CPU only). With a `placement` accelerate spreads the model over devices.
 
-    Raises CheckpointError for files that are missing or damaged.
+    Raises CheckpointError for files that are missing or damaged, and weights that are missing or don't fit.
     """
+    loading = partial(_complete, load, folder, progress, probe)
     wanted = plain_precision() if precision == "auto" else precision
     reason = None
     if wanted in ("int8", "int4"):
         try:
             if quantise:
-                with _watched(folder, progress):
-                    quantised = _bitsandbytes(wanted)
-                    model = load(dtype=DTYPES[plain_precision()], quantization_config=quantised, **placement.options)
-                return model.eval(), _facts(model, wanted)
+                quantised = _bitsandbytes(wanted)
+                model = loading(dtype=DTYPES[plain_precision()], quantization_config=quantised, **placement.options)
+                return model, _facts(model, wanted)
             if wanted == "int4" or device().type != "cpu":
                 raise ValueError(f"{wanted} is not available for this kind of model on {device().type}")
-            with _watched(folder, progress):
-                model = _quantise_dynamically(load(dtype=torch.float32).eval())
+            model = _quantise_dynamically(loading(dtype=torch.float32))
             return model, _facts(model, wanted)
         except CheckpointError:
             raise
@@ -91,11 +94,27 @@ def load_model(
             reason = f"{wanted} failed ({type(error).__name__}: {error}), so {plain_precision()} is served"
             logger.warning(reason)
             wanted = plain_precision()
-    with _watched(folder, progress):
-        model = load(dtype=DTYPES[wanted], **placement.options)
+    model = loading(dtype=DTYPES[wanted], **placement.options)
     if placement.device_map is None:
         model = model.to(device())
-    return model.eval(), _facts(model, wanted, reason)
+    return model, _facts(model, wanted, reason)
+
+
+def _complete(load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe, **options: Any) -> Model:
+    """The model that `load` loads, ready to run. Raises CheckpointError where the checkpoint lacks a part of it."""
+    try:
+        with _watched(folder, progress), reports() as found:
+            model = load(**options)
+    except (ValueError, RuntimeError) as error:
+        of_checkpoint = (
+            "state_dict" in str(error) if isinstance(error, RuntimeError) else "quantization_config" not in options
+        )
+        if not of_checkpoint:
+            raise
+        raise _unreadable(folder, error) from error
+    model.eval()
+    require(model, found, folder, probe)
+    return model
 
 
 def _bitsandbytes(precision: str) -> Any:
@@ -158,7 +177,11 @@ def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
     try:
         progress.checkpoint(0, 0, len(layout.shards))
         yield
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError) as error:
-        raise CheckpointError(f"the checkpoint in {folder} can't be read: {type(error).__name__}: {error}") from error
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError, UnpicklingError) as error:
+        raise _unreadable(folder, error) from error
     finally:
         transformers_logging.set_tqdm_hook(previous)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the checkpoint in {folder} can't be read: {first_line(error)}")

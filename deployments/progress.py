@@ -67,6 +67,10 @@ class LoadProgress:
     def failed(self, reason: str) -> None:
         self._emit("failed", 0.0, f"Failed: {reason}", f"실패: {reason}")
 
+    def relay(self, event: LoadEvent) -> None:
+        """A step of this load that another process has taken."""
+        self._emit(event.status, event.progress, event.message, event.message_ko, event.shard, event.shards)
+
     def _emit(
         self,
         status: Status,

@@ -129,7 +129,9 @@ class ModelReplica:
             "load_seconds": round(self.live.load_seconds, 2),
             "pid": os.getpid(),
             "in_steps": self.live.batcher.runner.in_steps,
-            "version": f"{self.spec.deploy}.{order.number if order else 0}.{facts.runtime}.{facts.precision}",
+            "version": ".".join(
+                [self.spec.deploy, str(order.number if order else 0), self.live.content, facts.runtime, facts.precision]
+            ),
         }
         self.outlet.facts(asdict(facts) | told, order)
         if facts.device == "cuda" and self.spec.gpu_share:

@@ -57,6 +57,12 @@ class CheckpointError(Exception):
     """A checkpoint that can't be loaded: the message names the file or setting at fault. Never helped by a retry."""
 
 
+def first_line(error: BaseException) -> str:
+    """What kind of error it is and the first line of what it says."""
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 class ItemError(Exception):
     """An item that the model can't take. The message says what to change, `field` in which part of the request."""
 

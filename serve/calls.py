@@ -130,6 +130,7 @@ class Model(Deployment):
     ) -> None:
         super().__init__(name, handle, settings.max_queue, patient, weights)
         self.task = settings.task
+        self.takes_token_ids = settings.token_ids
         self.watch = watch
         self.load_wait_s = load_wait_s
         self.coalescer = Coalescer(

@@ -66,6 +66,9 @@ class ModelSettings(Strict):
     prefix_cache_mb: float = Field(
         256, ge=0, description="for prompts read before, of next_word and vision: what begins alike is read once"
     )
+    token_ids: bool = Field(
+        True, description="embedding: takes token ids, too; false where clients send those of another tokenizer"
+    )
     max_batch_items: int = Field(32, ge=1)
     max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
     max_queue: int = Field(

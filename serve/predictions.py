@@ -35,8 +35,8 @@ class Predictions:
 
     def __init__(self, cache: Cache | None) -> None:
         self.cache = cache
-        self._shared: dict[tuple[str, str], Shared] = {}
-        """By tenant and key: who joins another's has that one's turn, and is refused with it."""
+        self._shared: dict[str, Shared] = {}
+        """By key, in which the tenant is: who joins another's has that one's turn, and is refused with it."""
         self._writing: set[asyncio.Task[None]] = set()
 
     async def of(self, model: Model, prompt: Prompt, caller: Caller) -> bytes:
@@ -56,13 +56,12 @@ class Predictions:
         version = model.watch.version(model.name)
         if version is None:  # it is being loaded anew: who answers is not known
             return await _asked(model, prompt, caller)
-        key = _key(model.name, version, prompt)
-        which = (caller.tenant, key)
-        shared = self._shared.get(which)
+        key = _key(model.name, version, caller.tenant, prompt)
+        shared = self._shared.get(key)
         if shared is None:
             task = asyncio.get_running_loop().create_task(self._find(key, version, model, prompt, caller))
-            shared = self._shared[which] = Shared(task)
-            task.add_done_callback(lambda _: self._over(which, task))
+            shared = self._shared[key] = Shared(task)
+            task.add_done_callback(lambda _: self._over(key, task))
         else:
             CACHE.labels("joined").inc()
         shared.waiting += 1
@@ -71,12 +70,12 @@ class Predictions:
         finally:
             shared.waiting -= 1
             if not shared.waiting and not shared.task.done():
-                self._over(which, shared.task)
+                self._over(key, shared.task)
                 shared.task.cancel()
 
-    def _over(self, which: tuple[str, str], task: asyncio.Task[bytes]) -> None:
-        if which in self._shared and self._shared[which].task is task:
-            del self._shared[which]
+    def _over(self, key: str, task: asyncio.Task[bytes]) -> None:
+        if key in self._shared and self._shared[key].task is task:
+            del self._shared[key]
 
     async def _find(self, key: str, version: str, model: Model, prompt: Prompt, caller: Caller) -> bytes:
         if self.cache is None:
@@ -98,6 +97,7 @@ async def _asked(model: Model, prompt: Prompt, caller: Caller) -> bytes:
     return orjson.dumps(words)
 
 
-def _key(model: str, version: str, prompt: Prompt) -> str:
-    told = orjson.dumps([model, version, asdict(prompt)])
-    return f"next:{hashlib.blake2b(told, digest_size=24).hexdigest()}"
+def _key(model: str, version: str, tenant: str, prompt: Prompt) -> str:
+    """Of all that an answer depends on, and of the tenant: nobody learns from the time it takes what others asked."""
+    told = orjson.dumps([model, version, tenant, asdict(prompt)])
+    return f"next:{hashlib.sha256(told).hexdigest()}"

@@ -7,13 +7,14 @@ An engine is one class in one file; to serve a new kind of model, write one and 
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from deployments.checkpoint_files import check
+from deployments.choosing import load_best
 from deployments.progress import LoadProgress
 from deployments.sources import resolve
-from deployments.spec import CheckpointError, Facts, ModelSpec
+from deployments.spec import CheckpointError, Facts, ModelSpec, first_line
 
 Request = TypeVar("Request", contravariant=True)
 Item = TypeVar("Item")
@@ -58,25 +59,24 @@ def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any
     """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
     engine = engine_class(spec.task)
     folder = resolve(spec.source, spec.revision)
-    for path in sorted(folder.glob("*.json")):
-        try:
-            json.loads(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if spec.task in ENGINES:
+        check(folder)
     if not hasattr(engine, "calibration"):
         return engine.load(spec, folder, progress)
-    from deployments.choosing import load_best  # here, because it imports torch, which a user's engine may do without
-
     loaded: Engine[Any, Any, Any] = load_best(engine, spec, folder, progress)
     return loaded
 
 
 def engine_class(task: str) -> type[Engine[Any, Any, Any]]:
     """The engine of a task, or of `MODULE:CLASS`. Raises CheckpointError where there is none."""
-    path = ENGINES.get(task, task)
-    module, _, name = path.partition(":")
     try:
-        engine: type[Engine[Any, Any, Any]] = getattr(importlib.import_module(module), name)
-        return engine
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"task {task!r}: no engine {path!r} ({error})") from error
+        return engine_at(ENGINES.get(task, task))
+    except Exception as error:  # a module of a user's may fail in any way
+        raise CheckpointError(f"task {task!r}: no engine {ENGINES.get(task, task)!r} ({first_line(error)})") from error
+
+
+def engine_at(path: str) -> type[Engine[Any, Any, Any]]:
+    """The class at MODULE:CLASS. Raises ImportError, AttributeError or ValueError where there is none."""
+    module, _, name = path.partition(":")
+    engine: type[Engine[Any, Any, Any]] = getattr(importlib.import_module(module), name)
+    return engine

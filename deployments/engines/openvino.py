@@ -10,19 +10,23 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import queue
 import re
 import shutil
 import sys
 import tempfile
-import warnings
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+import tokenizers
 
 from deployments import cache
+from deployments.checkpoint_files import contents
+from deployments.engines.inputs import Arrays, Encoded, InputSpec
+from deployments.engines.tokens import TextTokenizer
 
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # the import alone would call home
 
@@ -31,52 +35,53 @@ from openvino import opset13 as op  # noqa: E402
 
 logger = logging.getLogger("ray.serve")
 
-SCHEME = 1
-"""Of the graphs on disk; another number forgets them."""
+SCHEME = 2
+"""Of what is on disk; another number forgets it."""
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+STORED = {"fp32": "fp32", "bf16": "half", "int8": "int8"}
 INT8_GROUP = 128
 """Activations that share a scale in int8. 32 is OpenVINO's own choice, 128 ran 1.2 times as fast, as near to fp32."""
 SMALL = 2**14
 """Weights of fewer numbers than this stay as they are in int8."""
+WIDTH = 4
+"""OpenVINO prepares for each shape that it has not seen: 4 to 9 ms of 45 for a batch of 30 pairs. So few are used."""
+WARM_LENGTHS = (1, 16)
+MOST_BROKEN = 16
+"""Failures after which no batch is run any more, so that the replica is replaced: the memory of each is lost."""
 MADV_DONTNEED = 4
 
 
-class Graph:
-    """A model's converted graph at one precision, in the cache folder."""
+class Converted:
+    """A model's graph at one precision, with what its inputs are made by, in the cache folder."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    def __init__(self, folder: Path, output: str, precision: str) -> None:
         if precision not in HINTS:
             raise ValueError(f"it has no {precision}, only {', '.join(HINTS)}")
         self.precision = precision
-        self.source = folder
-        stored = {"fp32": "fp32", "bf16": "half", "int8": "int8"}[precision]
-        name = cache.key(SCHEME, cache.files(folder), cache.versions())
-        self.path = cache.cache_folder() / f"openvino-{name}" / stored / "model.xml"
+        name = cache.key(SCHEME, output, contents(folder), cache.versions())
+        self.folder = cache.cache_folder() / f"openvino-{name}"
+        self.path = self.folder / STORED[precision] / "model.xml"
 
     def exists(self) -> bool:
         return self.path.is_file()
 
-    def read(self, core: ov.Core, rows: nn.Module, example: dict[str, np.ndarray]) -> ov.Model:
-        """The graph from disk, made from `rows` where there is none to read. Inputs and output as `rows` has them."""
-        if self.exists():
-            try:
-                return core.read_model(self.path)
-            except RuntimeError as error:
-                logger.warning("the converted model in %s is damaged, so it is made again: %s", self.path, error)
-                shutil.rmtree(self.path.parent, ignore_errors=True)
-        if self.precision == "int8":
-            model = _to_int8(Graph(self.source, "bf16").read(core, rows, example))
-        else:
-            model = _convert(rows, example)
-        self._save(model)
-        return core.read_model(self.path)
+    def input_spec(self, most_tokens: int) -> InputSpec:
+        """With room for no more than `most_tokens`, as a model may have no limit of its own."""
+        spec = InputSpec.read(self.path.with_name("inputs.json"))
+        return replace(spec, max_tokens=min(spec.max_tokens, most_tokens))
 
-    def _save(self, model: ov.Model) -> None:
-        """Write the whole folder under another name and move it into place: replicas may do so at once."""
-        self.path.parent.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=self.path.parent.parent, suffix=".part"))
+    def tokenizer(self, spec: InputSpec) -> TextTokenizer:
+        rust = tokenizers.Tokenizer.from_file(str(self.path.with_name("tokenizer.json")))
+        return TextTokenizer(rust, spec)
+
+    def save(self, model: ov.Model, spec: InputSpec, tokenizer: tokenizers.Tokenizer) -> None:
+        """Write all under another name and move it into place: replicas may do so at once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=self.folder, suffix=".part"))
         try:
             ov.save_model(model, part / "model.xml", compress_to_fp16=self.precision != "fp32")
+            spec.write(part / "inputs.json")
+            tokenizer.save(str(part / "tokenizer.json"))
             os.rename(part, self.path.parent)
         except OSError:
             if not self.exists():
@@ -84,71 +89,104 @@ class Graph:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-
-WIDTH = 4
-"""OpenVINO prepares for each shape that it has not seen: 4 to 9 ms of 45 for a batch of 30 pairs. So few are used."""
+    def forget(self) -> None:
+        shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 class OpenVinoForward:
-    """A compiled graph. One thread at a time may call it."""
+    """A compiled graph, which runs as many batches at once as there are threads, each on one of them.
 
-    def __init__(
-        self, graph: Graph, rows: nn.Module, example: dict[str, np.ndarray], longest: int, threads: int | None
-    ) -> None:
-        self.longest = longest
-        core = ov.Core()
-        model = graph.read(core, rows, example)
-        self.weights_bytes = _held_bytes(model, graph.precision)
-        settings = {
-            "INFERENCE_PRECISION_HINT": HINTS[graph.precision],
-            "INFERENCE_NUM_THREADS": threads or cache.cores(),
-            "PERFORMANCE_HINT": "LATENCY",
+    So cores that others need for a moment hold up one batch and not all: a batch on several threads waits at each layer
+    for the slowest.
+
+    A graph that has failed once is not to be trusted again: with one thread OpenVINO swallows the error and from then
+    on writes each batch's answer where the next one's belongs. So it is compiled anew, and what ran on the old one
+    meanwhile has failed, too. The old one is kept, as its thread may still write, and ending it ends the process.
+    """
+
+    multiple = WIDTH
+
+    def __init__(self, converted: Converted, spec: InputSpec, threads: int) -> None:
+        self.parallel = threads
+        self._core = ov.Core()
+        self._path = converted.path
+        self._settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": HINTS[converted.precision],
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": threads,
             "ENABLE_CPU_PINNING": False,  # several replicas would be pinned to the same first core
         }
-        if graph.precision == "int8":
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = INT8_GROUP
-        self._request = core.compile_model(model, "CPU", settings).create_infer_request()
-        for length in (1, *example["input_ids"].shape[1:]):
-            self({name: array[:, :length] for name, array in example.items()})
-        _let_go(graph.path.with_suffix(".bin"))
+        if converted.precision == "int8":
+            self._settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = INT8_GROUP
+        self._lock = threading.Lock()
+        self._broken: list[Any] = []
+        model = self._core.read_model(self._path)
+        self.weights_bytes = _held_bytes(model, converted.precision)
+        self._graph = self._compile(model)
+        del model
+        for length in WARM_LENGTHS:
+            self(spec.batch([Encoded(np.zeros(min(length, spec.max_tokens), np.int64))], WIDTH))
+        _let_go(self._path.with_suffix(".bin"))
 
-    def __call__(self, features: dict[str, np.ndarray]) -> np.ndarray:
-        rows: np.ndarray = self._request.infer(self._widened(features), share_inputs=True)[0]
+    def __call__(self, batch: Arrays) -> np.ndarray:
+        """Raises RuntimeError where the graph fails or its answer is not a number."""
+        if len(self._broken) > MOST_BROKEN:
+            raise RuntimeError(f"its graph has failed {len(self._broken)} times")
+        graph = self._graph
+        request = graph.requests.get()
+        rows = np.full((len(batch["input_ids"]), graph.width), np.nan, np.float32)
+        try:
+            for name, array in batch.items():
+                request.set_tensor(name, ov.Tensor(np.ascontiguousarray(array), shared_memory=True))
+            request.set_output_tensor(0, ov.Tensor(rows, shared_memory=True))
+            request.infer()
+            if not np.isfinite(rows).all():
+                raise RuntimeError("the model's answer is not a number")
+        except Exception:
+            self._replace(graph, request, rows)
+            raise
+        finally:
+            graph.requests.put(request)
+        if graph is not self._graph:
+            raise RuntimeError("another batch has broken the graph")
         return rows
 
-    def _widened(self, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Padded on to a multiple of WIDTH tokens, unless that is more than the model takes."""
-        width = features["input_ids"].shape[1]
-        more = -width % WIDTH
-        if not more or width + more > self.longest:
-            return features
-        return {name: np.pad(array, ((0, 0), (0, more))) for name, array in features.items()}
+    def _compile(self, model: ov.Model) -> Graph:
+        compiled = self._core.compile_model(model, "CPU", self._settings)
+        requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
+        for _ in range(self.parallel):
+            requests.put(compiled.create_infer_request())
+        return Graph(compiled, requests, int(compiled.output(0).partial_shape[1].get_length()))
+
+    def _replace(self, graph: Graph, *in_use: Any) -> None:
+        with self._lock:
+            self._broken.append((graph, in_use))
+            if graph is self._graph and len(self._broken) <= MOST_BROKEN:
+                self._graph = self._compile(self._core.read_model(self._path))
 
 
-def _convert(rows: nn.Module, example: dict[str, np.ndarray]) -> ov.Model:
-    """Trace `rows` with two texts of unlike length, so that masks are part of it; any batch and length may follow."""
-    inputs = {name: torch.from_numpy(array) for name, array in example.items()}
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of every Python branch that tracing makes fixed
-        return ov.convert_model(
-            rows.float().eval(),
-            example_input=inputs,
-            input=[(name, ov.PartialShape([-1, -1]), ov.Type.i64) for name in inputs],
-        )
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A compiled graph with its requests, each of which may run one batch at a time, and the width of its rows."""
+
+    compiled: ov.CompiledModel
+    requests: queue.SimpleQueue[ov.InferRequest]
+    width: int
 
 
-def _to_int8(model: ov.Model) -> ov.Model:
+def to_int8(model: ov.Model) -> ov.Model:
     """Put 8-bit integers and a scale for each row in place of the weights of linear layers and embedding tables."""
     for node in model.get_ops():
-        if node.get_type_name() != "Convert" or node.input_value(0).get_node().get_type_name() != "Constant":
+        if node.get_type_name() != "Constant" or not node.get_element_type().is_real():
             continue
-        weights = node.input_value(0).get_node().data.astype(np.float32)
-        if weights.ndim != 2 or weights.size < SMALL or not all(map(_takes_rows, node.output(0).get_target_inputs())):
+        targets = node.output(0).get_target_inputs()
+        if len(node.shape) != 2 or np.prod(node.shape) < SMALL or not all(map(_takes_rows, targets)):
             continue
+        weights = node.data.astype(np.float32)
         scale = np.maximum(np.abs(weights).max(axis=1, keepdims=True), 1e-8) / 127
         rounded = op.convert(op.constant(np.rint(weights / scale).astype(np.int8)), "f32")
         scaled = op.multiply(rounded, op.constant(scale.astype(np.float32)))
-        for target in list(node.output(0).get_target_inputs()):
+        for target in targets:
             target.replace_source_output(scaled.output(0))
     return model
 
@@ -175,7 +213,7 @@ def _let_go(path: Path) -> None:
     """Drop the mapped pages of a file from this process's memory; those still needed come back as they are read."""
     if sys.platform != "linux":
         return
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         if line.endswith(str(path)) and (span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)):
             start, end = int(span[1], 16), int(span[2], 16)
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)

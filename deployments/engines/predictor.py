@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +15,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from deployments import calibration
+from deployments.checkpoint_files import read_json
+from deployments.engines.limits import positions
 from deployments.engines.prefixes import Prefixes
 from deployments.engines.sequences import Reader, Sequence, Turn
 from deployments.engines.stepping import Stepping
 from deployments.items import Prompt, Word
 from deployments.loading import load_model
 from deployments.progress import LoadProgress
-from deployments.spec import Facts, ModelSpec
+from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
 
 WORD_START = "▁"
 MAX_INPUT_TOKENS = 128
-MAX_INPUT_CHARS = 16 * MAX_INPUT_TOKENS
-"""More than 128 tokens' worth of any text: what lies before it is never tokenised."""
+CHARS_PER_TOKEN = 16
+"""More than a token has in any text: what lies before so many for each token read is never tokenised."""
 MAX_WORD_TOKENS = 10
 MAX_FIRST_TOKENS = 50
 COLDEST = 1e-30
@@ -40,6 +44,8 @@ SPECIALS = {
     "mask_token": "<mask>",
 }
 """KoGPT2's, which its files don't name: AutoTokenizer makes a GPT-2 tokenizer of them that loses all Korean."""
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""A token that stands for a part of a character."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Search:
     def turn(self, prefixes: Prefixes) -> Turn:
         """What is not known of the prefix, or else the last token of each growing candidate."""
         if self.sequence is None:
-            self.sequence = prefixes.sequence(self.item.ids)
+            self.sequence = prefixes.sequence(self.item.prompt.tenant, self.item.ids)
         prefix, length = len(self.item.ids), self.sequence.length
         if not self.candidates:
             return Turn(self.sequence, self.item.ids[length:], list(range(length, prefix)))
@@ -134,28 +140,41 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         self.begins_word[:known] = torch.tensor([token.startswith(WORD_START) for token in self.tokens[:known]])
         special[:known] = False
         special[[id for id in tokenizer.all_special_ids if id < vocabulary]] = True
+        special[[id for id, token in enumerate(self.tokens[:known]) if BYTE.fullmatch(token)]] = True
         self.special: list[bool] = special.tolist()
         self.ends_word: list[bool] = (self.begins_word | special).tolist()
         self.reader = Reader(model)
         self.prefixes = Prefixes(prefix_bytes)
+        self.rows: int = model.get_input_embeddings().num_embeddings
+        self.max_input_tokens = min(MAX_INPUT_TOKENS, _positions(model) - (MAX_WORD_TOKENS - 1))
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Predictor:
         progress.tokenizer()
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **SPECIALS)
+        tokenizer = _tokenizer(folder)
         build = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
-        model, facts = load_model(build, folder, spec.precision, progress)
+        model, facts = load_model(build, folder, spec.precision, progress, _probed)
+        if _positions(model) < MAX_WORD_TOKENS:
+            raise CheckpointError(
+                f"the model in {folder} has {_positions(model)} positions, and a word alone may take {MAX_WORD_TOKENS}"
+            )
         return cls(model, tokenizer, facts, int(spec.prefix_cache_mb * 2**20))
 
     def warm_up(self) -> None:
         self.run([self.prepare(Prompt("오늘 날씨가")), self.prepare(Prompt(""))])
 
     def prepare(self, request: Prompt) -> Prefix:
-        text = request.text
-        if len(text) > MAX_INPUT_CHARS:
-            text = text[-MAX_INPUT_CHARS:].partition(" ")[2] or text[-MAX_INPUT_CHARS:]
+        text, most = request.text, CHARS_PER_TOKEN * self.max_input_tokens
+        if len(text) > most:
+            text = text[-most:].partition(" ")[2] or text[-most:]
         words = text.rstrip()
-        ids = self.tokenizer.encode(words, add_special_tokens=False)[-MAX_INPUT_TOKENS:] if words else []
+        ids = self.tokenizer.encode(words, add_special_tokens=False)[-self.max_input_tokens :] if words else []
+        unknown = next((id for id in ids if id >= self.rows), None)
+        if unknown is not None:
+            raise ItemError(
+                f"it has the token {self.tokens[unknown]!r} of id {unknown}, for which the checkpoint has no "
+                f"embedding: there are {self.rows}"
+            )
         return Prefix(ids or [self.tokenizer.bos_token_id], len(words) < len(text) or not words, request)
 
     def cost(self, item: Prefix) -> int:
@@ -189,7 +208,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         for turn in turns:
             turn.sequence.length += len(turn.ids)
         for search, turn, found in zip(begun, turns, candidates, strict=False):
-            self.prefixes.keep(search.item.ids, turn.sequence)
+            self.prefixes.keep(search.item.prompt.tenant, search.item.ids, turn.sequence)
             search.candidates = found
             search.growing = found if search.item.prompt.complete_word else []
         for search, turn in zip(grown, turns[len(begun) :], strict=True):
@@ -276,3 +295,37 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         first, second = ([words[0].text if words else "" for batch in batches for words in batch]
                          for batches in (original, answers))  # fmt: skip
         return {"same_word": sum(map(str.__eq__, first, second)) / len(first)}
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Raises CheckpointError for one that does not divide text into words as KoGPT2's does."""
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"there is no tokenizer.json in {folder}; save the tokenizer as a fast one")
+    try:
+        bare = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} can't be read: {first_line(error)}") from error
+    known = bare.get_vocab()
+    made = read_json(folder / "config.json").get("architectures") if (folder / "config.json").is_file() else None
+    told = (
+        f"next_word needs a language model with KoGPT2's tokenizer; the one in {folder} ({made or 'of no known kind'})"
+    )
+    if not any(token.startswith(WORD_START) for token in known):
+        raise CheckpointError(f"{told} has no tokens that begin with {WORD_START!r}, by which words are told apart")
+    if SPECIALS["eos_token"] not in known:
+        raise CheckpointError(f"{told} has no token {SPECIALS['eos_token']!r}, with which texts begin and end")
+    specials = {role: token for role, token in SPECIALS.items() if token in known}
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, **specials)
+    return tokenizer
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that a text may have, at most."""
+    stated = getattr(model.config, "max_position_embeddings", None) or math.inf
+    return int(min(positions(model), stated, 2**31 - 1))
+
+
+@torch.inference_mode()
+def _probed(model: PreTrainedModel) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=torch.arange(4)[None]).logits
+    return logits

@@ -10,6 +10,8 @@ SHORTEST = 8
 """Tokens that prompts must share: fewer are read as fast as they are copied and looked up."""
 
 Ids = tuple[int, ...]
+Key = tuple[str, Ids]
+"""Whose prompt, and its tokens: a tenant must not learn from the time an answer takes what another has asked."""
 
 
 class Prefixes:
@@ -21,14 +23,16 @@ class Prefixes:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._kept: OrderedDict[Ids, Sequence] = OrderedDict()
-        self._by_start: dict[Ids, set[Ids]] = {}
+        self._kept: OrderedDict[Key, Sequence] = OrderedDict()
+        self._by_start: dict[Key, set[Key]] = {}
 
-    def sequence(self, ids: list[int]) -> Sequence:
-        """A sequence that has read as many of the first `ids` as are known, and leaves the last one to read."""
+    def sequence(self, tenant: str, ids: list[int]) -> Sequence:
+        """A sequence that has read as many of the first `ids` as are known of the tenant's prompts, and leaves the last
+        one to read.
+        """
         best, shared = None, SHORTEST - 1
-        for other in self._by_start.get(tuple(ids[:SHORTEST]), ()):
-            common = _common(ids, other)
+        for other in self._by_start.get((tenant, tuple(ids[:SHORTEST])), ()):
+            common = _common(ids, other[1])
             if common > shared:
                 best, shared = other, common
         shared = min(shared, len(ids) - 1)
@@ -37,34 +41,38 @@ class Prefixes:
         self._kept.move_to_end(best)
         return self._kept[best].copy_of_first(shared)
 
-    def keep(self, ids: list[int], sequence: Sequence) -> None:
-        """The first tokens of the sequence are these."""
-        key = tuple(ids)
-        if len(key) < SHORTEST or sequence.nbytes(len(key)) > self.max_bytes:
+    def keep(self, tenant: str, ids: list[int], sequence: Sequence) -> None:
+        """The first tokens of the sequence are these, of a prompt of the tenant's."""
+        key = (tenant, tuple(ids))
+        if len(ids) < SHORTEST or sequence.nbytes(len(ids)) > self.max_bytes:
             return
         if key in self._kept:
             self._kept.move_to_end(key)
             return
         try:
-            kept = sequence.copy_of_first(len(key))
+            kept = sequence.copy_of_first(len(ids))
         except (RuntimeError, MemoryError):  # no memory for what is only a convenience
             self.clear()
             return
         self._kept[key] = kept
-        self._by_start.setdefault(key[:SHORTEST], set()).add(key)
-        self.nbytes += kept.nbytes(len(key))
+        self._by_start.setdefault(_start(key), set()).add(key)
+        self.nbytes += kept.nbytes(len(ids))
         while self.nbytes > self.max_bytes:
             oldest, gone = self._kept.popitem(last=False)
-            self.nbytes -= gone.nbytes(len(oldest))
-            alike = self._by_start[oldest[:SHORTEST]]
+            self.nbytes -= gone.nbytes(len(oldest[1]))
+            alike = self._by_start[_start(oldest)]
             alike.discard(oldest)
             if not alike:
-                del self._by_start[oldest[:SHORTEST]]
+                del self._by_start[_start(oldest)]
 
     def clear(self) -> None:
         self._kept.clear()
         self._by_start.clear()
         self.nbytes = 0
+
+
+def _start(key: Key) -> Key:
+    return key[0], key[1][:SHORTEST]
 
 
 def _common(ids: list[int], others: Ids) -> int:

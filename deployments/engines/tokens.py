@@ -1,65 +1,127 @@
-"""Token ids of one text or pair of texts, and their padding to a batch."""
+"""Token ids of a text or a pair of texts, as its model's tokenizer makes and cuts them."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
+from deployments.engines.inputs import Encoded, InputSpec
 from deployments.spec import ItemError
 
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Token ids of one item, and their segments where the model tells two texts apart: int64, shape (tokens,)."""
-
-    ids: np.ndarray
-    segments: np.ndarray | None = None
+FIRST_CHARS = 8
+"""For each token that a model takes: more than a token has in most texts. What is longer is tokenised in parts."""
+SPARE = 32
+"""Tokens beyond the limit that a part has to have: where it was cut off, its last ones may differ."""
 
 
-class Encoder:
+@dataclass(frozen=True)
+class Part:
+    """The token ids of a text, or of so much of it as its model can take."""
+
+    ids: list[int]
+    whole: bool
+
+
+class TextTokenizer:
     """Encodes texts for one model in any number of threads, with the ids that its tokenizer gives.
 
-    It calls a copy of the Rust tokenizer and does the rest itself. transformers sets truncation anew on every call, on
-    a tokenizer that all threads share, and Rust's truncation of a pair builds all combinations of the parts that it
-    cuts off: two texts of 100,000 letters take gigabytes.
+    Truncation is done here: transformers sets it anew on every call on a tokenizer that all threads share, and that of
+    pairs in Rust builds all combinations of the parts that it cuts off, gigabytes for two texts of 100,000 letters. Of
+    a long text no more is tokenised than the limit can need.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self._from_left = tokenizer.truncation_side == "left"
-        self._segments = "token_type_ids" in tokenizer.model_input_names
-        self._slow = threading.Lock()
-        self._rust = _private_copy(tokenizer)
-        self._frames = None if self._rust is None else (_frame(self._rust, "a"), _frame(self._rust, ("a", "a")))
+    def __init__(self, rust: Tokenizer, spec: InputSpec) -> None:
+        """`rust` cuts and pads nothing."""
+        self.rust = rust
+        self.spec = spec
+        self._frames = (_frame(rust, "a"), _frame(rust, ("a", "a")))
+        self._last = threading.local()
+        """Of each thread: the last text of a pair and its part. The pairs of a request share their query."""
 
     def encode(self, text: str, pair: str | None = None, truncate: bool = True) -> Encoded:
-        """Ids with the model's special tokens, cut to `max_tokens` from the end of the longer text.
+        """Ids with the model's special tokens, cut to its limit from the end of the longer text.
 
-        Raises ItemError where `truncate` is off and the text is longer.
+        Raises ItemError where `truncate` is off and the text is longer, and for a token that the model does not know.
         """
-        if self._rust is None or self._frames is None:
-            with self._slow:
-                return encode_one(self.tokenizer, text, self.max_tokens, truncate, pair)
-        texts = [text, pair] if pair else [text]
+        texts = [text] if pair is None else [text, pair]
         frame = self._frames[len(texts) - 1]
-        found = self._rust.encode_batch_fast(texts, add_special_tokens=False)  # without the interpreter lock
-        parts = [each.ids for each in found]
-        room = self.max_tokens - frame.specials
-        total = sum(map(len, parts))
-        if total > room:
+        room = self.spec.max_tokens - frame.specials
+        parts = [self.part(text)] if pair is None else [self._shared_part(text), self.part(pair)]
+        if sum(len(part.ids) for part in parts) > room:
             if not truncate:
-                raise _too_long(total + frame.specials, self.max_tokens)
-            parts = [self._cut(part, size) for part, size in zip(parts, _longest_first(parts, room), strict=True)]
-        return frame.around(parts, self._segments)
+                raise too_long(self.spec.max_tokens)
+            sizes = [room] if pair is None else self._longest_first(texts, parts, room)
+            parts = [Part(self._cut(part.ids, size), False) for part, size in zip(parts, sizes, strict=True)]
+        encoded = frame.around([part.ids for part in parts], self.spec.segments)
+        return self.spec.checked(encoded, self.rust.id_to_token)
 
-    def _cut(self, part: list[int], size: int) -> list[int]:
-        return part[len(part) - size :] if self._from_left else part[:size]
+    def part(self, text: str) -> Part:
+        """A text's ids, or more of its first (or last) ones than the model takes.
+
+        A part of a long text will do if it ends between two words, or if one of twice its length begins alike.
+        """
+        limit = self.spec.max_tokens
+        before: list[int] = []
+        for size in self._sizes(text):
+            part, between_words = self._split(text, size)
+            ids = self._ids(part)
+            if len(ids) >= limit + SPARE:
+                kept = self._cut(ids, limit + 1)
+                if between_words or kept == before:
+                    return Part(kept, False)
+                before = kept
+        return Part(self._ids(text), True)
+
+    def _shared_part(self, text: str) -> Part:
+        if getattr(self._last, "text", None) is not text:
+            self._last.text, self._last.part = text, self.part(text)
+        part: Part = self._last.part
+        return part
+
+    def shortened(self, text: str) -> str:
+        """So much of a text that it makes more tokens than the model takes, where the text does."""
+        for size in self._sizes(text):
+            part, _ = self._split(text, size)
+            if len(self._ids(part)) >= self.spec.max_tokens + SPARE:
+                return part
+        return text
+
+    def _sizes(self, text: str) -> Sequence[int]:
+        """Characters of the parts of a text to try, if it is so long that a part may do."""
+        first = FIRST_CHARS * self.spec.max_tokens + SPARE
+        return list(itertools.takewhile(lambda size: size < len(text), (first << times for times in range(32))))
+
+    def _split(self, text: str, size: int) -> tuple[str, bool]:
+        """The first (or last) characters of a text, and whether the rest begins with another word."""
+        if self.spec.cuts_left:
+            part = text[-size:]
+            at = part.find(" ", 0, size // 4)
+            return (part[at:], True) if at >= 0 else (part, False)
+        part = text[:size]
+        at = part.rfind(" ", size - size // 4)
+        return (part[:at], True) if at >= 0 else (part, False)
+
+    def _ids(self, text: str) -> list[int]:
+        [found] = self.rust.encode_batch_fast([text], add_special_tokens=False)  # without the interpreter lock
+        ids: list[int] = found.ids
+        return ids
+
+    def _cut(self, ids: list[int], size: int) -> list[int]:
+        return ids[len(ids) - size :] if self.spec.cuts_left else ids[:size]
+
+    def _longest_first(self, texts: list[str], parts: list[Part], room: int) -> list[int]:
+        """How much of each of two texts fits: the longer gives way first, as in tokenizers' truncation."""
+        lengths = [len(part.ids) for part in parts]
+        half = room // 2
+        if min(lengths) > half and room % 2 and not all(part.whole for part in parts):
+            lengths = [len(self._ids(text)) for text in texts]  # the longer one has the odd token
+        short = min(*lengths, half)
+        return [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
 
 
 @dataclass(frozen=True)
@@ -74,6 +136,10 @@ class Frame:
     def specials(self) -> int:
         return sum(map(len, self.gaps))
 
+    @property
+    def highest_segment(self) -> int:
+        return max((*self.text_segments, *itertools.chain(*self.gap_segments)), default=0)
+
     def around(self, parts: list[list[int]], segments: bool) -> Encoded:
         ids, places = list(self.gaps[0]), list(self.gap_segments[0])
         for part, gap, gap_segments, segment in zip(
@@ -82,6 +148,15 @@ class Frame:
             ids += part + gap
             places += [segment] * len(part) + gap_segments
         return Encoded(np.array(ids, np.int64), np.array(places, np.int64) if segments else None)
+
+
+def frame_of_pairs(rust: Tokenizer) -> Frame:
+    """What a tokenizer puts around two texts."""
+    return _frame(rust, ("a", "a"))
+
+
+def too_long(limit: int) -> ItemError:
+    return ItemError(f"it has more than the {limit} tokens that the model takes; shorten it or allow truncation")
 
 
 def _frame(rust: Tokenizer, texts: str | tuple[str, str]) -> Frame:
@@ -99,61 +174,3 @@ def _frame(rust: Tokenizer, texts: str | tuple[str, str]) -> Frame:
             frame.gap_segments.append([])
             frame.text_segments.append(segment)
     return frame
-
-
-def _longest_first(parts: list[list[int]], room: int) -> list[int]:
-    """How much of each text fits: of two, the longer gives way first, as in tokenizers' truncation."""
-    if len(parts) == 1:
-        return [room]
-    short, long = sorted(map(len, parts))
-    short, long = (short, room - short) if short <= room - short else (room // 2, room - room // 2)
-    return [short, long] if len(parts[0]) <= len(parts[1]) else [long, short]
-
-
-def _private_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The tokenizer's Rust half, cutting and padding nothing; None where it has none."""
-    rust = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(rust, Tokenizer):
-        return None
-    copy = Tokenizer.from_str(rust.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    copy.encode_special_tokens = tokenizer.split_special_tokens
-    return copy
-
-
-def _too_long(tokens: int, limit: int) -> ItemError:
-    return ItemError(f"{tokens} tokens are more than the model's {limit}; shorten it or allow truncation")
-
-
-def encode_one(
-    tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, truncate: bool = True, pair: str | None = None
-) -> Encoded:
-    """The same through transformers, for one thread at a time."""
-    strategy = "longest_first" if truncate else False
-    encoded = tokenizer(text, pair, truncation=strategy, max_length=max_tokens if truncate else None, verbose=False)
-    ids = np.array(encoded["input_ids"], np.int64)
-    if len(ids) > max_tokens:
-        raise _too_long(len(ids), max_tokens)
-    segments = encoded.get("token_type_ids")
-    return Encoded(ids, None if segments is None else np.array(segments, np.int64))
-
-
-def pad(items: list[Encoded], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict[str, torch.Tensor]:
-    """Model inputs of shape (items, longest), padded on the right."""
-    rows = pad_rows(items, tokenizer.pad_token_id or 0, "token_type_ids" in tokenizer.model_input_names)
-    return {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
-
-
-def pad_rows(items: list[Encoded], pad_id: int, segments: bool) -> dict[str, np.ndarray]:
-    """Model inputs as int64 arrays of shape (items, longest), padded on the right."""
-    lengths = np.fromiter((len(item.ids) for item in items), np.int64, len(items))
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    rows = {"input_ids": np.full(mask.shape, pad_id, np.int64), "attention_mask": mask.astype(np.int64)}
-    rows["input_ids"][mask] = np.concatenate([item.ids for item in items])
-    if segments or items[0].segments is not None:
-        rows["token_type_ids"] = np.zeros(mask.shape, np.int64)
-        for row, item in zip(rows["token_type_ids"], items, strict=True):
-            if item.segments is not None:
-                row[: len(item.segments)] = item.segments
-    return rows

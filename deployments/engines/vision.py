@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from llguidance import LLMatcher
 from PIL import Image, ImageOps
-from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ProcessorMixin,
+)
 
 from deployments.engines.prefixes import Prefixes
 from deployments.engines.sequences import Reader, Turn
@@ -23,7 +30,7 @@ from deployments.engines.writing import Closing, Writing, choose
 from deployments.items import MAX_ASPECT, Answer, Question
 from deployments.loading import Placement, load_model
 from deployments.progress import LoadProgress
-from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal
+from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal, first_line
 
 CONVERSATION = "USER: <image>\n{prompt} ASSISTANT:"
 """LLaVA 1.5's, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""
@@ -40,6 +47,7 @@ class Seen:
     """The same, with a number of the image's own at its places: what begins alike has been read alike."""
     pixels: torch.Tensor
     grammar: str
+    tenant: str
 
 
 class Look:
@@ -81,6 +89,10 @@ class Vision(Stepping[Question, Seen, Look]):
         self.specials += [processor.image_token]
         self.image_id: int = model.config.image_token_id
         self.closing = Closing(self.tokenizer)
+        self.rows: int = model.get_input_embeddings().num_embeddings
+        self.room: int = model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
+        """Tokens that a prompt may have, its image's among them."""
+        self.longest_token = max(map(len, self.tokenizer.get_vocab()))
         self.reader = Reader(model.model.language_model)
         self.device = self.reader.device
         self.prefixes = Prefixes(prefix_bytes)
@@ -88,13 +100,11 @@ class Vision(Stepping[Question, Seen, Look]):
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Vision:
         progress.tokenizer()
-        try:
-            processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"the processor in {folder} can't be read: {error}") from error
+        processor = _processor(folder)
         build = functools.partial(LlavaForConditionalGeneration.from_pretrained, folder)
         placement = Placement(spec.device_map, spec.max_memory)
-        model, facts = load_model(build, folder, spec.precision, progress, quantise=True, placement=placement)
+        probe = functools.partial(_probed, processor)
+        model, facts = load_model(build, folder, spec.precision, progress, probe, quantise=True, placement=placement)
         return cls(model, processor, facts, int(spec.prefix_cache_mb * 2**20))
 
     def warm_up(self) -> None:
@@ -106,18 +116,27 @@ class Vision(Stepping[Question, Seen, Look]):
     def prepare(self, request: Question) -> Seen:
         image = _read(request.image)
         prompt = request.prompt
+        if len(prompt) > self.room * self.longest_token:  # what is certainly too long is not tokenised
+            raise ItemError(f"the prompt has more than {self.room} tokens; shorten the text", "prompt")
         for special in self.specials:
             prompt = prompt.replace(special, special[0] + " " + special[1:])
         seen = self.processor(text=CONVERSATION.format(prompt=prompt), images=image, return_tensors="pt")
-        room = self.model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
         ids: list[int] = seen["input_ids"][0].tolist()
-        if len(ids) > room:
+        if len(ids) > self.room:
             raise ItemError(
-                f"the prompt has {len(ids)} tokens with the image, more than {room}; shorten the text", "prompt"
+                f"the prompt has {len(ids)} tokens with the image, more than {self.room}; shorten the text", "prompt"
             )
-        own = -int.from_bytes(hashlib.blake2b(request.image, digest_size=7).digest()) - 1
+        unknown = next((id for id in ids if id >= self.rows and id != self.image_id), None)
+        if unknown is not None:
+            token = self.tokenizer.convert_ids_to_tokens(unknown)
+            raise ItemError(
+                f"it has the token {token!r} of id {unknown}, for which the checkpoint has no embedding: there are "
+                f"{self.rows}",
+                "prompt",
+            )
+        own = -int.from_bytes(hashlib.sha256(request.image).digest()) - 1
         key = [own if id == self.image_id else id for id in ids]
-        return Seen(ids, key, seen["pixel_values"][0], _grammar(request.schema))
+        return Seen(ids, key, seen["pixel_values"][0], _grammar(request.schema), request.tenant)
 
     def cost(self, item: Seen) -> int:
         return len(item.ids)
@@ -141,7 +160,7 @@ class Vision(Stepping[Question, Seen, Look]):
         for look, writing, turn, token in zip(works, writings, turns, chosen, strict=True):
             turn.sequence.length += len(turn.ids)
             if look in started:
-                self.prefixes.keep(look.item.key, turn.sequence)
+                self.prefixes.keep(look.item.tenant, look.item.key, turn.sequence)
             writing.write(token)
             look.writing = writing
             look.steps += 1
@@ -150,7 +169,7 @@ class Vision(Stepping[Question, Seen, Look]):
 
     def _start(self, looks: list[Look]) -> list[tuple[Writing, Turn]]:
         """First the prompt is read with the image in it, and what the grammar makes each answer begin with."""
-        sequences = [self.prefixes.sequence(look.item.key) for look in looks]
+        sequences = [self.prefixes.sequence(look.item.tenant, look.item.key) for look in looks]
         unseen = [
             look
             for look, sequence in zip(looks, sequences, strict=True)
@@ -196,6 +215,32 @@ class Vision(Stepping[Question, Seen, Look]):
                 return Refusal(f"the schema is too much for its grammar: {writing.matcher.get_error()}", "failed")
             return Refusal(f"the answer did not end within {MAX_ANSWER_TOKENS} tokens", "failed")
         return Answer(text, len(writing.written), look.steps, writing.forced)
+
+
+def _processor(folder: Path) -> ProcessorMixin:
+    """With what older layouts leave to the model's config. Raises CheckpointError naming what can't be read."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"config or processor in {folder} can't be read: {first_line(error)}") from error
+    if not isinstance(config, LlavaConfig) or not isinstance(processor, LlavaProcessor):
+        raise CheckpointError(f"vision needs a LLaVA; in {folder} there is a {config.model_type}")
+    if processor.patch_size is None:
+        processor.patch_size = config.vision_config.patch_size
+        # CLIP's towers see a token of the whole image before those of its patches.
+        processor.num_additional_image_tokens = int("clip" in config.vision_config.model_type)
+    if processor.vision_feature_select_strategy is None:
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    return processor
+
+
+@torch.inference_mode()
+def _probed(processor: ProcessorMixin, model: LlavaForConditionalGeneration) -> torch.Tensor:
+    text = CONVERSATION.format(prompt="What is it?")
+    seen = processor(text=text, images=Image.new("RGB", (64, 64)), return_tensors="pt")
+    logits: torch.Tensor = model(**seen.to(model.device, model.dtype)).logits
+    return logits
 
 
 def _read(encoded: bytes) -> Image.Image:

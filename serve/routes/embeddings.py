@@ -9,7 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Response
 from pydantic import Field, PlainValidator
 
-from deployments.items import Embeddings, Text
+from deployments.items import Embeddings, InputType, Text
 from serve import errors
 from serve.following import Following
 from serve.metrics import measured
@@ -46,13 +46,24 @@ class EmbeddingsRequest(Body):
     user: str | None = None
     truncate: bool = True
     """Dure's own: false makes a text over the model's length a 400."""
+    prompt_name: str | None = None
+    """Dure's own, as in sentence-transformers: which of the model's prompts comes before each text."""
+    input_type: InputType | None = None
+    """Dure's own: `query` or `document`, before which the model's prompt for such texts comes."""
 
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Vectors of one text or many, as texts or as token ids of the model's own tokenizer."""
     model = graph.model("embedding", body.model)
-    texts = [Text(text, body.truncate) for text in _texts(body.input, graph.settings.limits)]
+    given = _texts(body.input, graph.settings.limits)
+    if isinstance(given[0], list) and not model.takes_token_ids:
+        raise errors.invalid(
+            f"model {model.name} takes no token ids, as those of another tokenizer would be nonsense to it; send texts "
+            "(LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)",
+            "input",
+        )
+    texts = [Text(text, body.truncate, body.prompt_name, body.input_type) for text in given]
 
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(model.name):

@@ -36,7 +36,7 @@ async def next_words(asked: PredictRequest, graph: Graph, caller: Caller) -> tup
     """The name of the model that was asked, and its answer as JSON."""
     check_text(asked.text, "text", graph.settings.limits)
     model = graph.model("next_word", asked.model)
-    prompt = Prompt(asked.text, asked.top_k, asked.temperature, asked.complete_word)
+    prompt = Prompt(asked.text, asked.top_k, asked.temperature, asked.complete_word, caller.tenant)
     with measured(model.name):
         words = await graph.predictions.of(model, prompt, caller)
     return model.name, orjson.Fragment(words)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Response
 from pydantic import Field, PlainValidator
 
-from deployments.items import Pair, Scores
+from deployments.items import Pair, Scores, sigmoid
 from serve.following import Following
 from serve.metrics import measured
 from serve.routes.common import Body, CallerDep, GraphDep, check_text, check_texts
@@ -53,8 +54,8 @@ async def rerank(body: RerankRequest, graph: GraphDep, caller: CallerDep) -> Res
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(model.name):
             found: Scores = await model.results(pairs, caller, "documents", following)
-        scores = found.scores.tolist()
-        order = sorted(range(len(texts)), key=lambda index: -scores[index])[: body.top_n]
+        scores = sigmoid(found.logits).tolist()
+        order = np.argsort(-found.logits, kind="stable")[: body.top_n].tolist()
         results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
         if body.return_documents:
             results = [result | {"document": {"text": texts[result["index"]]}} for result in results]

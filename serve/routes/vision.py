@@ -54,7 +54,7 @@ async def _ask(
 ) -> Response:
     model = graph.model("vision", model_name)
     content = await read_image(image, graph.settings.limits)
-    question = Question(content, prompt, json.dumps(verdict.model_json_schema()))
+    question = Question(content, prompt, json.dumps(verdict.model_json_schema()), caller.tenant)
 
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(model.name):

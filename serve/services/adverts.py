@@ -135,7 +135,9 @@ class Adverts(Service):
             if sources.image is None:
                 raise errors.invalid("the variant has no image", "job_variants_id")
             told = {"ad_copy_text": ad_copy, "prompt": prompt}
-            return await self._asked(model, sources.image, validation_prompt(ad_copy, prompt), Validation, told)
+            return await self._asked(
+                which.tenant_id, model, sources.image, validation_prompt(ad_copy, prompt), Validation, told
+            )
 
         return await self.calls.run(stages.VALIDATE, which, call, timeout_s, ask, following=following)
 
@@ -162,7 +164,7 @@ class Adverts(Service):
                 image = await self._named(which.tenant_id, sources.render_url, "render.url")
             else:
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
-            return await self._asked(model, image, JUDGE, Judgement, told)
+            return await self._asked(which.tenant_id, model, image, JUDGE, Judgement, told)
 
         return await self.calls.run(stages.JUDGE, which, call, timeout_s, ask, overlay_id, following)
 
@@ -192,9 +194,16 @@ class Adverts(Service):
         return content
 
     async def _asked(
-        self, model: str | None, image: str | bytes, prompt: str, verdict: type[BaseModel], told: dict[str, Any]
+        self,
+        tenant_id: str,
+        model: str | None,
+        image: str | bytes,
+        prompt: str,
+        verdict: type[BaseModel],
+        told: dict[str, Any],
     ) -> Asked:
         asked = self.graph.model("vision", model)
         content = await self.assets.read(image) if isinstance(image, str) else image
         record = {**told, "image": image if isinstance(image, str) else None, "model": asked.name, "question": prompt}
-        return Asked(asked, Question(content, prompt, json.dumps(verdict.model_json_schema())), verdict, record)
+        question = Question(content, prompt, json.dumps(verdict.model_json_schema()), tenant_id)
+        return Asked(asked, question, verdict, record)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from deployments.items import Embeddings, Pair, Scores, Text
+from deployments.items import Embeddings, Pair, Scores, Text, sigmoid
 from serve.caller import Caller
 from serve.following import Following
 from serve.graph import Graph
@@ -52,7 +52,7 @@ class Search(Service):
     ) -> Found:
         """The best `top_k` documents. Raises DureError naming the field at fault."""
         caller = Caller.waiting(timeout_s, tenant)
-        texts = [Text(text) for text in (*documents, query)]
+        texts = [*(Text(text, input_type="document") for text in documents), Text(query, input_type="query")]
         embedded: Embeddings = await self.graph.model("embedding").results(
             texts, caller, "documents", following and following.at("embedding")
         )
@@ -63,6 +63,7 @@ class Search(Service):
         scored: Scores = await self.graph.model("rerank").results(
             pairs, caller, "documents", following and following.at("ranking")
         )
-        hits = [Hit(index, score) for index, score in zip(nearest, scored.scores.tolist(), strict=True)]
+        best = np.argsort(-scored.logits, kind="stable")[:top_k].tolist()
+        relevance = sigmoid(scored.logits)
         tokens = int(embedded.tokens.sum() + scored.tokens.sum())
-        return Found(sorted(hits, key=lambda hit: -hit.score)[:top_k], tokens)
+        return Found([Hit(nearest[place], float(relevance[place])) for place in best], tokens)

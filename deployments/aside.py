@@ -1,0 +1,115 @@
+"""Runs a function in a process of its own, so that the libraries and memory that it takes are gone when it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.progress import LoadEvent, LoadProgress
+from deployments.spec import first_line
+
+INLINE = False
+"""Functions run in this process instead, as it has been started for one or is not to be kept small."""
+LONGEST_S = 1800.0
+
+
+class Died(Exception):
+    """The process ended without an answer, as for want of memory."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Returned:
+    result: Any
+
+
+def run(function: str, *arguments: Any, progress: LoadProgress) -> Any:
+    """What `MODULE:FUNCTION` returns, given the arguments and a LoadProgress whose events come out at `progress`.
+
+    Raises what it raises, and Died.
+    """
+    if INLINE:
+        return _function(function)(*arguments, progress)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", __spec__.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    ends = threading.Timer(LONGEST_S, process.kill)
+    ends.daemon = True
+    ends.start()
+    try:
+        assert process.stdin
+        assert process.stdout
+        pickle.dump((function, arguments), process.stdin)
+        process.stdin.flush()  # and left open: its end tells the process that nobody waits any more
+        while True:
+            told = pickle.load(process.stdout)
+            if isinstance(told, LoadEvent):
+                progress.relay(told)
+            elif isinstance(told, _Failed):
+                raise told.error
+            else:
+                return told.result
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+        process.kill()
+        raise Died(f"the process that was to do it ended with code {process.wait()}") from error
+    finally:
+        ends.cancel()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def _main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    lock = threading.Lock()
+
+    def tell(what: Any) -> None:
+        told = pickle.dumps(what)
+        with lock:
+            answers.write(told)
+            answers.flush()
+
+    function, arguments = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        import deployments.aside
+
+        deployments.aside.INLINE = True
+        tell(deployments.aside._Returned(_function(function)(*arguments, LoadProgress(tell))))
+    except Exception as error:
+        try:
+            tell(deployments.aside._Failed(error))
+        except (pickle.PicklingError, AttributeError, TypeError):
+            tell(deployments.aside._Failed(RuntimeError(first_line(error))))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _main()

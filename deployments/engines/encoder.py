@@ -1,0 +1,163 @@
+"""Encoders as the embedder and the reranker use them: texts to items, batches of items to rows of numbers.
+
+One that OpenVINO runs needs its graph, its tokenizer and its input spec, all three from disk, and nothing else: torch,
+transformers and sentence-transformers, 700 MB of memory, stay out of the replica's process. Where they are not on disk
+yet they are made in a process of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from deployments import aside, cache
+from deployments.engines.inputs import Arrays, Encoded, InputSpec, Prompts
+from deployments.engines.tokens import too_long
+from deployments.items import InputType
+from deployments.progress import LoadProgress
+from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
+
+if TYPE_CHECKING:
+    from deployments.engines.openvino import Converted
+
+logger = logging.getLogger("ray.serve")
+
+Output = Literal["sentence_embedding", "scores"]
+"""What a model's rows are, in sentence-transformers' words: vectors of texts, or logits of pairs."""
+WARM_UP = ("warm", "warm up " * 16)
+
+
+class Encoder(Protocol):
+    """A loaded encoder. `prepare` may be called from several threads at once, `rows` from `parallel` ones."""
+
+    facts: Facts
+    prompts: Prompts
+    parallel: int
+
+    def prepare(
+        self,
+        text: str,
+        pair: str | None = None,
+        truncate: bool = True,
+        prompt: str = "",
+        input_type: InputType | None = None,
+    ) -> Any:
+        """An item. Raises ItemError for a text that the model can't take."""
+
+    def prepare_ids(self, ids: list[int], truncate: bool = True) -> Any:
+        """An item of ids of the model's own tokenizer. Raises ItemError."""
+
+    def tokens(self, item: Any) -> int:
+        """How many the item has."""
+
+    def rows(self, items: list[Any]) -> np.ndarray:
+        """float32, shape (items, width)."""
+
+
+class Tokenizer(Protocol):
+    """Makes items of texts; may be called from several threads at once."""
+
+    def encode(self, text: str, pair: str | None = None, truncate: bool = True) -> Encoded:
+        """Raises ItemError for a text that the model can't take."""
+
+
+class Forward(Protocol):
+    """A pass through the model."""
+
+    parallel: int
+    """How many threads may call it at once."""
+    multiple: int
+    """Of which the batches' widths are best made."""
+
+    def __call__(self, batch: Arrays) -> np.ndarray:
+        """Model inputs of shape (items, tokens), to a float32 row for each item."""
+
+
+class TokenEncoder:
+    """Items are token ids, padded to batches here."""
+
+    def __init__(self, tokenizer: Tokenizer, spec: InputSpec, forward: Forward, facts: Facts) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.forward = forward
+        self.facts = facts
+        self.prompts = spec.prompts
+        self.parallel = forward.parallel
+
+    def prepare(
+        self,
+        text: str,
+        pair: str | None = None,
+        truncate: bool = True,
+        prompt: str = "",
+        input_type: InputType | None = None,
+    ) -> Encoded:
+        encoded = self.tokenizer.encode(prompt + text, pair, truncate)
+        return encoded.after_prompt(self.spec.unpooled.get(prompt, 0))
+
+    def prepare_ids(self, ids: list[int], truncate: bool = True) -> Encoded:
+        wrong = next((id for id in ids if not 0 <= id < self.spec.rows), None)
+        if wrong is not None:
+            raise ItemError(f"token id {wrong} is not among the model's {self.spec.rows}")
+        if len(ids) > self.spec.max_tokens and not truncate:
+            raise too_long(self.spec.max_tokens)
+        return Encoded(np.array(ids[: self.spec.max_tokens], np.int64))
+
+    def tokens(self, item: Encoded) -> int:
+        return len(item.ids)
+
+    def rows(self, items: list[Encoded]) -> np.ndarray:
+        return self.forward(self.spec.batch(items, self.forward.multiple))
+
+
+def load_encoder(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Encoder:
+    """The encoder in `folder` as the spec says; where OpenVINO can't run it torch does, and the facts say why.
+
+    Raises CheckpointError for a checkpoint that is damaged, incomplete, or of no model for this output.
+    """
+    reason = None
+    if spec.runtime == "openvino":
+        try:
+            return _on_openvino(output, spec, folder, progress)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever OpenVINO trips over, the model is still wanted
+            reason = f"OpenVINO failed ({first_line(error)[:300]}), so torch runs it"
+            logger.warning(reason)
+    from deployments.engines import encoder_torch
+
+    return encoder_torch.load(output, spec, folder, progress, reason)
+
+
+def _on_openvino(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress) -> TokenEncoder:
+    from deployments.engines.openvino import Converted
+
+    if spec.gpu_share:
+        raise ValueError("it runs on CPUs only")
+    precision = (cache.half_precision() or "fp32") if spec.precision == "auto" else spec.precision
+    converted = Converted(folder, output, precision)
+    if converted.exists():
+        try:
+            return _read(converted, spec, progress)
+        except Exception as error:
+            logger.warning("the converted model in %s is damaged, so it is made again: %s", converted.folder, error)
+            converted.forget()
+    aside.run("deployments.engines.encoder_torch:convert", output, folder, precision, progress=progress)
+    return _read(converted, spec, progress)
+
+
+def _read(converted: Converted, spec: ModelSpec, progress: LoadProgress) -> TokenEncoder:
+    from deployments.engines.openvino import OpenVinoForward
+
+    progress.tokenizer()
+    inputs = converted.input_spec(spec.max_batch_tokens)
+    tokenizer = converted.tokenizer(inputs)
+    progress.checkpoint(0, 0, 1)
+    forward = OpenVinoForward(converted, inputs, spec.threads or cache.cores())
+    progress.checkpoint(100, 1, 1)
+    quantised = converted.precision == "int8"
+    facts = Facts("cpu", converted.precision, quantised, forward.weights_bytes, None, "openvino")
+    return TokenEncoder(tokenizer, inputs, forward, facts)

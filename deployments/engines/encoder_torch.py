@@ -1,0 +1,300 @@
+"""Encoders with sentence-transformers: loaded, checked against their limits, run in torch or converted for OpenVINO."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
+from torch import nn
+
+from deployments.engines.encoder import WARM_UP, Encoder, Output, TokenEncoder, Tokenizer
+from deployments.engines.inputs import DOCUMENT, QUERY, Arrays, Encoded, InputSpec, Prompts
+from deployments.engines.limits import positions
+from deployments.engines.reference import ReferenceEncoder, ReferenceTokenizer
+from deployments.engines.tokens import TextTokenizer, frame_of_pairs
+from deployments.loading import load_model
+from deployments.progress import LoadProgress
+from deployments.spec import CheckpointError, ModelSpec
+
+TRIED_TOKENS = 1024
+"""Up to here a model's limit is tried out, which takes a second at most."""
+COMPARED_LENGTHS = ((7,), (1, 30, 12), (4, 300))
+"""Of the texts in batches that a graph is compared on: alone, unlike, and far beyond what attention may see."""
+CLOSE = 0.02
+"""Largest difference between its answers and torch's, as a part of the largest number."""
+BATCHED = (Pooling, Dense, Normalize, Dropout, LayerNorm, LogitScore)
+"""Modules that work on rows of a padded batch, whatever shares it."""
+
+
+def load(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress, reason: str | None = None) -> Encoder:
+    """The encoder in torch; `reason` says why something else than was asked for is served. Raises CheckpointError."""
+    progress.tokenizer()
+    build = partial(_build, output, folder)
+    model, facts = load_model(build, folder, spec.precision, progress, partial(_probed, output))
+    reasons = "; ".join(each for each in (reason, facts.fallback_reason) if each)
+    facts = replace(facts, fallback_reason=reasons or None)
+    _check(model, output, folder)
+    if not _runs_on_tokens(model):
+        return ReferenceEncoder(model, facts, _prompts(model))
+    forward = TorchForward(Rows(model, output))
+    inputs = _input_spec(model, forward, folder)
+    inputs = replace(inputs, max_tokens=min(inputs.max_tokens, spec.max_batch_tokens))
+    return TokenEncoder(_tokenizer(model, inputs), inputs, forward, facts)
+
+
+def convert(output: Output, folder: Path, precision: str, progress: LoadProgress) -> None:
+    """Make the graph of an encoder that OpenVINO runs. Raises ValueError where it can't, and CheckpointError."""
+    from deployments.engines import openvino as ov
+
+    progress.tokenizer()
+    model, _ = load_model(partial(_build, output, folder), folder, "fp32", progress, partial(_probed, output))
+    _check(model, output, folder)
+    if not _runs_on_tokens(model):
+        raise ValueError("sentence-transformers makes its inputs of texts as a whole")
+    rows = Rows(model, output).float()
+    inputs = _input_spec(model, TorchForward(rows), folder)
+    tokenizer = _tokenizer(model, inputs)
+    if not isinstance(tokenizer, TextTokenizer):
+        raise ValueError("its inputs are made by a chat template")
+    example = inputs.batch([tokenizer.encode(text, "a pair" if output == "scores" else None) for text in WARM_UP])
+    graph = _traced(rows, example)
+    _compare(graph, rows, inputs)
+    ov.Converted(folder, output, precision).save(
+        ov.to_int8(graph) if precision == "int8" else graph, inputs, tokenizer.rust
+    )
+
+
+class TorchForward:
+    """One thread at a time may call it."""
+
+    parallel = 1
+    multiple = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def __call__(self, batch: Arrays) -> np.ndarray:
+        rows = self.model(**{name: torch.from_numpy(array).to(self.device) for name, array in batch.items()})
+        array: np.ndarray = rows.float().cpu().numpy()
+        return array
+
+
+class Rows(nn.Module):
+    """All modules of a sentence-transformers model, from padded ids to the rows named `output`."""
+
+    def __init__(self, model: Any, output: Output) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        transformer = model[0]
+        self.fixed: dict[str, Any] = {"modality": "message" if "message" in transformer.modality_config else "text"}
+        if transformer.transformer_task == "text-generation":
+            self.fixed["logits_to_keep"] = 1
+        self.counts_positions = _is_causal(model) and "position_ids" in transformer._declared_forward_params
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        pooling_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        features = self.fixed | {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            features["token_type_ids"] = token_type_ids
+        if self.counts_positions:  # from each item's own first token, whatever is padded before it
+            features["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        encoder, *others = self.model
+        features = encoder(features)
+        if pooling_mask is not None:
+            features["attention_mask"] = pooling_mask
+        for module in others:
+            features = module(features)
+        rows: torch.Tensor = features[self.output]
+        return rows
+
+
+def _build(output: Output, folder: Path, **model_kwargs: Any) -> Any:
+    library = SentenceTransformer if output == "sentence_embedding" else CrossEncoder
+    return library(str(folder), device="cpu", model_kwargs=model_kwargs, local_files_only=True)
+
+
+@torch.inference_mode()
+def _probed(output: Output, model: Any) -> torch.Tensor:
+    text = WARM_UP[1]
+    features = model.preprocess([text if output == "sentence_embedding" else (text, text)])
+    rows: torch.Tensor = model(features)[output]
+    return rows
+
+
+def _check(model: Any, output: Output, folder: Path) -> None:
+    """Raises CheckpointError where the model in `folder` is none for this output."""
+    if output != "scores":
+        return
+    if model.num_labels != 1:
+        raise CheckpointError(
+            f"a cross-encoder for rerank has one logit; the model in {folder} has {model.num_labels} (a classifier?)"
+        )
+    for module in model:
+        if isinstance(module, LogitScore):
+            yes, no, unknown = module.true_token_id, module.false_token_id, model.tokenizer.unk_token_id
+            if yes == no or (unknown is not None and unknown in (yes, no)):
+                raise CheckpointError(
+                    f"a language model for rerank answers with the tokens `yes` and `no`; that in {folder} has no such "
+                    "tokens"
+                )
+
+
+def _runs_on_tokens(model: Any) -> bool:
+    """Can its items be token ids that are batched here? Else sentence-transformers has to be given texts."""
+    encoder, *others = model
+    if not isinstance(encoder, Transformer) or not {"text", "message"} & set(encoder.modality_config):
+        return False
+    weighted = any(
+        isinstance(module, Pooling) and not module.include_prompt and "weightedmean" in module.pooling_mode
+        for module in others
+    )
+    return all(isinstance(module, BATCHED) for module in others) and not (weighted and _prompts(model).all)
+
+
+def _is_causal(model: Any) -> bool:
+    return bool(model[0].transformer_task == "text-generation")
+
+
+def _prompts(model: Any) -> Prompts:
+    """As `encode`, `encode_query` and `encode_document` (or `predict`) of sentence-transformers choose them."""
+    texts: dict[str, str] = dict(model.prompts)
+    default = texts.get(model.default_prompt_name or "", "")
+    documents = [texts[name] for name in (DOCUMENT, "passage", "corpus") if name in texts]
+    return Prompts(texts, default, {QUERY: texts.get(QUERY, default), DOCUMENT: [*documents, default][0]})
+
+
+def _tokenizer(model: Any, spec: InputSpec) -> Tokenizer:
+    rust = _private_copy(model.tokenizer)
+    if rust is None or "message" in model[0].modality_config:
+        return ReferenceTokenizer(model, spec, rust)
+    return TextTokenizer(rust, spec)
+
+
+def _private_copy(tokenizer: Any) -> tokenizers.Tokenizer | None:
+    """The tokenizer's Rust half, cutting and padding nothing; None where it has none."""
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(rust, tokenizers.Tokenizer):
+        return None
+    copy = tokenizers.Tokenizer.from_str(rust.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    copy.encode_special_tokens = tokenizer.split_special_tokens
+    return copy
+
+
+def _input_spec(model: Any, forward: Callable[[Arrays], np.ndarray], folder: Path) -> InputSpec:
+    """Raises CheckpointError where the tokenizer makes what the model has no place for."""
+    encoder, tokenizer = model[0].model, model.tokenizer
+    prompts = _prompts(model)
+    spec = InputSpec(
+        max_tokens=int(min(tokenizer.model_max_length, positions(encoder), 2**31 - 1)),
+        rows=encoder.get_input_embeddings().num_embeddings,
+        pad_id=tokenizer.pad_token_id or 0,
+        pads_left=_is_causal(model),
+        segments="token_type_ids" in tokenizer.model_input_names,
+        cuts_left=tokenizer.truncation_side == "left",
+        splits_specials=tokenizer.split_special_tokens,
+        prompts=prompts,
+        unpooled={prompt: _prompt_tokens(model, prompt) for prompt in prompts.all if _leaves_out_prompts(model)},
+    )
+    if isinstance(model, CrossEncoder) and spec.segments:
+        _check_segments(encoder, tokenizer, folder)
+    return _tried(spec, forward, folder)
+
+
+def _check_segments(encoder: nn.Module, tokenizer: Any, folder: Path) -> None:
+    rust = _private_copy(tokenizer)
+    table = next((m for name, m in encoder.named_modules() if name.endswith("token_type_embeddings")), None)
+    if rust is None or not isinstance(table, nn.Embedding):
+        return
+    highest = frame_of_pairs(rust).highest_segment
+    if highest >= table.num_embeddings:
+        raise CheckpointError(
+            f"the tokenizer in {folder} numbers the texts of a pair 0 to {highest}, and the model "
+            f"({type(encoder).__name__}, type_vocab_size {table.num_embeddings}) has no such number: it was not made "
+            "for pairs with this tokenizer"
+        )
+
+
+def _leaves_out_prompts(model: Any) -> bool:
+    return any(isinstance(module, Pooling) and not module.include_prompt for module in model)
+
+
+def _prompt_tokens(model: Any, prompt: str) -> int:
+    return int(model.preprocess([""], prompt=prompt).get("prompt_length") or 0)
+
+
+def _tried(spec: InputSpec, forward: Callable[[Arrays], np.ndarray], folder: Path) -> InputSpec:
+    """With the largest limit that the model can bear, up to its own: a table may be shorter than its config says."""
+
+    def fails(tokens: int) -> bool:
+        id = next(id for id in range(spec.rows) if id != spec.pad_id)
+        try:
+            forward(spec.batch([Encoded(np.full(tokens, id, np.int64))]))
+        except (IndexError, RuntimeError):
+            return True
+        return False
+
+    limit = min(spec.max_tokens, TRIED_TOKENS)
+    if spec.max_tokens > TRIED_TOKENS or not fails(limit):
+        return spec
+    low = 0
+    while limit - low > 1:
+        middle = (low + limit) // 2
+        low, limit = (low, middle) if fails(middle) else (middle, limit)
+    if not low:
+        raise CheckpointError(f"the model in {folder} fails on a single token")
+    return replace(spec, max_tokens=low)
+
+
+@torch.inference_mode()
+def _compare(graph: Any, rows: Rows, spec: InputSpec) -> None:
+    """Raises ValueError where the graph answers batches of other shapes than it was traced with otherwise than torch.
+
+    Tracing keeps the branches of Python that the example took.
+    """
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    draw = np.random.default_rng(0)
+    for lengths in COMPARED_LENGTHS:
+        batch = spec.batch(
+            [Encoded(draw.integers(0, spec.rows, min(length, spec.max_tokens), np.int64)) for length in lengths]
+        )
+        expected = rows(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
+        found = compiled(batch)[0]
+        if not np.abs(found - expected).max() <= CLOSE * max(1.0, np.abs(expected).max()):
+            raise ValueError("its graph answers otherwise than torch")
+
+
+def _traced(rows: nn.Module, example: Arrays) -> Any:
+    """Trace `rows` with two texts of unlike length, so that masks are part of it; any batch and length may follow."""
+    import openvino as ov
+
+    inputs = {name: torch.from_numpy(array) for name, array in example.items()}
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every Python branch that tracing makes fixed
+        return ov.convert_model(
+            rows.eval(),
+            example_input=inputs,
+            input=[(name, ov.PartialShape([-1, -1]), ov.Type.i64) for name in inputs],
+        )

@@ -1,0 +1,124 @@
+"""What only sentence-transformers itself can make of texts: inputs by chat templates, and models without token ids."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+
+from deployments.engines.inputs import Encoded, InputSpec, Prompts
+from deployments.engines.tokens import TextTokenizer, too_long
+from deployments.items import InputType
+from deployments.spec import Facts, ItemError, first_line
+
+UNBOUNDED = 2**31 - 1
+
+
+class ReferenceTokenizer:
+    """Token ids as sentence-transformers makes them, for one thread at a time.
+
+    A text is cut here before, where it has more tokens than can matter: a template may be all that comes after it.
+    """
+
+    def __init__(self, model: Any, spec: InputSpec, rust: tokenizers.Tokenizer | None) -> None:
+        self.model = model
+        self.spec = spec
+        self._cutter = TextTokenizer(rust, spec) if rust else None
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, pair: str | None = None, truncate: bool = True) -> Encoded:
+        """Raises ItemError where `truncate` is off and the text is longer, and for a token the model does not know."""
+        cut = self._cutter.shortened if self._cutter else str
+        given = cut(text) if pair is None else (cut(text), cut(pair))
+        with self._lock:
+            if not truncate:
+                whole = self.model.preprocess([given], processing_kwargs={"text": {"truncation": False}})
+                if whole["input_ids"].shape[-1] > self.spec.max_tokens:
+                    raise too_long(self.spec.max_tokens)
+            limit = {"text": {"truncation": True, "max_length": self.spec.max_tokens}}
+            features = self.model.preprocess([given], processing_kwargs=limit)
+        segments = features.get("token_type_ids")
+        encoded = Encoded(features["input_ids"][0].numpy(), None if segments is None else segments[0].numpy())
+        return self.spec.checked(encoded, self.model.tokenizer.convert_ids_to_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Referred:
+    """An item that is a text to the end."""
+
+    text: str
+    way: tuple[str, InputType | None]
+    """The prompt before it, and what it is, by which a Router chooses modules."""
+    tokens: int
+
+
+class ReferenceEncoder:
+    """Vectors by sentence-transformers' own `encode`: tables of static embeddings, routers and other modules."""
+
+    parallel = 1
+
+    def __init__(self, model: Any, facts: Facts, prompts: Prompts) -> None:
+        self.model = model
+        self.facts = facts
+        self.prompts = prompts
+        self._lock = threading.Lock()
+        rust = getattr(model[0], "tokenizer", None)
+        self._rust = rust if isinstance(rust, tokenizers.Tokenizer) else None
+        cut = (self._rust.truncation or {}).get("max_length") if self._rust else None
+        table = getattr(model[0], "embedding", None)
+        self._spec = InputSpec(
+            max_tokens=int(min(model.max_seq_length or UNBOUNDED, cut or UNBOUNDED, UNBOUNDED)),
+            rows=getattr(table, "num_embeddings", UNBOUNDED),
+        )
+
+    def prepare(
+        self,
+        text: str,
+        pair: str | None = None,
+        truncate: bool = True,
+        prompt: str = "",
+        input_type: InputType | None = None,
+    ) -> Referred:
+        try:
+            with self._lock:
+                ids = self.model.preprocess([text], prompt=prompt or None, task=input_type).get("input_ids")
+        except ValueError as error:
+            raise ItemError(f"the model does not take it: {first_line(error)}") from error
+        encoded = Encoded(np.zeros(0, np.int64) if ids is None else ids.flatten().numpy())
+        self._spec.checked(encoded, lambda id: str(id))
+        if not truncate and self._count(prompt + text, len(encoded.ids)) > self._spec.max_tokens:
+            raise too_long(self._spec.max_tokens)
+        return Referred(text, (prompt, input_type), len(encoded.ids))
+
+    def _count(self, text: str, cut: int) -> int:
+        """Tokens of a text of which `cut` are left where it is cut."""
+        if self._rust is None:
+            return cut
+        whole = tokenizers.Tokenizer.from_str(self._rust.to_str())
+        whole.no_truncation()
+        return len(whole.encode(text, add_special_tokens=False).ids)
+
+    def prepare_ids(self, ids: list[int], truncate: bool = True) -> Referred:
+        raise ItemError("this model takes texts, not token ids")
+
+    def tokens(self, item: Referred) -> int:
+        return item.tokens
+
+    @torch.inference_mode()
+    def rows(self, items: list[Referred]) -> np.ndarray:
+        found: np.ndarray | None = None
+        for way in {item.way for item in items}:
+            places = [place for place, item in enumerate(items) if item.way == way]
+            texts = [items[place].text for place in places]
+            vectors = self.model.encode(
+                texts, prompt=way[0], task=way[1], batch_size=len(texts), show_progress_bar=False
+            )
+            if found is None:
+                found = np.zeros((len(items), vectors.shape[1]), np.float32)
+            found[places] = vectors
+        assert found is not None
+        return found
