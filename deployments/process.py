@@ -14,7 +14,7 @@ def hold_to(spec: ModelSpec) -> None:
     if not spec.gpu_share:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # from an actor that books no GPU, Ray hides none
     use_threads(spec.threads or cache.cores())
-    _keep_to_share(spec.gpu_share)
+    keep_to_share(spec.gpu_share)
 
 
 def use_threads(count: int) -> None:
@@ -24,7 +24,7 @@ def use_threads(count: int) -> None:
         sys.modules["torch"].set_num_threads(count)
 
 
-def _keep_to_share(share: float) -> None:
+def keep_to_share(share: float) -> None:
     """Let this process take no more of its GPU's memory than its share: Ray only places by it.
 
     torch counts what it allocates; CUDA's own is part of the share, too.

@@ -128,7 +128,8 @@ class ModelReplica:
             "source": self.live.spec.source,
             "load_seconds": round(self.live.load_seconds, 2),
             "pid": os.getpid(),
-            "in_steps": self.live.batcher.runner.in_steps,
+            "in_steps": self.live.in_steps,
+            "parallel": self.live.parallel,
             "version": ".".join(
                 [self.spec.deploy, str(order.number if order else 0), self.live.content, facts.runtime, facts.precision]
             ),

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from deployments.answers import Answers, Collector, News, Piece, Shares
+from deployments.batching.batch_cost import BatchCost, Linger
 from deployments.items import Requests
-from deployments.pace import BatchCost, Linger
 from serve.caller import DEFAULT_TENANT
 from serve.following import Following
 from serve.lanes.fair import FairQueue

@@ -17,11 +17,12 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 
-from deployments import running
 from deployments.answers import Answers, Collector
-from deployments.batching import LATE, Batcher
+from deployments.batching import runner as running
+from deployments.batching.batcher import Batcher, batcher_of
+from deployments.batching.runner import FAILED, FAILURES_BEFORE_TEST, NO_ROOM, TOO_LARGE, EngineDead
+from deployments.batching.waiting import LATE
 from deployments.engines.stepping import Stepping
-from deployments.running import FAILED, FAILURES_BEFORE_TEST, NO_ROOM, TOO_LARGE, EngineDead
 from deployments.spec import Facts, ItemError, ModelSpec, Refusal
 
 
@@ -149,9 +150,9 @@ def run(
     counting = kind(**engine)
 
     async def main() -> None:
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(getattr(counting, "parallel", 1)) as threads:
             spec = ModelSpec("m", "t", "s", max_batch_items=max_items, max_batch_tokens=max_tokens)
-            batcher = Batcher(counting, spec, thread)
+            batcher = batcher_of(counting, spec, threads)
             await scenario(Bench(batcher, counting))
             assert batcher.items == 0
             batcher.close()
@@ -171,6 +172,64 @@ def test_what_waits_while_the_engine_runs_leaves_as_one_batch(arrays: bool) -> N
             assert list(results.values if arrays else results) == expected
 
     assert run(scenario, arrays=arrays) == [[1], [5, 6, 7, 8], [9, 10, 11]]
+
+
+class Parallel(Counting):
+    """Runs two batches at once: a batch with an item of length 7 goes on when another runs beside it."""
+
+    parallel = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2, timeout=10)
+
+    def run(self, items: list[Any]) -> Any:
+        if 7 in items:
+            self.both.wait()
+        return super().run(items)
+
+
+def test_two_batches_run_at_once_on_an_engine_that_can() -> None:
+    async def scenario(bench: Bench) -> None:
+        for _ in range(5):
+            answers = await asyncio.gather(bench.submit(7, 7), bench.submit(7, 7))
+            assert all(each.results == [70, 70] for each in answers)
+
+    run(scenario, max_items=2, kind=Parallel)
+
+
+def test_a_list_alone_is_divided_among_free_threads_and_little_is_not() -> None:
+    async def scenario(bench: Bench) -> None:
+        for _ in range(40):
+            bench.batcher.cost.observe(1, 0.003)
+            bench.batcher.cost.observe(1000, 0.503)  # so starting a batch costs as much as 5 tokens
+        bench.batcher.budget.observe(1024, 0.503, full=False)
+        await bench.submit(3, 3, 3, 3)
+        assert (await bench.submit(*[7] * 32)).results == [70] * 32
+
+    batches = run(scenario, max_items=64, max_tokens=10_000, kind=Parallel)
+    assert batches == [[3] * 4, [7] * 16, [7] * 16]
+
+
+def test_what_runs_on_one_thread_does_not_hold_up_what_comes_for_another() -> None:
+    async def scenario(bench: Bench) -> None:
+        slow = bench.submit(7)
+        assert (await bench.submit(2)).results == [20]
+        assert not slow.done()
+        assert (await asyncio.gather(slow, bench.submit(7)))[0].results == [70]
+
+    run(scenario, max_items=1, kind=Parallel)
+
+
+def test_a_bad_item_on_one_thread_harms_nothing_on_another() -> None:
+    async def scenario(bench: Bench) -> None:
+        answers = await asyncio.gather(*(bench.submit(item, -item, 13) for item in range(1, 7)))
+        for item, each in enumerate(answers, 1):
+            assert each.results[0] == 10 * item
+            assert set(each.refusals) == {1, 2}
+        bench.batcher.check()
+
+    run(scenario, max_items=8, kind=Parallel)
 
 
 def test_a_batch_keeps_within_its_padded_tokens_and_a_long_item_runs_alone() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deployments import choosing
-from deployments.budget import GIB, Budget
+from deployments.batching.batch_cost import BatchCost
+from deployments.batching.budget import GIB, Budget
 from deployments.memory import CpuMemory, device_memory
-from deployments.pace import BatchCost
 from deployments.spec import ModelSpec
 
 

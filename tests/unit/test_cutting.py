@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import random
 
-from deployments.cutting import cut
+from deployments.batching.cutting import cut
 
 
 def test_items_of_like_length_leave_together() -> None:

@@ -122,9 +122,8 @@ def loaded(device: str) -> Any:
     """A replica whose model has just been loaded."""
     replica: Any = object.__new__(replicas.ModelReplica)
     engine = SimpleNamespace(facts=Facts(device, "fp16", False, 1))
-    batcher = SimpleNamespace(runner=SimpleNamespace(in_steps=False))
     replica.spec, replica.outlet, replica.gpu = SPEC, Outlet(), None
-    replica.live = SimpleNamespace(spec=SPEC, engine=engine, batcher=batcher, load_seconds=1.0)
+    replica.live = SimpleNamespace(spec=SPEC, engine=engine, in_steps=False, parallel=1, content="", load_seconds=1.0)
     return replica
 
 
@@ -204,8 +203,12 @@ def test_a_replica_without_a_share_sees_no_gpu(monkeypatch: pytest.MonkeyPatch, 
     seen: list[str] = []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(live, "engine_class", lambda task: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
-    monkeypatch.setattr(live, "load_engine", lambda spec, progress: SimpleNamespace(warm_up=lambda: None))
+
+    def load_engine(spec: ModelSpec, progress: LoadProgress) -> Any:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(warm_up=lambda: None)
+
+    monkeypatch.setattr(live, "load_engine", load_engine)
     progress = LoadProgress(lambda _: None)
     progress.preparing()
     live._load(replace(SPEC, gpu_share=share, threads=1), progress)

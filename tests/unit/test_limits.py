@@ -12,11 +12,11 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModelForCausalLM
 
+from deployments.batching.runner import Runner
 from deployments.engines import load_engine
 from deployments.items import Pair, Prompt, Text
 from deployments.memory import CpuMemory
 from deployments.progress import LoadProgress
-from deployments.running import Runner
 from deployments.spec import CheckpointError, ItemError, ModelSpec
 from tests import checkpoints
 

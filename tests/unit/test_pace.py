@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from deployments.pace import BatchCost, Linger
+from deployments.batching.batch_cost import BatchCost, Linger
 
 ROOM = 32
 BATCH_S = 0.1

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from deployments import live, loading
+from deployments import loading, process
 from deployments.engines import load_engine, predictor
 from deployments.footprint import CONTEXT_BYTES, HEAD_ROWS, NEW_TOKENS, PROMPT_TOKENS, Footprint, footprint
 from deployments.items import Prompt
@@ -322,5 +322,5 @@ def test_a_replica_keeps_to_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(total_memory=10 * CONTEXT_BYTES)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     for share in (0, 0.25, 1, 2):
-        live.keep_to_share(share)
+        process.keep_to_share(share)
     assert kept == [pytest.approx(0.15)]  # a tenth is CUDA's own

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,29 +51,24 @@ class Outcome:
 class Runner:
     """Runs batches on an engine. A batch that fails is run again in halves, down to the item at fault."""
 
-    in_steps = False
-    """Are there items on their way between two batches, which others join?"""
-
     def __init__(self, engine: Engine[Any, Any, Any], memory: Memory) -> None:
         self.engine = engine
         self.memory = memory
         self.failures = 0
         self.dead = ""
-        self.busy_since: float | None = None
+        self.busy_since: dict[int, float] = {}
+        """When each batch that runs has begun, by its thread."""
 
     def run(self, items: list[Any]) -> Outcome:
         """Every row is in a piece, refused or unfinished."""
         outcome = Outcome()
-        self.busy_since = time.monotonic()
+        thread = threading.get_ident()
+        self.busy_since[thread] = time.monotonic()
         try:
             self._run(items, range(len(items)), outcome)
         finally:
-            self.busy_since = None
+            del self.busy_since[thread]
         return outcome
-
-    def begin(self, item: Any) -> Any:
-        """What a batch takes for this item."""
-        return item
 
     def padded(self, tokens: list[int]) -> int:
         """Tokens that a batch of items of so many tokens computes."""
@@ -79,8 +76,7 @@ class Runner:
 
     def check(self) -> None:
         """Raises EngineDead where the engine hangs, or fails even what it warmed up with."""
-        busy_since = self.busy_since
-        if busy_since is not None and time.monotonic() - busy_since > MAX_STALL_S:
+        if time.monotonic() - min(list(self.busy_since.values()), default=math.inf) > MAX_STALL_S:
             raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
         if self.dead:
             raise EngineDead(f"the engine fails whatever it is given: {self.dead}")
@@ -136,8 +132,6 @@ class Runner:
 class StepRunner(Runner):
     """Takes all items that are on their way one step further, with those that have just begun."""
 
-    in_steps = True
-
     def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory) -> None:
         super().__init__(engine, memory)
         self.steps = engine
@@ -161,9 +155,6 @@ class StepRunner(Runner):
         else:
             super()._give_up(row, error, no_memory, outcome)
 
-    def begin(self, item: Any) -> Any:
-        return self.steps.begin(item)
-
     def padded(self, tokens: list[int]) -> int:
         return max(1, sum(tokens))
 
@@ -172,10 +163,6 @@ class StepRunner(Runner):
         done = [row for row in rows if items[row].result is not None]
         outcome.pieces.append((done, [items[row].result for row in done]))
         outcome.unfinished += [row for row in rows if items[row].result is None]
-
-
-def runner_of(engine: Engine[Any, Any, Any], memory: Memory) -> Runner:
-    return StepRunner(engine, memory) if isinstance(engine, Stepping) else Runner(engine, memory)
 
 
 def _out_of_memory(error: Exception) -> bool:
