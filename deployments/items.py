@@ -125,3 +125,33 @@ class Answer:
     """Passes of the model that it took."""
     forced: int = 0
     """Of the tokens, those that the schema left no choice about."""
+
+
+TURN_BYTES = 256
+"""Of text, for a turn: about 64 tokens, in English (4 letters each) as in Korean (1 or 2 syllables, 3 bytes each)."""
+BYTES_PER_TOKEN = 4
+
+
+def turns(request: Any, max_tokens: int | None) -> int:
+    """How much work a request is, in turns: one for a short text, or for what has no text, and more for long ones.
+
+    No more of a text counts than the model reads (`max_tokens`, where that is known).
+    """
+    match request:
+        case Text(text=list() as ids):
+            size = BYTES_PER_TOKEN * len(ids)
+        case Text(text=str() as text):
+            size = _bytes(text)
+        case Pair():
+            size = _bytes(request.query) + _bytes(request.document)
+        case _:
+            return 1
+    return 1 + min(size, BYTES_PER_TOKEN * (max_tokens or LIKELY_TOKENS)) // TURN_BYTES
+
+
+LIKELY_TOKENS = 512
+"""That a model reads of which nothing is known yet."""
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from deployments.answers import Answers, Piece
-from deployments.items import Requests
+from deployments.items import Requests, turns
 from deployments.spec import Refusal
 from serve import errors
 from serve.caller import Caller
@@ -135,7 +135,7 @@ class Model(Deployment):
         self.load_wait_s = load_wait_s
         self.coalescer = Coalescer(
             self._send,
-            settings.max_batch_items,
+            lambda: settings.max_batch_items * watch.parallel(name),
             lambda: watch.ready(name),
             lambda: watch.in_steps(name),
             self.gate.tickets.pace,
@@ -144,25 +144,29 @@ class Model(Deployment):
 
     async def ask(self, requests: list[Any], caller: Caller, following: Following | None = None) -> Answers:
         """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""
-        async with self.gate.admitted(len(requests), caller.left_s() if self.patient else 0, caller):
+        most = self.watch.max_tokens(self.name)
+        work = [turns(request, most) for request in requests]
+        async with self.gate.admitted(sum(work), caller.left_s() if self.patient else 0, caller, len(requests)):
             try:
                 if self.watch.state(self.name) == "ready":
-                    return await self._ask(requests, caller, following)
+                    return await self._ask(requests, work, caller, following)
                 async with telling(following, self._loading) if following else contextlib.nullcontext():
-                    return await self._ask_when_loaded(requests, caller, following)
+                    return await self._ask_when_loaded(requests, work, caller, following)
             except TimeoutError as error:
                 raise errors.too_late(self.name, caller.timeout_s) from error
 
-    async def _ask(self, requests: list[Any], caller: Caller, following: Following | None) -> Answers:
+    async def _ask(self, requests: list[Any], work: list[int], caller: Caller, following: Following | None) -> Answers:
         weight = self.gate.weights.get(caller.tenant, 1.0)
-        return await self.coalescer.ask(requests, caller.left_s(), following, caller.tenant, weight)
+        return await self.coalescer.ask(requests, caller.left_s(), following, caller.tenant, weight, work)
 
-    async def _ask_when_loaded(self, requests: list[Any], caller: Caller, following: Following | None) -> Answers:
+    async def _ask_when_loaded(
+        self, requests: list[Any], work: list[int], caller: Caller, following: Following | None
+    ) -> Answers:
         if self.watch.state(self.name) != "asleep":
             await self._loaded(min(self.load_wait_s, caller.left_s()))
-            return await self._ask(requests, caller, following)
+            return await self._ask(requests, work, caller, following)
         # Serve starts a replica for a call that waits for one, so it is made at once.
-        asking = asyncio.ensure_future(self._ask(requests, caller, following))
+        asking = asyncio.ensure_future(self._ask(requests, work, caller, following))
         loaded = asyncio.ensure_future(self._loaded(caller.left_s()))
         try:
             await asyncio.wait((asking, loaded), return_when=asyncio.FIRST_COMPLETED)
@@ -222,10 +226,7 @@ class Model(Deployment):
                 response.cancel()
                 raise
 
-        awake, started = self.watch.ready(self.name), time.monotonic()
         await self._tried(ask_for_the_rest, max(requests.timeouts_s))
-        if awake:  # loading is not what an item takes
-            self.gate.served(len(requests.items), started)
         if left:
             raise errors.internal()
 

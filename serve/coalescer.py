@@ -50,30 +50,30 @@ class Coalescer:
     in what the replicas may have on their way.
 
     Calls are filled first with who would be done first if tenants took turns, and a tenant's requests theirs, so that
-    neither a flood nor a long list holds up others.
+    neither a flood nor a long list holds up others. What an item takes is counted in turns, more of them for more text.
     """
 
     def __init__(
         self,
         send: Send,
-        max_call_items: int,
+        max_call_turns: Callable[[], int],
         replicas: Callable[[], int],
         in_steps: Callable[[], bool] = lambda: False,
         pace: Pace | None = None,
     ) -> None:
-        """`pace`: how fast items are answered, for those who ask how long they will wait."""
+        """`pace`: how fast turns pass, for those who ask how long they will wait."""
         self.send = send
-        self.max_call_items = max_call_items
+        self.max_call_turns = max_call_turns
         self.replicas = replicas
         self.in_steps = in_steps
         self.pace = pace or Pace()
         self.name = secrets.token_hex(8)
         """By which replicas tell callers apart."""
         self.waiting = 0
-        """Items that have not been sent."""
+        """Turns that are still to be had."""
         self.cost = BatchCost()
         self.linger = Linger(self.cost)
-        self._parcels: FairQueue[Parcel] = FairQueue(credit=max_call_items)
+        self._parcels: FairQueue[Parcel] = FairQueue(credit=max_call_turns())
         self._calls: list[Call] = []
         """In the order in which they left."""
         self._numbers = itertools.count(secrets.randbits(62))  # no other caller's
@@ -86,7 +86,7 @@ class Coalescer:
 
     @property
     def under_way(self) -> int:
-        """Items that have been sent and not answered."""
+        """Turns of the items that have been sent and not answered."""
         return sum(call.left for call in self._calls)
 
     def start(self) -> None:
@@ -100,15 +100,22 @@ class Coalescer:
         following: Following | None = None,
         tenant: str = DEFAULT_TENANT,
         weight: float = 1.0,
+        turns: list[int] | None = None,
     ) -> Answers:
-        """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in."""
+        """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in.
+
+        `turns` that each item takes: one, where they are left out.
+        """
+        turns = turns or [1] * len(items)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        parcel = Parcel(items, time.monotonic() + timeout_s, Collector(len(items)), done, following, tenant, weight)
+        collector = Collector(len(items))
+        parcel = Parcel(items, time.monotonic() + timeout_s, collector, done, following, tenant, weight, turns)
+        self._parcels.credit = self.max_call_turns()
         self._parcels.put(parcel)
-        self.waiting += len(items)
+        self.waiting += parcel.size
         self._followed += following is not None
         self._tell_places()
-        self.linger.arrived(len(items))
+        self.linger.arrived(parcel.size)
         if self._pause_s() is not None:
             self._wake.set()
         try:
@@ -120,7 +127,7 @@ class Coalescer:
 
     def _forget(self, parcel: Parcel) -> None:
         """Drop what of the parcel has not been sent, and the calls that nobody waits for any more."""
-        left = len(parcel.items) - parcel.sent
+        left = parcel.size - parcel.had
         if left:
             self._parcels.remove(parcel)
             self.waiting -= left
@@ -140,9 +147,9 @@ class Coalescer:
                 return 0.0
             return max(0.0, self._left_at + GATHER_S - time.monotonic()) if self._room() > 0 else None
         if len(self._calls) < replicas:
-            return self.linger.wait_s(self.waiting, self.waiting, self.max_call_items)
+            return self.linger.wait_s(self.waiting, self.waiting, self.max_call_turns())
         if len(self._calls) < 2 * replicas:
-            if self.waiting >= self.max_call_items:
+            if self.waiting >= self.max_call_turns():
                 return self._until_needed_s()
             under_way = min(call.left for call in self._calls)
             if self.waiting >= under_way and self._is_faster_apart(under_way):
@@ -161,27 +168,26 @@ class Coalescer:
         return call.since + (1 - LEAD) * self.cost.seconds(call.left) - LEAD_S - time.monotonic()
 
     def _room(self) -> int:
-        """For how many items the next call has room."""
-        if not self.in_steps():
-            return self.max_call_items
-        return min(self.max_call_items, self.max_call_items * max(1, self.replicas()) - self.under_way)
+        """For how many turns the next call has room."""
+        most = self.max_call_turns()
+        return min(most, most * max(1, self.replicas()) - self.under_way) if self.in_steps() else most
 
     def _is_faster_apart(self, under_way: int) -> bool:
         """Are two calls, one right after the other, faster than one for which all clients have to be back?"""
-        items = under_way + self.waiting
-        together = min(items, self.max_call_items)
-        apart_s = self.cost.seconds(items) + self.cost.fixed
-        return items * (self.cost.seconds(together) + self.linger.back_s) >= together * apart_s
+        turns = under_way + self.waiting
+        together = min(turns, self.max_call_turns())
+        apart_s = self.cost.seconds(turns) + self.cost.fixed
+        return turns * (self.cost.seconds(together) + self.linger.back_s) >= together * apart_s
 
-    def _better_cut(self, items: int, room: int) -> bool:
+    def _better_cut(self, turns: int, room: int) -> bool:
         """Is a call of so many nearly as fast for each as a full one, which would have a part of the next request?
 
         That part would make the others wait, and be no sooner for its request, as the rest comes with the next call.
         """
-        splits = room - items < self._parcels.next_turns <= self.max_call_items
-        if not items or not splits or self.in_steps():
+        splits = room - turns < self._parcels.next_turns <= self.max_call_turns()
+        if not turns or not splits or self.in_steps():
             return False
-        return self.cost.seconds(items) * room < (1 + SPLIT) * self.cost.seconds(room) * items
+        return self.cost.seconds(turns) * room < (1 + SPLIT) * self.cost.seconds(room) * turns
 
     def _begin(self) -> None:
         """Those that come first are what the replicas work on; where there are none yet, nothing is."""
@@ -211,15 +217,17 @@ class Coalescer:
                 await asyncio.wait_for(self._wake.wait(), pause_s)
 
     def _take(self) -> Call:
+        """Items for as many turns as there is room for, and one at least."""
         owners: list[tuple[Parcel, int]] = []
-        room = min(self._room(), self.waiting)
-        while len(owners) < room and not self._better_cut(len(owners), room):
-            parcel, count = self._parcels.take(room - len(owners))
-            owners += [(parcel, place) for place in range(parcel.sent, parcel.sent + count)]
-            parcel.sent += count
-        call = Call(owners, list(itertools.islice(self._numbers, len(owners))), len(owners))
-        self.waiting -= call.left
-        return call
+        room, taken = min(self._room(), self.waiting), 0
+        while self.waiting and (not owners or (taken < room and not self._better_cut(taken, room))):
+            parcel, turns = self._parcels.take(max(1, room - taken))
+            owners += [(parcel, place) for place in parcel.take(turns)]
+            taken += turns
+            self.waiting -= turns
+        numbers = list(itertools.islice(self._numbers, len(owners)))
+        left = sum(parcel.turns[place] for parcel, place in owners)
+        return Call(owners, numbers, left, len(owners))
 
     async def _run(self, call: Call) -> None:
         now = time.monotonic()
@@ -232,8 +240,11 @@ class Coalescer:
             self.waiting,
             self.name,
         )
+        turns, awake, started = call.left, self.replicas(), time.monotonic()
         try:
             await self.send(requests, lambda piece: self._deliver(call, piece))
+            if awake:  # loading is not what an item takes
+                self.pace.served(turns, started)
         except Exception as error:
             for parcel, _ in call.owners:
                 if not parcel.done.done():
@@ -261,11 +272,12 @@ class Coalescer:
             self._tell(call.owners[place][0], news)
         if not len(piece):
             return
-        now = time.monotonic()
+        now, turns = time.monotonic(), call.turns((*piece.places, *piece.refusals))
         if call.since is not None:
-            self.cost.observe(len(piece), now - call.since)
-            self.linger.ended(len(piece), now - call.since)
-        call.left -= len(piece)
+            self.cost.observe(turns, now - call.since)
+            self.linger.ended(turns, now - call.since)
+        call.left -= turns
+        call.items -= len(piece)
         call.since = now
         if self.waiting:
             self._wake.set()
@@ -274,7 +286,7 @@ class Coalescer:
         """To those who follow what has not been sent: how many items come first."""
         if not self._followed:
             return
-        ahead = self.under_way
+        ahead = sum(call.items for call in self._calls)
         for parcel in self._parcels:
             if not parcel.sent:
                 self._tell(parcel, News(ahead=ahead))
@@ -286,7 +298,8 @@ class Coalescer:
         if following is None:
             return
         if news and news.ahead is not None and left == items:
-            following.queued(news.ahead + 1, (news.ahead + items) * self.pace.seconds_per_item)
+            turns_each = parcel.size / items
+            following.queued(news.ahead + 1, (news.ahead + items) * turns_each * self.pace.seconds_per_item)
         elif items > 1:
             following.running(done=items - left, items=items)
         elif news:

@@ -72,7 +72,10 @@ class ModelSettings(Strict):
     max_batch_items: int = Field(32, ge=1)
     max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
     max_queue: int = Field(
-        128, ge=1, description="items waiting or running, per ingress replica; over it 429, but for a tenant's share"
+        1024,
+        ge=1,
+        description="turns of what waits or runs, per ingress replica; over it 429, but for a tenant's share. A short "
+        "item takes one turn, and one more for every 64 tokens or so",
     )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +26,25 @@ class Parcel:
     tenant: str = DEFAULT_TENANT
     weight: float = 1.0
     """Turns that the tenant gets for one of another's."""
+    turns: list[int] = field(default_factory=list)
+    """That each item takes."""
     sent: int = 0
+    """Items that have had all their turns, and are in a call."""
+    had: int = 0
+    """Turns."""
 
     @property
     def size(self) -> int:
-        return len(self.items)
+        return sum(self.turns)
+
+    def take(self, turns: int) -> list[int]:
+        """The places of the items that have all their turns with these. One that has only some waits for the rest."""
+        self.had += turns
+        first, due = self.sent, sum(self.turns[: self.sent])
+        while self.sent < len(self.items) and due + self.turns[self.sent] <= self.had:
+            due += self.turns[self.sent]
+            self.sent += 1
+        return list(range(first, self.sent))
 
     def settle(self) -> None:
         if self.collector.left == 0 and not self.done.done():
@@ -45,11 +60,18 @@ class Call:
     numbers: list[int] = field(default_factory=list)
     """Of each item, by which it is taken back."""
     left: int = 0
+    """Turns of the items that have not been answered."""
+    items: int = 0
+    """How many those are."""
     begun: bool = False
     """No other comes before it any more."""
     since: float | None = None
     """When the replica began with what is left of it (time.monotonic); None while others come before it."""
     task: asyncio.Task[None] | None = None
+
+    def turns(self, places: Iterable[int]) -> int:
+        """Of the items at these places."""
+        return sum(parcel.turns[own] for parcel, own in map(self.owners.__getitem__, places))
 
     def unwanted(self) -> list[int]:
         """Numbers of items that nobody waits for any more; whether they have been answered is not asked."""

@@ -72,6 +72,15 @@ class Watch:
         """Does the model's engine work in steps, at each of which it takes newcomers?"""
         return any((replica.facts or {}).get("in_steps") for replica in self.of(model))
 
+    def parallel(self, model: str) -> int:
+        """How many batches a replica of the model runs at once."""
+        return max((int((replica.facts or {}).get("parallel") or 1) for replica in self.of(model)), default=1)
+
+    def max_tokens(self, model: str) -> int | None:
+        """Tokens that the model reads of a text at most; None where that is not known."""
+        limits = [(replica.facts or {}).get("max_tokens") for replica in self.of(model)]
+        return max((int(limit) for limit in limits if limit), default=None)
+
     def reason(self, model: str) -> str:
         """Why a model failed."""
         failures = [r.event.message for r in self.of(model) if r.event.status == "failed"]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -14,11 +15,13 @@ from typing import Any
 
 from ray import serve
 
+from deployments import cache
 from deployments.answers import News, Piece, Shares, take
 from deployments.batching.batch_cost import BatchCost, Linger
 from deployments.batching.budget import Budget
 from deployments.batching.cutting import cut
 from deployments.batching.runner import FAILED, EngineDead, Outcome, Runner, StepRunner
+from deployments.batching.threads import ThreadChoice
 from deployments.batching.waiting import LATE, TAKEN_BACK, Call, Waiting
 from deployments.engines import Engine
 from deployments.engines.stepping import Stepping
@@ -150,10 +153,11 @@ class Batcher:
         tokens = [row.tokens for row in rows]
         BATCH_ITEMS.observe(len(rows))
         BATCH_TOKENS.observe(sum(tokens))
-        BATCH_PADDED.observe(self.runner.padded(tokens))
+        padded = self.runner.padded(tokens)
+        BATCH_PADDED.observe(padded)
         started = time.monotonic()
         items = [row.item for row in rows]
-        outcome = await asyncio.get_running_loop().run_in_executor(self.threads, self.runner.run, items)
+        outcome = await asyncio.get_running_loop().run_in_executor(self.threads, self.runner.run, items, padded)
         BATCH_SECONDS.observe(time.monotonic() - started)
         self._deliver(rows, outcome)
         return outcome
@@ -365,6 +369,8 @@ def batcher_of(
 ) -> Batcher:
     """The batcher for an engine, which runs its batches on `threads`; needs a running event loop."""
     memory = memory or device_memory(engine.facts.device)
+    on_cpu = engine.facts.device == "cpu" and engine.facts.runtime == "torch" and "torch" in sys.modules
+    choice = ThreadChoice(spec.threads or cache.cores()) if on_cpu else None
     if isinstance(engine, Stepping):
-        return StepBatcher(engine, spec, StepRunner(engine, memory), threads)
-    return OnceBatcher(engine, spec, Runner(engine, memory), threads)
+        return StepBatcher(engine, spec, StepRunner(engine, memory, choice), threads)
+    return OnceBatcher(engine, spec, Runner(engine, memory, choice), threads)

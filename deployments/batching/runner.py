@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import count
+from deployments.answers import count as count_of
+from deployments.batching.threads import ThreadChoice
 from deployments.engines import Engine
 from deployments.engines.stepping import Stepping
 from deployments.memory import Memory
 from deployments.metrics import OUT_OF_MEMORY
+from deployments.process import use_threads
 from deployments.spec import ItemError, Refusal
 
 logger = logging.getLogger("ray.serve")
@@ -51,23 +53,30 @@ class Outcome:
 class Runner:
     """Runs batches on an engine. A batch that fails is run again in halves, down to the item at fault."""
 
-    def __init__(self, engine: Engine[Any, Any, Any], memory: Memory) -> None:
+    def __init__(self, engine: Engine[Any, Any, Any], memory: Memory, threads: ThreadChoice | None = None) -> None:
+        """`threads`: how many torch uses for a batch; left as they are where there is no choice."""
         self.engine = engine
         self.memory = memory
+        self.threads = threads
         self.failures = 0
         self.dead = ""
         self.busy_since: dict[int, float] = {}
         """When each batch that runs has begun, by its thread."""
 
-    def run(self, items: list[Any]) -> Outcome:
-        """Every row is in a piece, refused or unfinished."""
+    def run(self, items: list[Any], tokens: int = 1) -> Outcome:
+        """Every row is in a piece, refused or unfinished. `tokens`, padding included, say how large the batch is."""
         outcome = Outcome()
-        thread = threading.get_ident()
-        self.busy_since[thread] = time.monotonic()
+        thread, started = threading.get_ident(), time.monotonic()
+        self.busy_since[thread] = started
+        count = self.threads.choose(tokens) if self.threads else 0
+        if count:
+            use_threads(count)
         try:
             self._run(items, range(len(items)), outcome)
         finally:
             del self.busy_since[thread]
+        if self.threads:
+            self.threads.observe(tokens, count, time.monotonic() - started)
         return outcome
 
     def padded(self, tokens: list[int]) -> int:
@@ -105,8 +114,8 @@ class Runner:
 
     def _attempt(self, items: list[Any], rows: range, outcome: Outcome) -> None:
         results = self.engine.run([items[row] for row in rows])
-        if count(results) != len(rows):
-            raise RuntimeError(f"the engine answered {len(rows)} items with {count(results)} results")
+        if count_of(results) != len(rows):
+            raise RuntimeError(f"the engine answered {len(rows)} items with {count_of(results)} results")
         outcome.pieces.append((rows, results))
 
     def _give_up(self, row: int, error: Exception, no_memory: bool, outcome: Outcome) -> None:
@@ -132,16 +141,16 @@ class Runner:
 class StepRunner(Runner):
     """Takes all items that are on their way one step further, with those that have just begun."""
 
-    def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory) -> None:
-        super().__init__(engine, memory)
+    def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory, threads: ThreadChoice | None = None) -> None:
+        super().__init__(engine, memory, threads)
         self.steps = engine
 
-    def run(self, items: list[Any]) -> Outcome:
+    def run(self, items: list[Any], tokens: int = 1) -> Outcome:
         """Where memory is short, some are put off to the next step, until others have left theirs.
 
         Where none can go on, the one that came last is refused.
         """
-        outcome = super().run(items)
+        outcome = super().run(items, tokens)
         if outcome.put_off and len(outcome.put_off) == len(items):
             last = max(outcome.put_off)
             outcome.put_off.remove(last)

@@ -23,6 +23,7 @@ class Embedder:
         self.encoder = encoder
         self.facts = encoder.facts
         self.parallel = encoder.parallel
+        self.max_tokens = encoder.max_tokens
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Embedder:

@@ -36,6 +36,8 @@ class Encoder(Protocol):
     facts: Facts
     prompts: Prompts
     parallel: int
+    max_tokens: int
+    """That an item may have."""
 
     def prepare(
         self,
@@ -86,6 +88,7 @@ class TokenEncoder:
         self.facts = facts
         self.prompts = spec.prompts
         self.parallel = forward.parallel
+        self.max_tokens = spec.max_tokens
 
     def prepare(
         self,

@@ -74,6 +74,7 @@ class ReferenceEncoder:
             max_tokens=int(min(model.max_seq_length or UNBOUNDED, cut or UNBOUNDED, UNBOUNDED)),
             rows=getattr(table, "num_embeddings", UNBOUNDED),
         )
+        self.max_tokens = self._spec.max_tokens
 
     def prepare(
         self,

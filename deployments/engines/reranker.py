@@ -26,6 +26,7 @@ class Reranker:
         self.encoder = encoder
         self.facts = encoder.facts
         self.parallel = encoder.parallel
+        self.max_tokens = encoder.max_tokens
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Reranker:

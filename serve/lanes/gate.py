@@ -22,34 +22,39 @@ class GateStanding:
     """How a gate is."""
 
     name: str
-    items: int
-    """Waiting or running."""
+    turns: int
+    """Of all that waits or runs."""
     running: int
-    max_items: int
+    """Of these, the turns of what has left for a replica."""
+    max_turns: int
     rejected: int
     tickets: int
     service_time_p50_s: float | None
-    seconds_per_item: float
+    seconds_per_turn: float
 
 
 MOST = 2
-"""Times `max_items`: what all may have where some come with less than their share to a queue that others filled. Names
+"""Times `max_turns`: what all may have where some come with less than their share to a queue that others filled. Names
 are cheap, and who invents many should not make the queue long."""
 
 
 class Gate:
-    """Counts items, lets in while there is room, and tells those it refuses when to come back."""
+    """Counts turns, lets in while there is room, and tells those it refuses when to come back.
 
-    def __init__(self, name: str, max_items: int, weights: Mapping[str, float] | None = None) -> None:
+    A short item takes one turn, a longer one more, and a call of a service one.
+    """
+
+    def __init__(self, name: str, max_turns: int, weights: Mapping[str, float] | None = None) -> None:
         """A tenant's weight is 1 where `weights` has none."""
         self.name = name
-        self.max_items = max_items
+        self.max_turns = max_turns
         self.weights = weights or {}
         self.items = 0
-        self.items_of: Counter[str] = Counter()
+        self.turns = 0
+        self.turns_of: Counter[str] = Counter()
         """By tenant."""
         self.running: Callable[[], int] = lambda: 0
-        """How many of the items have left for a replica."""
+        """How many of the turns are of what has left for a replica."""
         self.overload: Callable[[], str] = lambda: ""
         """Why no new work is taken; empty where it is."""
         self.rejected = 0
@@ -59,10 +64,12 @@ class Gate:
         self._gauge = QUEUE_ITEMS.labels(name)
 
     @asynccontextmanager
-    async def admitted(self, items: int, patience_s: float = 0, caller: Caller | None = None) -> AsyncIterator[None]:
+    async def admitted(
+        self, turns: int, patience_s: float = 0, caller: Caller | None = None, items: int = 1
+    ) -> AsyncIterator[None]:
         """Raises a 429 where the queue is full and stays so for `patience_s`, and a 503 where there is overload.
 
-        A list gets in whole while there is room for one item, so that long lists don't starve behind short ones. Those
+        A list gets in whole while there is room for one turn, so that long lists don't starve behind short ones. Those
         who are told to come back have room held for them. A tenant's share of the queue is its, however full it is.
         """
         self.check()
@@ -76,19 +83,19 @@ class Gate:
             if left <= 0:
                 self.rejected += 1
                 REJECTED.labels(self.name).inc()
-                expected = self.tickets.coming(self.max_items, tenant).tenants
-                mine, share = self.items_of[tenant], self._share(tenant, expected)
-                refused = self.tickets.refuse(tenant, self.items, self.max_items, items, ticket, mine, share)
+                expected = self.tickets.coming(self.max_turns, tenant).tenants
+                mine, share = self.turns_of[tenant], self._share(tenant, expected)
+                refused = self.tickets.refuse(tenant, self.turns, self.max_turns, turns, ticket, mine, share)
                 raise errors.queue_full(self.name, refused)
             # Not wait_for, which in Python 3.11 forgets that it was cancelled where it has just been freed.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._freed.wait()
-        self._count(tenant, items)
+        self._count(tenant, turns, items)
         try:
             yield
         finally:
-            self._count(tenant, -items)
+            self._count(tenant, -turns, -items)
             self._freed.set()
             self._freed = asyncio.Event()
 
@@ -97,24 +104,25 @@ class Gate:
         if awaited:
             share, held, own_held = self._share(tenant), 0, 0
         else:
-            coming = self.tickets.coming(self.max_items, tenant)
+            coming = self.tickets.coming(self.max_turns, tenant)
             share, held, own_held = self._share(tenant, coming.tenants), coming.held, coming.own
-        if self.items < self.max_items - held:
+        if self.turns < self.max_turns - held:
             return True
-        if sum(min(items, self.max_items) for items in self.items_of.values()) >= MOST * self.max_items:
+        if sum(min(turns, self.max_turns) for turns in self.turns_of.values()) >= MOST * self.max_turns:
             return False
-        return self.items_of[tenant] + own_held < self.max_items * share
+        return self.turns_of[tenant] + own_held < self.max_turns * share
 
     def _share(self, tenant: str, expected: Collection[str] = ()) -> float:
         """The part of the queue that is a tenant's beside those that have something in it, and those `expected`."""
-        weights = {name: self.weights.get(name, 1.0) for name in (*self.items_of, *expected, tenant)}
+        weights = {name: self.weights.get(name, 1.0) for name in (*self.turns_of, *expected, tenant)}
         return weights[tenant] / sum(weights.values())
 
-    def _count(self, tenant: str, items: int) -> None:
+    def _count(self, tenant: str, turns: int, items: int) -> None:
         self.items += items
-        self.items_of[tenant] += items
-        if not self.items_of[tenant]:
-            del self.items_of[tenant]
+        self.turns += turns
+        self.turns_of[tenant] += turns
+        if not self.turns_of[tenant]:
+            del self.turns_of[tenant]
         self._gauge.set(self.items)
 
     def check(self) -> None:
@@ -122,17 +130,17 @@ class Gate:
         if reason := self.overload():
             raise errors.no_capacity(self.name, reason)
 
-    def served(self, items: int, started: float) -> None:
+    def served(self, turns: int, started: float) -> None:
         """A call that `started` then (time.monotonic) has been answered."""
-        self.tickets.pace.served(items, started)
+        self.tickets.pace.served(turns, started)
 
     def standing(self) -> GateStanding:
         pace = self.tickets.pace
         return GateStanding(
             self.name,
-            self.items,
-            min(self.items, self.running()),
-            self.max_items,
+            self.turns,
+            min(self.turns, self.running()),
+            self.max_turns,
             self.rejected,
             self.tickets.outstanding,
             pace.p50_s,

@@ -16,6 +16,8 @@ router = APIRouter(tags=["queues"])
 async def queues(graph: GraphDep, caller: CallerDep) -> dict[str, Any]:
     """Each service's lane and each model's queue: running, waiting, rejected, service times and the estimated wait.
 
+    Lanes count requests, models turns: a short item takes one, and one more for every 64 tokens or so.
+
     Of a lane also what waits there for the caller's own tenant; the names of others are nobody's business.
     """
     told = await graph.lanes.queues()
@@ -35,16 +37,16 @@ def _lane(name: str, standing: dict[str, Any], tenant: str) -> dict[str, Any]:
 def _model(name: str, gates: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum over all who call it. Their rates add up, too."""
     busy = [gate for gate in gates if gate["service_time_p50_s"] is not None]
-    items = sum(gate["items"] for gate in gates)
+    turns = sum(gate["turns"] for gate in gates)
     running = sum(gate["running"] for gate in gates)
-    rate = sum(1 / gate["seconds_per_item"] for gate in busy)
+    rate = sum(1 / gate["seconds_per_turn"] for gate in busy)
     return {
         "name": name,
         "running": running,
-        "waiting": items - running,
+        "waiting": turns - running,
         "rejected": sum(gate["rejected"] for gate in gates),
-        "max_queue": sum(gate["max_items"] for gate in gates),
+        "max_queue": sum(gate["max_turns"] for gate in gates),
         "tickets": sum(gate["tickets"] for gate in gates),
         "service_time_p50_s": max((gate["service_time_p50_s"] for gate in busy), default=None),
-        "estimated_wait_s": round(items / rate, 3) if rate else 0.0,
+        "estimated_wait_s": round(turns / rate, 3) if rate else 0.0,
     }

@@ -16,10 +16,14 @@ from serve.services.search import Found
 router = APIRouter(tags=["search"])
 
 
+MAX_TOP_K = 256
+"""For each of which the cross-encoder reads four documents."""
+
+
 class SearchRequest(Body):
     query: Annotated[str, Field(min_length=1)]
     documents: Annotated[list[str], Field(fail_fast=True)]
-    top_k: Annotated[int, Field(ge=1, strict=True)] = 5
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K, strict=True)] = 5
 
 
 @router.post("/v1/search")

@@ -22,7 +22,7 @@ def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 
     async def main() -> None:
         gate = Gate("m", max_items)
         await scenario(gate)
-        assert gate.items == 0
+        assert gate.turns == 0
 
     asyncio.run(main())
 
@@ -45,7 +45,7 @@ def test_a_full_queue_refuses_with_the_time_to_come_back() -> None:
 def test_a_list_gets_in_whole_while_there_is_room_for_one() -> None:
     async def scenario(gate: Gate) -> None:
         async with gate.admitted(3), gate.admitted(100):
-            assert gate.items == 103
+            assert gate.turns == 103
             with pytest.raises(DureError):
                 async with gate.admitted(1):
                     pass
@@ -70,7 +70,7 @@ def test_a_tenant_has_its_share_of_a_queue_that_another_has_filled() -> None:
             for number in range(9):  # names are cheap: they get no more than twice the queue
                 with contextlib.suppress(DureError):
                     await enter(f"new{number}")
-            assert 6 < gate.items <= 8
+            assert 6 < gate.turns <= 8
 
     run(scenario)
 
@@ -79,7 +79,7 @@ def test_a_list_longer_than_the_queue_leaves_another_tenant_its_share() -> None:
     async def scenario(gate: Gate) -> None:
         flood, small = (Caller.waiting(5, tenant) for tenant in ("flood", "small"))
         async with gate.admitted(100, caller=flood), gate.admitted(1, caller=small):
-            assert gate.items == 101
+            assert gate.turns == 101
 
     run(scenario)
 
@@ -140,6 +140,12 @@ def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, ki
         def reason(self, model: str) -> str:
             return "its checkpoint is damaged"
 
+        def parallel(self, model: str) -> int:
+            return 1
+
+        def max_tokens(self, model: str) -> None:
+            return None
+
     async def main() -> None:
         watch: Any = Watch()
         handle: Any = None
@@ -151,6 +157,6 @@ def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, ki
         assert (caught.value.status, caught.value.kind) == (503, kind)
         assert int(caught.value.headers["Retry-After"]) >= 1
         assert time.monotonic() - started < 5
-        assert model.gate.items == 0
+        assert model.gate.turns == 0
 
     asyncio.run(main())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments.answers import Answers, Piece
-from deployments.items import Requests
+from deployments.items import Pair, Prompt, Requests, Text, turns
 from deployments.spec import Refusal
 from serve.coalescer import Coalescer
 from serve.following import Following, Progress
@@ -84,7 +84,7 @@ def run(
 ) -> Replica:
     async def main() -> Replica:
         replica = Replica()
-        coalescer = Coalescer(replica, 8, lambda: replicas, lambda: in_steps)
+        coalescer = Coalescer(replica, lambda: 8, lambda: replicas, lambda: in_steps)
         coalescer.start()
         await scenario(coalescer, replica)
         await asyncio.sleep(0.01)
@@ -460,3 +460,77 @@ def test_each_caller_is_known_by_a_name_of_its_own() -> None:
     assert one
     assert another
     assert one != another
+
+
+def test_calls_are_filled_by_turns_not_by_items() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        long = asyncio.create_task(coalescer.ask([1, 2, 3, 4, 5], 5, turns=[4] * 5))
+        await asyncio.sleep(0.01)
+        short = ask(coalescer, 6, 7)
+        assert (await short).results == [60, 70]
+        assert (await long).results == [10, 20, 30, 40, 50]
+
+    assert run(scenario).calls[0] == [1, 2]
+
+
+def test_an_item_of_more_turns_than_a_call_has_travels_nevertheless() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        asked = [coalescer.ask([number, number + 1], 5, turns=[20, 1]) for number in (1, 3)]
+        assert [each.results for each in await asyncio.gather(*asked)] == [[10, 20], [30, 40]]
+
+    assert sorted(itertools.chain(*run(scenario).calls)) == [1, 2, 3, 4]
+
+
+def test_who_has_long_texts_is_done_after_who_has_as_many_short_ones() -> None:
+    """Tenants share turns, not items."""
+
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica)
+        long = [coalescer.ask([number], 5, tenant="long", turns=[8]) for number in range(10, 16)]
+        short = [coalescer.ask([number], 5, tenant="short", turns=[1]) for number in range(20, 26)]
+        asked = [asyncio.create_task(each) for each in (*long, *short)]
+        await asyncio.sleep(0.01)
+        replica.go.set()
+        await asyncio.gather(*asked, *tasks)
+
+    order = list(itertools.chain(*run(scenario).calls))
+    assert order.index(25) < order.index(12)
+
+
+def test_a_client_that_leaves_gives_back_the_turns_it_has_not_had() -> None:
+    async def scenario(coalescer: Coalescer, replica: Replica) -> None:
+        tasks = await held(coalescer, replica)
+        gone = asyncio.create_task(coalescer.ask([3, 4], 5, turns=[5, 5]))
+        await asyncio.sleep(0.01)
+        assert coalescer.waiting == 10
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        assert coalescer.waiting == 0
+        replica.go.set()
+        await asyncio.gather(*tasks)
+
+    assert run(scenario).calls == [[1], [2]]
+
+
+LONG = "The deposit is returned within 14 days. " * 5000
+
+
+@pytest.mark.parametrize(
+    ("request_", "max_tokens", "expected"),
+    [
+        (Text("A lease."), 256, 1),
+        (Text(LONG), 256, 5),
+        (Text(LONG), 512, 9),
+        (Text(LONG), None, 9),
+        (Text("두레는 마을의 품앗이다. " * 20), 256, 3),
+        (Text(list(range(200))), 256, 4),
+        (Pair("rain", "It rains."), 512, 1),
+        (Pair(LONG, "a"), 512, 9),
+        (Pair("a" * 300, "b" * 300), 512, 3),
+        (Prompt(LONG), 128, 1),
+        ({"say": LONG}, None, 1),
+        (Text("\ud800" * 300), 256, 2),
+    ],
+)
+def test_turns_follow_the_text_that_a_model_reads(request_: Any, max_tokens: int | None, expected: int) -> None:
+    assert turns(request_, max_tokens) == expected
