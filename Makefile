@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
+.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -52,6 +52,9 @@ bench-vision: $(INSTALLED)
 
 bench-adverts: $(INSTALLED)
 	$(BIN)/python -m loadtests.adverts $(ARGS)
+
+bench-memory: $(INSTALLED)
+	$(BIN)/python -m loadtests.memory $(ARGS)
 
 loadtest: $(INSTALLED)
 	$(BIN)/python -m locust --locustfile loadtests/locustfile.py --headless --users 20 --run-time 2m --only-summary \

@@ -48,6 +48,14 @@ def digest(path: Path) -> str:
     return known
 
 
+@functools.cache
+def code() -> str:
+    """The digest of all code that loads, converts and measures models."""
+    here = Path(__file__).parent
+    files = [path for path in sorted(here.rglob("*")) if path.suffix in (".py", ".toml")]
+    return key(*(f"{path.relative_to(here)} {digest(path)}" for path in files))
+
+
 def versions() -> dict[str, str]:
     """Of the libraries that a measurement or a converted model depends on."""
     installed = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import tomllib
 from pathlib import Path
 
@@ -17,11 +16,6 @@ PERCENTILE = 5
 def read() -> dict[str, list[str]]:
     """`texts`, `queries` with their `documents`, and `prompts`."""
     return tomllib.loads(FILE.read_text())
-
-
-def digest() -> str:
-    """Changes with the texts."""
-    return hashlib.sha256(FILE.read_bytes()).hexdigest()[:16]
 
 
 def cosine(original: np.ndarray, rows: np.ndarray) -> float:

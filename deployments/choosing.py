@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import psutil
 
-from deployments import aside, cache, calibration
+from deployments import aside, cache
 from deployments.checkpoint_files import contents
 from deployments.layout import Layout
 from deployments.progress import LoadProgress
@@ -23,8 +23,6 @@ from deployments.spec import Facts, ModelSpec, Precision, Runtime
 FP32_BYTES = 4
 FREE_SHARE = 0.25
 """An original that takes more than this of the free memory is not loaded to compare with."""
-SCHEME = 5
-"""Of the measurement; another number forgets all choices."""
 
 Way = tuple[Runtime, Precision]
 
@@ -83,8 +81,8 @@ def open_ways(engine: Any, spec: ModelSpec) -> list[Way]:
 def _choice(engine: Any, spec: ModelSpec, folder: Path, ways: list[Way], progress: LoadProgress) -> dict[str, Any]:
     """From disk, or measured by one process of this machine at a time."""
     name = "choice-" + cache.key(
-        *(SCHEME, _path(engine), _source(engine), spec.precision, spec.runtime, spec.threads or cache.cores()),
-        *(_hardware(spec), contents(folder), cache.versions(), calibration.digest()),
+        *(_path(engine), spec.precision, spec.runtime, spec.threads or cache.cores(), _hardware(spec)),
+        *(contents(folder), cache.versions(), cache.code(), _source(engine)),
     )
     choice = cache.read(name)
     if _is_choice(choice):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from serve.environment import first_free
+from serve.processes import MARK, Owner
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".dure/bench"
@@ -136,11 +139,24 @@ def dure_with(
     more: dict[str, Any] | None = None,
 ) -> Server:
     """Dure with these models and `more` settings; `name` is for its config file."""
+    document = shipped()
+    document["applications"][0]["args"] |= {"models": models, "ingress": ingress, **(more or {})}
+    return dure_from(document, name, path, told, details)
+
+
+def shipped() -> dict[str, Any]:
+    """The config that `make serve` starts."""
+    document: dict[str, Any] = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
+    return document
+
+
+def dure_from(
+    document: dict[str, Any], name: str, path: str, told: str = "", details: dict[str, str] | None = None
+) -> Server:
+    """Dure as a config says, but on a port and with logs of its own."""
     port = free_port()
-    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
-    document["applications"][0]["args"] |= {"models": models, "ingress": ingress, **(more or {})}
     config = BENCH / f"dure/{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(document, sort_keys=False))
@@ -194,6 +210,17 @@ def _own(
     port = free_port()
     command = [str(_python(peer)), str(PEERS / script), "--task", task, "--model", str(model)]
     return Server(name, told, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
+
+
+def processes(root: int) -> list[psutil.Process]:
+    """A Dure's process and all that it has started: they are marked in their environment."""
+    found = [psutil.Process(root)]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            owner = Owner.parse(process.environ().get(MARK, ""))
+            if owner and owner.pid == root and process.pid != root:
+                found.append(process)
+    return found
 
 
 def served_as(dure: Server) -> tuple[str, str]:

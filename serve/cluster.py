@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import ray
 from ray import serve
+from ray._private import node
 from ray.serve._private import api
 from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import RayServeException
@@ -22,6 +23,7 @@ from serve.actors import NAMESPACE
 from serve.board import NAME, Replica, board
 from serve.config_file import ConfigFile
 from serve.lanes import admission
+from serve.lean_node import LeanNode
 from serve.strict import SettingsError
 from serve.watch import CONSTRUCTOR_TRIES
 
@@ -49,6 +51,7 @@ class Event:
 def start() -> None:
     """Start Ray on this machine alone."""
     _quiet()
+    node.Node = LeanNode
     ray.init(
         address="local",
         namespace="serve",

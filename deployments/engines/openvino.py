@@ -35,8 +35,6 @@ from openvino import opset13 as op  # noqa: E402
 
 logger = logging.getLogger("ray.serve")
 
-SCHEME = 2
-"""Of what is on disk; another number forgets it."""
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 STORED = {"fp32": "fp32", "bf16": "half", "int8": "int8"}
 INT8_GROUP = 128
@@ -58,7 +56,7 @@ class Converted:
         if precision not in HINTS:
             raise ValueError(f"it has no {precision}, only {', '.join(HINTS)}")
         self.precision = precision
-        name = cache.key(SCHEME, output, contents(folder), cache.versions())
+        name = cache.key(output, contents(folder), cache.versions(), cache.code())
         self.folder = cache.cache_folder() / f"openvino-{name}"
         self.path = self.folder / STORED[precision] / "model.xml"
 
