@@ -27,10 +27,12 @@ from serve.lanes.gate import Gate
 from serve.model_settings import ModelSettings
 from serve.watch import Watch
 
-TRIES = 3
-"""A call whose replica died is made again on another. Models have no effects, and who asks a service for one gives the
-ids of what is made, so that the same call made twice has it once."""
+TRIES = 2
+"""A call whose replica died is made again on another, but once: it may be what the replica died of. Model calls have no
+side effects; service calls carry the ids of what they make, so that a repeat makes nothing twice."""
 RETRY_PAUSE_S = 0.2
+LOST = (RayActorError, DeploymentUnavailableError, AioRpcError)
+DIED = Refusal("the model's process died twice while it worked on this; send something smaller", "failed")
 
 
 class Deployment:
@@ -87,7 +89,7 @@ class Deployment:
             raise _of_task(error) from error
         except BackPressureError as error:
             raise errors.overloaded(self.name) from error
-        except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
+        except LOST as error:
             raise errors.unavailable(self.name) from error
         finally:
             response.cancel()
@@ -98,21 +100,27 @@ class Deployment:
 
     async def _tried(self, attempt: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
         """What `attempt` returns, which is made again where a replica died over it."""
-        started = time.monotonic()
-        for number in range(1, TRIES + 1):
+        deadline = time.monotonic() + timeout_s
+        for _ in range(TRIES - 1):
             try:
-                return await asyncio.wait_for(attempt(), max(0.001, started + timeout_s - time.monotonic()))
-            except TimeoutError as error:
-                raise errors.too_late(self.name, timeout_s) from error
-            except RayTaskError as error:
-                raise _of_task(error) from error
-            except BackPressureError as error:
-                raise errors.overloaded(self.name) from error
-            except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
-                if number == TRIES:
-                    raise errors.unavailable(self.name) from error
+                return await self._once(attempt, deadline, timeout_s)
+            except LOST:
                 await asyncio.sleep(RETRY_PAUSE_S)
-        raise AssertionError("unreachable")
+        try:
+            return await self._once(attempt, deadline, timeout_s)
+        except LOST as error:
+            raise errors.unavailable(self.name) from error
+
+    async def _once(self, attempt: Callable[[], Awaitable[Any]], deadline: float, timeout_s: float) -> Any:
+        """What `attempt` returns. Raises DureError, and LOST where a replica died over it."""
+        try:
+            return await asyncio.wait_for(attempt(), max(0.001, deadline - time.monotonic()))
+        except TimeoutError as error:
+            raise errors.too_late(self.name, timeout_s) from error
+        except RayTaskError as error:
+            raise _of_task(error) from error
+        except BackPressureError as error:
+            raise errors.overloaded(self.name) from error
 
 
 class Model(Deployment):
@@ -203,17 +211,15 @@ class Model(Deployment):
         return answers.results
 
     async def _send(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
+        """Have a replica answer requests. Where it dies, each that is left is asked once more by itself, one after the
+        other, so that what a replica may have died of takes no others with it.
+        """
         left = dict.fromkeys(range(len(requests.items)))
+        timeout_s = max(requests.timeouts_s)
+        deadline = time.monotonic() + timeout_s
 
-        async def ask_for_the_rest() -> None:
-            places = list(left)
-            rest = replace(
-                requests,
-                items=[requests.items[place] for place in places],
-                timeouts_s=[requests.timeouts_s[place] for place in places],
-                numbers=[requests.numbers[place] for place in places],
-            )
-            response = self.streaming.run.remote(rest)
+        async def ask(places: list[int]) -> None:
+            response = self.streaming.run.remote(_only(requests, places))
             try:
                 async for piece in response:
                     refusals = {places[at]: refusal for at, refusal in piece.refusals.items()}
@@ -226,9 +232,28 @@ class Model(Deployment):
                 response.cancel()
                 raise
 
-        await self._tried(ask_for_the_rest, max(requests.timeouts_s))
+        try:
+            await self._once(lambda: ask(list(left)), deadline, timeout_s)
+        except LOST:
+            for place in list(left):
+                await asyncio.sleep(RETRY_PAUSE_S)
+                try:
+                    await self._once(functools.partial(ask, [place]), deadline, timeout_s)
+                except LOST:
+                    del left[place]
+                    deliver(Piece((), [], {place: DIED}))
         if left:
             raise errors.internal()
+
+
+def _only(requests: Requests, places: list[int]) -> Requests:
+    """Of a call's requests those at these places."""
+    return replace(
+        requests,
+        items=[requests.items[place] for place in places],
+        timeouts_s=[requests.timeouts_s[place] for place in places],
+        numbers=[requests.numbers[place] for place in places],
+    )
 
 
 def _of_task(error: RayTaskError) -> DureError:
