@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 def processor() -> str:
     """The CPU's name and its instructions for matrices and vectors."""
     with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
         flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)
         wanted = sorted(flag for flag in (flags[1].split() if flags else []) if re.match(r"avx|amx|fma", flag))
@@ -64,7 +64,7 @@ def cores() -> int:
 def read(name: str) -> dict[str, Any] | None:
     """What was written under this name; None where there is nothing, or nothing that can be read."""
     try:
-        document = json.loads((cache_folder() / f"{name}.json").read_text())
+        document = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
@@ -76,7 +76,7 @@ def write(name: str, document: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, path = tempfile.mkstemp(dir=folder, suffix=".part")
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(document, file, ensure_ascii=False, indent=1)
         os.replace(path, folder / f"{name}.json")
 
@@ -87,6 +87,6 @@ def alone(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             cache_folder().mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((cache_folder() / f"{name}.lock").open("w"))
+            lock = stack.enter_context((cache_folder() / f"{name}.lock").open("w", encoding="utf-8"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -41,7 +41,7 @@ class Layout:
                 where = {}
             elif index.is_file():
                 try:
-                    where = json.loads(index.read_text())["weight_map"]
+                    where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 except (ValueError, KeyError) as error:
                     raise CheckpointError(f"{index} is damaged: {error}") from error
             else:
@@ -93,7 +93,7 @@ class Layout:
 def _pickled_values(folder: Path, shards: list[str]) -> int:
     """About how many weights are in files of torch, by their size: of 16 bits, where the config says so, or 32."""
     size = sum((folder / shard).stat().st_size for shard in shards)
-    return size // (2 if "float16" in (folder / "config.json").read_text() else 4)
+    return size // (2 if "float16" in (folder / "config.json").read_text(encoding="utf-8") else 4)
 
 
 def _bytes(tensor: dict[str, Any]) -> int:

@@ -33,7 +33,7 @@ class ConfigFile(BaseModel):
 def read_config(path: Path) -> ConfigFile:
     """Read and check a config file. Raises SettingsError with a line for each thing to change."""
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:

@@ -52,7 +52,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _stop)
         log_folder = _log_folder(self.config)
-        with self.errors.open("w") as errors:
+        with self.errors.open("w", encoding="utf-8") as errors:
             self.runner = subprocess.Popen(
                 [
                     sys.executable,
@@ -68,6 +68,7 @@ class Supervisor:
                 cwd=ROOT,
                 env=environment.local_environment(self.sockets) | os.environ | {processes.MARK: str(self.owner)},
                 start_new_session=True,
+                encoding="utf-8",
             )
 
     def events(self) -> Iterator[dict[str, str]]:
@@ -98,7 +99,9 @@ class Supervisor:
 
     def last_words(self) -> str:
         """The end of what the runner wrote to stderr."""
-        lines = [line for line in self.errors.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in self.errors.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
+        ]
         return lines[-1] if lines else "it said nothing"
 
     def stop(self) -> None:

@@ -37,12 +37,12 @@ def ports_of_its_own() -> dict[str, str]:
 
 def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:
     """A config like configs/local.yaml with other models and settings."""
-    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(folder / "logs")
     document["applications"][0]["args"] |= {"models": models, **args}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False))
+    path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -69,6 +69,7 @@ class Dure:
             cwd=ROOT,
             env=self.environment,
             start_new_session=True,
+            encoding="utf-8",
         )
         self.output: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -113,6 +114,7 @@ class Dure:
             env={**self.environment, "DURE_URL": self.url},
             timeout=seconds,
             check=False,
+            encoding="utf-8",
         )
 
     def kill(self) -> None:

@@ -29,7 +29,7 @@ class Shout:
         if (folder / "broken").exists():
             raise CheckpointError(f"{folder / 'broken'} is in the way")
         for shard in range(1, 5):
-            time.sleep(float((folder / "seconds_per_shard").read_text()))
+            time.sleep(float((folder / "seconds_per_shard").read_text(encoding="utf-8")))
             progress.checkpoint(25 * shard, shard, 4)
         return cls()
 

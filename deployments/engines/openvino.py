@@ -175,7 +175,7 @@ def _let_go(path: Path) -> None:
     """Drop the mapped pages of a file from this process's memory; those still needed come back as they are read."""
     if sys.platform != "linux":
         return
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         if line.endswith(str(path)) and (span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)):
             start, end = int(span[1], 16), int(span[2], 16)
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)

@@ -28,7 +28,7 @@ Start = Callable[..., Dure]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a `dure serve` with one light model of a user's own engine."""
     started: list[Dure] = []
-    (tmp_path / "seconds_per_shard").write_text("0.01")
+    (tmp_path / "seconds_per_shard").write_text("0.01", encoding="utf-8")
 
     def launch(models: dict[str, Any] | None = None, port: int | None = None, **args: Any) -> Dure:
         port = port or free_port()
@@ -78,7 +78,7 @@ def a_machine_that_is_full_takes_no_new_work(dure: Dure) -> None:
 
 
 def test_interrupting_while_models_load_leaves_nothing(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "seconds_per_shard").write_text("30")
+    (tmp_path / "seconds_per_shard").write_text("30", encoding="utf-8")
     dure = start()
     dure.wait_for("Building the graph")
     time.sleep(2)
@@ -135,7 +135,7 @@ def test_wrong_settings_are_refused_before_anything_starts(start: Start, tmp_pat
 def test_a_load_is_seen_live_a_request_waits_for_it_and_a_signal_ends_all_in_good_order(
     start: Start, tmp_path: Path
 ) -> None:
-    (tmp_path / "seconds_per_shard").write_text("1.5")
+    (tmp_path / "seconds_per_shard").write_text("1.5", encoding="utf-8")
     dure = start(load_wait_s=60)
     url = f"{dure.url}/v1/models/shout/run"
     dure.wait_for("Building the graph")
@@ -178,6 +178,7 @@ def test_commands_say_when_nothing_runs(start: Start, tmp_path: Path) -> None:
         text=True,
         timeout=60,
         check=False,
+        encoding="utf-8",
     )
     assert process.returncode == 1
     assert "is `dure serve` running?" in process.stderr

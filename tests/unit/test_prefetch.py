@@ -106,6 +106,7 @@ def command(hub: Hub, cache: Path, config: Path) -> subprocess.Popen[str]:
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment(hub, cache)},
+        encoding="utf-8",
     )
 
 

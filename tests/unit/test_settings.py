@@ -17,13 +17,13 @@ CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {ROOT / "configs/rays
 
 def written(tmp_path: Path, **changes: Any) -> Path:
     """configs/local.yaml with `a.b.c=value` changes below the predictor's settings or, with `args__`, below args."""
-    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
     args = document["applications"][0]["args"]
     for name, value in changes.items():
         place = args if name.startswith("args__") else args["models"]["predictor"]
         place[name.removeprefix("args__")] = value
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(document))
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
     return path
 
 
@@ -65,7 +65,7 @@ def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:
 def test_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for text, said in (("a: [", "not YAML"), ("just text", "applications"), ("applications: []", "applications")):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(SettingsError, match=said):
             read_config(path)
     with pytest.raises(SettingsError, match="No such file"):
@@ -74,8 +74,10 @@ def test_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
 
 def test_ray_serves_own_settings_are_checked_too(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text()) | {"proxy_location": "Everywhere"}
-    path.write_text(yaml.safe_dump(document))
+    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8")) | {
+        "proxy_location": "Everywhere"
+    }
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
     with pytest.raises(SettingsError, match="proxy_location"):
         read_config(path)
 
