@@ -144,7 +144,7 @@ def dure_with(
     config = BENCH / f"dure/{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "serve.cli"]
+    command = [sys.executable, "-m", "serve"]
     return Server(
         "Dure",
         told,

@@ -5,7 +5,7 @@
    be loaded or warmed up (its source, checkpoint, engine or memory).
 1: the machine or the cluster failed: Ray or Serve did not start, a process died without a word, a disk is full, no
    server answers.
-0: all went well, or a signal asked for the end.
+0: all went well, or a signal asked for the end of `dure serve`; before there is anything to end, a signal just kills.
 
 Wrong arguments of a command are 2, as everywhere.
 """
@@ -18,6 +18,10 @@ MACHINE, CONFIG = 1, 2
 LONGEST = 500
 """Characters of a reason that are shown."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class MachineError(Exception):
+    """The machine or the cluster can't do what it should: one line."""
 
 
 def one_line(text: str) -> str:

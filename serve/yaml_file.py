@@ -85,10 +85,11 @@ def _nearest(path: Path) -> str:
     for folder in (ROOT / "configs", path.parent):
         try:
             with os.scandir(folder) as entries:
-                files |= {entry.name: folder / entry.name for entry in islice(entries, LISTED)}
+                names = [Path(entry.name) for entry in islice(entries, LISTED)]
         except OSError:
             continue
-    near = difflib.get_close_matches(path.name, [name for name in files if name.endswith((".yaml", ".yml"))], n=1)
+        files |= {name.stem: folder / name for name in names if name.suffix in (".yaml", ".yml")}
+    near = difflib.get_close_matches(path.stem, files, n=1)
     return f"; did you mean {files[near[0]]}?" if near else ""
 
 

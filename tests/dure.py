@@ -62,7 +62,7 @@ class Dure:
         self.environment = {**os.environ, "DURE_STATE": str(state), **ports_of_its_own(), **environment}
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)],
+            [sys.executable, "-m", "serve", "serve", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -107,7 +107,7 @@ class Dure:
 
     def command(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "serve.cli", *words],
+            [sys.executable, "-m", "serve", *words],
             capture_output=True,
             text=True,
             cwd=ROOT,

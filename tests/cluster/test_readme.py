@@ -16,7 +16,7 @@ import yaml
 from deployments.engines import load_engine
 from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
-from serve.cli import main
+from serve.cli import app
 from serve.config_file import read_config
 from serve.environment import cluster_environment
 from serve.settings import Settings
@@ -116,7 +116,7 @@ def test_dure_command(dure: Dure, command: str) -> None:
 
 def assert_dure_takes(words: list[str]) -> None:
     """A `dure` command on another machine: there is such a command, and its config is valid."""
-    known = {each.name or getattr(each.callback, "__name__", "") for each in main.registered_commands}
+    known = {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}
     assert (words[0], words[1] in known) == ("dure", True)
     config = words[words.index("--config") + 1]
     assert read_config(ROOT / config.removeprefix(HOME)).settings.models

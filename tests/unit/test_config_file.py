@@ -144,7 +144,7 @@ def test_utf_8_is_read_and_written_whatever_the_locale(tmp_path: Path) -> None:
     path = tmp_path / "설정.yaml"
     path.write_text(KOREAN.replace("first", "한글"), encoding="utf-8")
     run = subprocess.run(
-        [sys.executable, "-X", "utf8=0", "-m", "serve.cli", "plan", "--config", str(path)],
+        [sys.executable, "-X", "utf8=0", "-m", "serve", "plan", "--config", str(path)],
         cwd=ROOT,
         env={**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,

@@ -49,7 +49,7 @@ def folder_of(hub: Path, name: str) -> Path:
 
 def dure_plan(hub: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     known = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
-    command = [sys.executable, "-m", "serve.cli", "plan", *words]
+    command = [sys.executable, "-m", "serve", "plan", *words]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=known, timeout=60, check=False, encoding="utf-8"
     )
