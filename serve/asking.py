@@ -82,7 +82,7 @@ def ask(answer: type[Answer], url: str, path: str, body: object = None, timeout_
         status, content = asyncio.run(_fetch(url + path, body, timeout_s))
     except TimeoutError as error:
         raise MachineError(f"{shown} has not answered within {timeout_s:g} s") from error
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:  # SOCKS needs a package
         reason = one_line(str(error)) or type(error).__name__
         raise MachineError(
             f"{shown} does not answer ({reason}); is `dure serve` running? --url or DURE_URL says where"

@@ -26,7 +26,7 @@ from serve import asking, bench, environment, history, processes
 from serve.code_version import DURE, code_version, run_by
 from serve.config_file import ConfigFile, checked
 from serve.console import DEFAULT_CONFIG, ConfigOption, complain, fail, out, read
-from serve.failures import CONFIG, MACHINE, MachineError, one_line
+from serve.failures import CONFIG, MACHINE, MachineError, one_line, printable
 from serve.start_events import Event
 from serve.store import locations, schema
 from serve.strict import SettingsError
@@ -273,7 +273,7 @@ def status(url: UrlOption = DEFAULT_URL) -> None:
             "" if model.memory_mb is None else f"{model.memory_mb:.1f} MB",
             "" if model.load_seconds is None else f"{model.load_seconds:.1f} s",
         ]
-        table.add_row(*(escape(one_line(cell)) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     out.print(table)
 
 
@@ -290,7 +290,7 @@ def predict(
         raise SettingsError("the text is not UTF-8") from error
     answer = asking.ask(asking.Words, url, "/predict", {"text": text, "top_k": top_k}, PREDICT_S)
     for word in answer.predictions:
-        out.print(f"{word.confidence:6.1%}  {text}{one_line(word.append)}", highlight=False, markup=False)
+        out.print(f"{word.confidence:6.1%}  {text}{printable(word.append)}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def one_line(text: str) -> str:
     frames = [number for number, line in enumerate(lines) if line.lstrip().startswith('File "')]
     raised = [line for line in lines[frames[-1] + 1 :] if not line[0].isspace()] if frames else []
     announced = not raised and lines and lines[0].endswith(":")
-    told = " ".join(line.strip() for line in (raised or lines)[: 2 if announced else 1])
-    told = "".join(character if character.isprintable() else " " for character in told)
+    told = printable(" ".join(line.strip() for line in (raised or lines)[: 2 if announced else 1]))
     return told if len(told) <= LONGEST else f"{told[: LONGEST - 3]}..."
+
+
+def printable(text: str) -> str:
+    """The text without what would move a terminal's cursor or colour what follows."""
+    return "".join(character if character.isprintable() else " " for character in text)

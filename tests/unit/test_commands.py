@@ -145,6 +145,15 @@ def test_an_address_where_nothing_answers_is_one_line(dure: Run, url: str) -> No
     assert "does not answer" in line
 
 
+@pytest.mark.parametrize("proxy", ["nonsense", "http://proxy.invalid:99999", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_is_none_is_one_line(dure: Run, proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    code, out, err = dure("status", "--url", "http://127.0.0.1:9")
+    assert (code, out) == (1, "")
+    [line] = err.splitlines()
+    assert line.startswith("http://127.0.0.1:9 does not answer")
+
+
 def test_a_password_in_an_address_is_not_repeated(dure: Run) -> None:
     _, _, err = dure("status", "--url", "http://me:hunter2@127.0.0.1:9")
     assert "hunter2" not in err
@@ -237,6 +246,21 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     assert "Traceback" not in run.stderr
 
 
+def test_korean_is_sent_and_printed_under_a_locale_without_it() -> None:
+    words = '{"predictions": [{"append": " 좋아서", "confidence": 0.5}]}'
+    with answering(http(words.encode())) as url:
+        run = subprocess.run(
+            [sys.executable, "-X", "utf8=0", "-m", "serve", "predict", "오늘", "--url", url],
+            env={**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"},
+            capture_output=True,
+            cwd=ROOT,
+            timeout=60,
+            check=False,
+        )
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout == b" 50.0%  ?? ???\n"
+
+
 @pytest.mark.parametrize("after_s", [0.2, 1.0])
 def test_an_interrupt_while_it_starts_leaves_no_traceback(after_s: float, tmp_path: Path) -> None:
     process = subprocess.Popen(
@@ -253,4 +277,4 @@ def test_an_interrupt_while_it_starts_leaves_no_traceback(after_s: float, tmp_pa
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert err == ""
-    assert process.returncode in (0, -signal.SIGINT)
+    assert process.returncode in (0, -signal.SIGINT, 128 + signal.SIGINT)
