@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+
+import fsspec
 
 from deployments.sources import local_folder, resolve
 from deployments.spec import CheckpointError
@@ -12,6 +15,7 @@ from serve.model_settings import optimised
 from serve.places import Booking, Gpu, place
 from serve.plan import with_shares
 from serve.settings import Settings
+from serve.store import locations
 from serve.strict import SettingsError
 
 
@@ -19,6 +23,7 @@ def check(config: ConfigFile) -> None:
     """Raises SettingsError where the port is taken, a source is missing, or the machine lacks what models ask for."""
     check_address(config.host, config.port)
     check_sources(config.settings)
+    check_assets(config.settings)
     check_cpus(config.settings)
     check_gpus(config.settings)
 
@@ -49,6 +54,21 @@ def check_sources(settings: Settings) -> None:
                 local_folder(model.source)
         except (CheckpointError, ImportError, OSError) as error:
             raise SettingsError(f"model {name}: {error}") from error
+
+
+def check_assets(settings: Settings) -> None:
+    """Can pictures be kept where the record of adverts has them?"""
+    if not settings.keeps_record:
+        return
+    place = locations.assets(settings.store)
+    try:
+        if "://" in place:
+            fsspec.get_filesystem_class(place.partition("://")[0])
+        else:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    except (OSError, ImportError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"store.assets: {place}: {reason}") from error
 
 
 def check_cpus(settings: Settings) -> None:

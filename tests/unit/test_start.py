@@ -117,6 +117,30 @@ def test_a_switch_that_is_neither_is_seen_before_the_start(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("assets", "said"),
+    [
+        ("nosuch://bucket/dure", "store.assets: nosuch://bucket/dure: Protocol not known: nosuch"),
+        ("/proc/nowhere", "store.assets: /proc/nowhere: No such file or directory"),
+        (str(ROOT / "README.md" / "x"), "Not a directory"),
+    ],
+)
+def test_pictures_that_could_not_be_kept_are_seen_before_the_start(assets: str, said: str) -> None:
+    models = {"v": {"task": "vision", "source": "demo"}}
+    with pytest.raises(SettingsError) as caught:
+        preflight.check_assets(Settings.model_validate({"models": models, "store": {"assets": assets}}))
+    assert said in str(caught.value)
+
+
+def test_a_folder_for_pictures_is_made_where_there_is_none(tmp_path: Path) -> None:
+    models = {"v": {"task": "vision", "source": "demo"}}
+    store = {"assets": str(tmp_path / "a/b")}
+    preflight.check_assets(Settings.model_validate({"models": models, "store": store}))
+    assert (tmp_path / "a/b").is_dir()
+    preflight.check_assets(settings(a={}))
+    preflight.check_assets(Settings.model_validate({"models": models, "store": {"assets": "memory://dure"}}))
+
+
+@pytest.mark.parametrize(
     ("models", "fits"),
     [
         ({"a": {"num_cpus": 1.9}}, True),
