@@ -27,7 +27,8 @@ BATCH = 8
 
 def engine(name: str) -> Any:
     """The engine of a model as configs/local.yaml serves it."""
-    settings = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"][name]
+    config = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
+    settings = config["applications"][0]["args"]["models"][name]
     return load_engine(ModelSpec(name, settings["task"], settings["source"]), LoadProgress(lambda _: None))
 
 

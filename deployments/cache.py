@@ -93,7 +93,7 @@ def cores() -> int:
 def read(name: str) -> dict[str, Any] | None:
     """What was written under this name; None where there is nothing, or nothing that can be read."""
     try:
-        document = json.loads((cache_folder() / f"{name}.json").read_text())
+        document = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
@@ -105,7 +105,7 @@ def write(name: str, document: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, path = tempfile.mkstemp(dir=folder, suffix=".part")
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(document, file, ensure_ascii=False, indent=1)
         os.replace(path, folder / f"{name}.json")
 
@@ -116,6 +116,6 @@ def alone(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             cache_folder().mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((cache_folder() / f"{name}.lock").open("w"))
+            lock = stack.enter_context((cache_folder() / f"{name}.lock").open("w", encoding="utf-8"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -15,7 +15,7 @@ PERCENTILE = 5
 @functools.cache
 def read() -> dict[str, list[str]]:
     """`texts`, `queries` with their `documents`, and `prompts`."""
-    return tomllib.loads(FILE.read_text())
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
 
 def cosine(original: np.ndarray, rows: np.ndarray) -> float:

@@ -40,7 +40,7 @@ def measure(path: str, clients: int) -> tuple[float, float, float, int]:
     script = Path(__file__).with_name("fresh.lua")
     command = ["wrk", "-t1", f"-c{clients}", f"-d{SECONDS}s", "--timeout", "30s", "-s", str(script), URL + path, body]
     command.insert(-1, "--")
-    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 60, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 60, check=True, encoding="utf-8")
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     requests, microseconds, p50, p99, errors = line.split()[1:]
     return int(requests) / int(microseconds) * 1e6, float(p50), float(p99), int(errors)
@@ -49,7 +49,7 @@ def measure(path: str, clients: int) -> tuple[float, float, float, int]:
 def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk is needed: apt-get install wrk")
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, ray {ray.__version__}, ", end="")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")

@@ -127,7 +127,7 @@ def _config(shape: Shape, tokenizer: LlamaTokenizer) -> LlavaConfig:
 
 def _tokenizer() -> LlamaTokenizer:
     draw = random.Random(SEED)
-    texts = [(ROOT / "README.md").read_text(), WORDS_FILE.read_text()]
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), WORDS_FILE.read_text(encoding="utf-8")]
     tokenizer = train_tokenizer((line for text in texts for line in text.splitlines()), LEARNT)
     known = set(tokenizer.get_vocab())
     fillers: list[str] = []

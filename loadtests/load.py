@@ -49,7 +49,7 @@ class Measure:
 
 def texts(count: int, shortest: int, longest: int, seed: int, words: Path = WORDS_FILE) -> list[str]:
     """Seeded texts of `shortest` to `longest` words."""
-    draw, known = random.Random(seed), words.read_text().split()
+    draw, known = random.Random(seed), words.read_text(encoding="utf-8").split()
     return [" ".join(draw.choices(known, k=draw.randint(shortest, longest))) for _ in range(count)]
 
 
@@ -73,7 +73,9 @@ def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
     command = ["wrk", "-t1", f"-c{workload.clients}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(HERE / "fresh.lua"), url, "--", body]
     command += [str(workload.words), str(workload.shortest), str(workload.longest)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=seconds + PATIENCE_S, check=True)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds + PATIENCE_S, check=True, encoding="utf-8"
+    )
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     requests, microseconds, p50, p99, failed = line.split()[1:]
     rate = max(int(requests) - int(failed), 0) / int(microseconds) * 1e6

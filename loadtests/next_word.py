@@ -43,7 +43,7 @@ def write_checkpoint(folder: Path) -> Path:
     tokenizer.pre_tokenizer = Steps([Metaspace(), Split(Regex(f"{WORD_START}?."), "isolated")])
     tokenizer.save(str(folder / "tokenizer.json"))
     words = folder / "words.txt"
-    words.write_text("\n".join(draw.choice(begin) + draw.choice(inner) for _ in range(4000)))
+    words.write_text("\n".join(draw.choice(begin) + draw.choice(inner) for _ in range(4000)), encoding="utf-8")
     torch.manual_seed(SEED)
     config = GPT2Config(vocab_size=VOCABULARY, bos_token_id=vocabulary["</s>"], eos_token_id=vocabulary["</s>"])
     model = GPT2LMHeadModel(config)

@@ -36,7 +36,7 @@ SETTLE_S = 15
 TIMES = 4.0
 PREPARED = 10_000
 """Bodies: the load should not take from the cores what is measured on them."""
-WORDS = WORDS_FILE.read_text().split()
+WORDS = WORDS_FILE.read_text(encoding="utf-8").split()
 DRAW = random.Random(1)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = servers.BENCH / "next_word"
-    words = write_checkpoint(folder).read_text().split()
+    words = write_checkpoint(folder).read_text(encoding="utf-8").split()
     models = {
         "predictor": {"task": "next_word", "source": str(folder), "threads": 1, "max_queue": MAX_QUEUE["predictor"]},
         "embedder": {

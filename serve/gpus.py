@@ -25,8 +25,8 @@ class Gpus:
 
     @classmethod
     def parse(cls, text: str) -> Gpus:
-        """From COUNTxSIZE, such as 2x24GiB. Raises ValueError."""
-        found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)\s*(GiB|GB)", text.strip(), re.IGNORECASE)
+        """From COUNTxSIZE, such as 2x24GiB, of up to 9999 GPUs. Raises ValueError."""
+        found = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,5}(?:\.[0-9]{1,5})?)\s*(GiB|GB)", text.strip(), re.IGNORECASE)
         if not found or not int(found[1]) or not float(found[2]):
             raise ValueError("GPUs are written as COUNTxSIZE, such as 2x24GiB or 1x80GB")
         unit = GIB if found[3].lower() == "gib" else 10**9

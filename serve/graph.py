@@ -20,11 +20,8 @@ from serve.lanes.client import Lanes
 from serve.metrics import REGISTRY
 from serve.predictions import Predictions
 from serve.reporter import Reporter
-from serve.settings import Settings
+from serve.settings import NEEDS, Settings
 from serve.watch import Watch
-
-NEEDS = {"search": ("embedding", "rerank"), "adverts": ("vision",)}
-"""Tasks of the models that a service calls."""
 
 
 @dataclass(frozen=True)

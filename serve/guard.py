@@ -73,8 +73,8 @@ class Machine:
         cpu.max is microseconds of CPU time in each so many: https://docs.kernel.org/admin-guide/cgroup-v2.html.
         """
         try:
-            quota_us, period_us = map(int, (CGROUP / "cpu.max").read_text().split())
-            used_us = int(dict(line.split() for line in (CGROUP / "cpu.stat").read_text().splitlines())["usage_usec"])
+            quota_us, period_us = map(int, _cgroup("cpu.max").split())
+            used_us = int(dict(line.split() for line in _cgroup("cpu.stat").splitlines())["usage_usec"])
         except (OSError, ValueError):  # no cgroup of its own, or a quota of "max"
             return psutil.cpu_percent() / 100
         before_us, before = self._used_us, self._at
@@ -84,14 +84,18 @@ class Machine:
         return min(1.0, (used_us - before_us) / ((self._at - before) * 1e6 * quota_us / period_us))
 
 
+def _cgroup(name: str) -> str:
+    return (CGROUP / name).read_text(encoding="utf-8")
+
+
 def _memory() -> float:
     """Of the machine's, or of what a container may take."""
     machine = psutil.virtual_memory()
     shares = [1 - machine.available / machine.total]
     with contextlib.suppress(OSError, ValueError):
-        limit = int((CGROUP / "memory.max").read_text())
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
-        shares.append((int((CGROUP / "memory.current").read_text()) - int(cached)) / limit)
+        limit = int(_cgroup("memory.max"))
+        cached = dict(line.split() for line in _cgroup("memory.stat").splitlines())["inactive_file"]
+        shares.append((int(_cgroup("memory.current")) - int(cached)) / limit)
     return max(shares)
 
 

@@ -1,14 +1,35 @@
 """What a config file may say of one model."""
 
 import os
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from deployments.spec import ModelSpec, Precision, Runtime
 from serve.strict import SettingsError, Strict, unknown_name
 
 TASKS = ("next_word", "vision", "embedding", "rerank")
+DAY_S = 86_400.0
+MOST_REPLICAS = 1000
+MOST_CPUS = 1024
+MOST_GPUS = 64
+MOST_WAITING = 100_000
+"""Requests or items in a queue."""
+LEAST_SHARE = 0.0001
+"""Ray counts CPUs and GPUs in units of this."""
+MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?(GiB|MiB|KiB|GB|MB|KB)")
+"""As accelerate reads it."""
+
+
+def _bookable(count: float) -> float:
+    if 0 < count < LEAST_SHARE:
+        raise ValueError(f"has to be 0, or at least {LEAST_SHARE}")
+    return count
+
+
+Cpus = Annotated[float, Field(ge=0, le=MOST_CPUS), AfterValidator(_bookable)]
+GpuShare = Annotated[float, Field(ge=0, le=MOST_GPUS), AfterValidator(_bookable)]
 
 
 def _known_task(task: str) -> str:
@@ -25,13 +46,15 @@ class Autoscaling(Strict):
     With `min_replicas: 0` it sleeps while nobody asks for it, and the first who does waits until it is loaded.
     """
 
-    min_replicas: int = Field(1, ge=0)
-    max_replicas: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(16, gt=0)
-    look_back_period_s: float = Field(10, gt=0, description="seconds that the items are averaged over")
-    upscale_delay_s: float = Field(10, ge=0)
-    downscale_delay_s: float = Field(300, ge=0)
-    downscale_to_zero_delay_s: float | None = Field(None, ge=0, description="for the last; left out: the same")
+    min_replicas: int = Field(1, ge=0, le=MOST_REPLICAS)
+    max_replicas: int = Field(1, ge=1, le=MOST_REPLICAS)
+    target_ongoing_requests: float = Field(16, ge=0.01, le=1e6)
+    look_back_period_s: float = Field(10, ge=1, le=3600, description="seconds that the items are averaged over")
+    upscale_delay_s: float = Field(10, ge=0, le=DAY_S)
+    downscale_delay_s: float = Field(300, ge=0, le=DAY_S)
+    downscale_to_zero_delay_s: float | None = Field(
+        None, ge=0, le=DAY_S, description="for the last; left out: the same"
+    )
     policy: str | None = Field(
         None,
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
@@ -49,34 +72,59 @@ class ModelSettings(Strict):
     task: Annotated[str, AfterValidator(_known_task)] = Field(
         description="next_word, vision, embedding, rerank, or MODULE:CLASS of your own engine"
     )
-    source: str = Field(min_length=1, description="folder, package:IMPORT_NAME/FOLDER, or hub id with revision")
-    revision: str | None = Field(None, description="commit or tag on the hub")
+    source: str = Field(
+        min_length=1, max_length=1000, description="folder, package:IMPORT_NAME/FOLDER, or hub id with revision"
+    )
+    revision: str | None = Field(None, min_length=1, max_length=255, description="commit or tag on the hub")
     precision: Precision = "auto"
     runtime: Runtime = "auto"
-    num_gpus: float | None = Field(
-        None, ge=0, description="share of a GPU per replica; left out: what `gpus` says of it, else 0, the CPU"
+    num_gpus: GpuShare | None = Field(
+        None, description="share of a GPU per replica; left out: what `gpus` says of it, else 0, the CPU"
     )
-    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray books per replica, for placement only")
-    threads: int | None = Field(None, ge=1, description="CPU threads for one batch; all cores where left out")
+    num_cpus: Cpus = Field(0.1, description="CPUs that Ray books per replica, for placement only")
+    threads: int | None = Field(None, ge=1, le=MOST_CPUS, description="CPU threads for one batch; left out: all cores")
     autoscaling: Autoscaling = Autoscaling()
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
         None, description="vision: how to spread the model over the GPUs that num_gpus books"
     )
     max_memory: dict[int | str, str] | None = Field(None, description="vision: of each GPU, as 0: 10GiB, and of cpu")
     prefix_cache_mb: float = Field(
-        256, ge=0, description="for prompts read before, of next_word and vision: what begins alike is read once"
+        256,
+        ge=0,
+        le=10**6,
+        description="for prompts read before, of next_word and vision: what begins alike is read once",
     )
     token_ids: bool = Field(
         True, description="embedding: takes token ids, too; false where clients send those of another tokenizer"
     )
-    max_batch_items: int = Field(32, ge=1)
-    max_batch_tokens: int = Field(16384, ge=1, description="padded tokens in one batch: items times the longest")
+    max_batch_items: int = Field(32, ge=1, le=10_000)
+    max_batch_tokens: int = Field(16384, ge=1, le=10**8, description="padded tokens in one batch: items times longest")
     max_queue: int = Field(
         1024,
         ge=1,
+        le=MOST_WAITING,
         description="turns of what waits or runs, per ingress replica; over it 429, but for a tenant's share. A short "
         "item takes one turn, and one more for every 64 tokens or so",
     )
+
+    @field_validator("source")
+    @classmethod
+    def _in_a_package(cls, source: str) -> str:
+        if source.startswith("package:") and not re.match(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/|$)", source):
+            raise ValueError("weights of a package are package:IMPORT_NAME/FOLDER")
+        return source
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _as_accelerate_reads_it(cls, limits: Any) -> Any:
+        """The numbers of GPUs are text once a config has been through JSON."""
+        if not isinstance(limits, dict):
+            return limits
+        numbers = {key: int(key) if str(key).isdecimal() and len(str(key)) < 4 else key for key in limits}
+        for key, limit in limits.items():
+            if not (isinstance(numbers[key], int) or key == "cpu") or not MEMORY.fullmatch(str(limit)):
+                raise ValueError("write the memory of each GPU, by its number, and of cpu, as 0: 10GiB")
+        return {numbers[key]: limit for key, limit in limits.items()}
 
     @property
     def gpu_share(self) -> float:

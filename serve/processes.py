@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,9 +19,10 @@ from pathlib import Path
 import psutil
 
 from deployments.sources import ROOT
+from serve.failures import MachineError
 
 MARK = "DURE_OWNER"
-STATE = Path(os.environ.get("DURE_STATE") or ROOT / ".dure").resolve()
+STATE = Path(os.path.realpath(os.environ.get("DURE_STATE") or ROOT / ".dure"))
 """Logs and sockets of what is started from here; two copies of Dure with the same folder are one to `dure stop`."""
 
 
@@ -52,8 +54,21 @@ class Owner:
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+        except psutil.Error:  # it is gone, or somebody else's by now
             return False
+
+
+def make_state() -> None:
+    """Make the state folder where there is none. Raises MachineError where there can't be one."""
+    try:
+        STATE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=STATE) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        reason = "it is a file" if STATE.is_file() else error.strerror
+        raise MachineError(
+            f"{STATE} can't be used for logs and sockets: {reason}; DURE_STATE names another folder"
+        ) from error
 
 
 def marked() -> Iterator[tuple[psutil.Process, Owner]]:
@@ -77,10 +92,8 @@ def end(owners: set[Owner], patience_s: float = 2.0) -> int:
             break
         ended |= {process.pid for process in ours}
         for process in ours:
-            try:
+            with contextlib.suppress(psutil.Error):
                 process.kill() if kill else process.terminate()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(ours, patience_s)
     return len(ended)
 
@@ -93,8 +106,8 @@ def end_orphans() -> int:
 def socket_folder() -> Path:
     """A new folder for HAProxy's sockets, whose paths may have 107 characters only; those of the dead are removed."""
     for old in Path(tempfile.gettempdir()).glob("dure-*-*"):
-        pid = old.name.split("-")[1]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        pid = re.match(r"dure-([0-9]{1,9})-", old.name)
+        if pid and not psutil.pid_exists(int(pid[1])):
             shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"dure-{os.getpid()}-"))
 
@@ -104,20 +117,22 @@ def stop_all(timeout_s: float = 15.0) -> int:
     owners = {owner for _, owner in marked()}
     living = {owner for owner in owners if owner.alive}
     for owner in living:
-        psutil.Process(owner.pid).terminate()
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(owner.pid).terminate()
     deadline = time.monotonic() + timeout_s
     while any(owner.alive for owner in living) and time.monotonic() < deadline:
         time.sleep(0.1)
     for owner in living:
-        if owner.alive:
-            psutil.Process(owner.pid).kill()
+        with contextlib.suppress(psutil.Error):
+            if owner.alive:
+                psutil.Process(owner.pid).kill()
     end(owners)
     return len(owners)
 
 
 def listener(port: int) -> str:
     """Who listens on a TCP port, for a message: "pid 123 (haproxy)" where that can be seen."""
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             listening = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port
             if listening and connection.pid:

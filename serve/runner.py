@@ -6,38 +6,89 @@ its standard input ends because the process above it has died. It tells what hap
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-from serve.config_file import read_config
+from serve.config_file import ConfigFile, read_config
+from serve.failures import CONFIG, MACHINE, one_line
+from serve.settings import Settings
+from serve.start_events import Event
+from serve.strict import SettingsError
 
 
-def main() -> None:
-    config = read_config(Path(sys.argv[1]))
-    log_folder = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+def main() -> int:
+    """Hold a cluster until a signal comes; the exit code is that of `dure serve`."""
+    if len(sys.argv) not in (2, 3):
+        print("usage: python -m serve.runner CONFIG [LOG_FOLDER]", file=sys.stderr)
+        return CONFIG
+    try:
+        config = read_config(Path(sys.argv[1]))
+        check_code(config.settings)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        _tell(Event("failed", str(error), code=CONFIG))
+        return CONFIG
+    return _hold(config, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+
+
+def check_code(settings: Settings) -> None:
+    """Is the code here that the settings name? Looked for here, because replicas look for it as this process does.
+
+    Raises SettingsError.
+    """
+    for name, model in settings.models.items():
+        policy = model.autoscaling.policy
+        for setting, path in (("task", model.task), ("autoscaling.policy", policy)):
+            package = (path or "").partition(":")[0].partition(".")[0]
+            if path and ":" in path and not _is_there(package):
+                raise SettingsError(f"model {name}: {setting} {path!r}: there is no module {package!r}")
+        if policy:
+            module, _, function = policy.partition(":")
+            try:
+                getattr(importlib.import_module(module), function)
+            except Exception as error:  # code of a user's own may raise anything
+                raise SettingsError(f"model {name}: autoscaling.policy {policy!r}: {one_line(str(error))}") from error
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _hold(config: ConfigFile, log_folder: Path | None) -> int:
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: over.set())
     threading.Thread(target=_end_with_parent, args=(over,), daemon=True).start()
 
-    _tell({"kind": "stage", "message": "Starting Ray"})
+    _tell(Event("stage", "Starting Ray"))
     from serve import cluster
 
-    cluster.start()
-    for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set its own
-        signal.signal(number, lambda *_: over.set())
     try:
+        cluster.start()
+        for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set its own
+            signal.signal(number, lambda *_: over.set())
         if not over.is_set():
-            _tell({"kind": "stage", "message": "Starting Serve"})
+            _tell(Event("stage", "Starting Serve"))
             cluster.deploy(config, log_folder)
             for event in cluster.follow(config, over.is_set):
-                _tell(asdict(event))
+                _tell(event)
         over.wait()
+        return 0
+    except Exception as error:
+        traceback.print_exc()  # into the log; a person sees one line
+        _tell(Event("failed", f"the cluster failed: {one_line(f'{type(error).__name__}: {error}')}"))
+        return MACHINE
     finally:
         cluster.stop()
 
@@ -48,13 +99,13 @@ def _end_with_parent(over: threading.Event) -> None:
     over.set()
 
 
-def _tell(event: dict[str, object]) -> None:
+def _tell(event: Event) -> None:
     try:
-        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.write(json.dumps(asdict(event)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,16 +7,16 @@ from pydantic import (
     AfterValidator,
     Field,
     StringConstraints,
-    field_validator,
     model_validator,
 )
 
+from serve import addresses
 from serve.gpus import Gpus
-from serve.model_settings import ModelSettings
+from serve.model_settings import DAY_S, MOST_REPLICAS, MOST_WAITING, Cpus, ModelSettings
 from serve.strict import Strict
 
-CACHES = ("memory", "redis", "rediss", "unix")
-DATABASES = ("sqlite://", "postgresql://")
+NEEDS = {"search": ("embedding", "rerank"), "adverts": ("vision",)}
+"""Tasks of the models that a service calls; without one of each there is no such service."""
 
 
 def _as_gpus(text: str) -> str:
@@ -27,20 +27,20 @@ def _as_gpus(text: str) -> str:
 class Limits(Strict):
     """What one request may hold; over it 413 or 400."""
 
-    max_body_mb: float = Field(25, gt=0)
-    max_text_chars: int = Field(200_000, ge=1)
-    max_list_items: int = Field(2048, ge=1)
-    max_image_mb: float = Field(20, gt=0)
-    max_image_megapixels: float = Field(50, gt=0)
+    max_body_mb: float = Field(25, ge=0.001, le=2000)  # between replicas travel at most 2 GiB
+    max_text_chars: int = Field(200_000, ge=1, le=10**9)
+    max_list_items: int = Field(2048, ge=1, le=10**6)
+    max_image_mb: float = Field(20, ge=0.001, le=2000)
+    max_image_megapixels: float = Field(50, ge=0.001, le=1000)
 
 
 class ServiceSettings(Strict):
     """A composed service: its deployment's size, and its lane's in the whole cluster."""
 
-    replicas: int = Field(1, ge=1)
-    num_cpus: float = Field(0.1, ge=0)
-    max_concurrent: int = Field(4, ge=1, description="requests that run at once")
-    max_queue: int = Field(20, ge=1, description="requests that wait; over it 429")
+    replicas: int = Field(1, ge=1, le=MOST_REPLICAS)
+    num_cpus: Cpus = 0.1
+    max_concurrent: int = Field(4, ge=1, le=MOST_WAITING, description="requests that run at once")
+    max_queue: int = Field(20, ge=1, le=MOST_WAITING, description="requests that wait; over it 429")
 
     @property
     def most(self) -> int:
@@ -51,82 +51,73 @@ class ServiceSettings(Strict):
 class AdvertSettings(ServiceSettings):
     """The service that checks adverts and keeps the record of them; its lane is that of the two stages."""
 
-    max_concurrent: int = Field(16, ge=1, description="stages that run at once")
-    max_queue: int = Field(64, ge=1, description="stages that wait; over it 429")
+    max_concurrent: int = Field(16, ge=1, le=MOST_WAITING, description="stages that run at once")
+    max_queue: int = Field(64, ge=1, le=MOST_WAITING, description="stages that wait; over it 429")
     lease_s: float = Field(
-        30, gt=0, description="a stage whose call has not been heard of for this long is over; heard of 4 times in it"
+        30,
+        ge=1,
+        le=DAY_S,
+        description="a stage whose lease is not renewed for this long fails; renewed four times per lease",
     )
+
+
+Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
 class StoreSettings(Strict):
     """Where the record of adverts is kept."""
 
-    url: str | None = Field(
+    url: Annotated[str, AfterValidator(addresses.of_a_database)] | None = Field(
         None, description="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME; left out: dure.sqlite3 in .dure"
     )
     assets: str | None = Field(
         None,
         description="folder of the image files, or a URL that fsspec knows, as s3://BUCKET/PREFIX; else .dure/assets",
     )
-    retention_days: float | None = Field(None, gt=0, description="after which a job is deleted; left out: never")
-    tenant_retention_days: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="the same for single tenants"
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _known_database(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith(DATABASES):
-            raise ValueError("a store is sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
-        return url
+    retention_days: Days | None = Field(None, description="after which a job is deleted; left out: never")
+    tenant_retention_days: dict[str, Days] = Field({}, description="the same for single tenants")
 
 
 class WebhookSettings(Strict):
     """Who hears of a finished stage."""
 
-    url: str = Field(pattern=r"^https?://")
+    url: Annotated[str, AfterValidator(addresses.of_a_webhook)]
     secret: str = Field(min_length=16, description="signs what is sent: X-Dure-Signature")
-    timeout_s: float = Field(10, gt=0)
-    max_attempts: int = Field(10, ge=1, description="after which an event is dead until it is asked for again")
-    first_retry_s: float = Field(1, gt=0, description="doubled with each attempt")
-    longest_retry_s: float = Field(600, gt=0)
+    timeout_s: float = Field(10, ge=0.1, le=600)
+    max_attempts: int = Field(10, ge=1, le=100, description="after which an event is dead until it is asked for again")
+    first_retry_s: float = Field(1, ge=0.01, le=DAY_S, description="doubled with each attempt")
+    longest_retry_s: float = Field(600, ge=0.01, le=7 * DAY_S)
 
 
 class FetchSettings(Strict):
     """Images from other servers, named by `render_asset_url`."""
 
-    hosts: list[Annotated[str, StringConstraints(to_lower=True)]] = Field(
+    hosts: list[Annotated[str, StringConstraints(to_lower=True), AfterValidator(addresses.of_images)]] = Field(
         [], description="hosts, HOST or HOST:PORT, that may be fetched from; none: fetching is off"
     )
     private_addresses: bool = Field(False, description="may these hosts be in a private network?")
-    timeout_s: float = Field(10, gt=0)
+    timeout_s: float = Field(10, ge=0.1, le=600)
 
 
 class TenantSettings(Strict):
-    weight: float = Field(1, gt=0, description="turns for one of another tenant's")
+    weight: float = Field(1, ge=0.001, le=1000, description="turns for one of another tenant's")
 
 
 class IngressSettings(Strict):
-    replicas: int = Field(1, ge=1)
-    num_cpus: float = Field(0.1, ge=0)
+    replicas: int = Field(1, ge=1, le=MOST_REPLICAS)
+    num_cpus: Cpus = 0.1
     cors_origins: list[str] = Field([], description="pages of these origins may call from a browser")
 
 
 class CacheSettings(Strict):
     """Where predictions are kept. With Redis, all ingresses share them."""
 
-    url: str = Field("memory://", description="memory://, redis://HOST:PORT/DB, rediss:// or unix://")
-    ttl_s: float = Field(60, ge=0, description="how long a prediction is kept; 0: no cache")
-    max_mb: float = Field(64, gt=0, description="what memory:// may hold, per ingress replica")
-    timeout_s: float = Field(0.1, gt=0, description="for one answer of Redis; a slower one is done without")
-
-    @field_validator("url")
-    @classmethod
-    def _known_scheme(cls, url: str) -> str:
-        scheme = url.partition("://")[0]
-        if scheme not in CACHES or (scheme != "memory" and len(url) <= len(scheme) + 3):
-            raise ValueError(f"a cache is {', '.join(f'{scheme}://...' for scheme in CACHES)}")
-        return url
+    url: Annotated[str, AfterValidator(addresses.of_a_cache)] = Field(
+        "memory://", description="memory://, redis://HOST:PORT/DB, rediss:// or unix://"
+    )
+    ttl_s: float = Field(60, ge=0, le=30 * DAY_S, description="how long a prediction is kept; 0: no cache")
+    max_mb: float = Field(64, gt=0, le=10**6, description="what memory:// may hold, per ingress replica")
+    timeout_s: float = Field(0.1, ge=0.001, le=60, description="for one answer of Redis; a slower one is done without")
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -147,9 +138,11 @@ class GuardSettings(Strict):
 class WebSocketSettings(Strict):
     """Bounds on clients that type."""
 
-    max_connections: int = Field(3000, ge=1, description="per ingress replica; over it a client is told to come back")
+    max_connections: int = Field(  # an ingress replica has 4096 in all
+        3000, ge=1, le=4096, description="per ingress replica; over it a client is told to come back"
+    )
     max_messages_per_s: float = Field(
-        50, gt=0, description="of one connection; a client that goes on faster is disconnected"
+        50, ge=0.1, le=10_000, description="of one connection; a client that goes on faster is disconnected"
     )
 
 
@@ -176,12 +169,12 @@ class Settings(Strict):
     guard: GuardSettings = GuardSettings()
     tenants: dict[str, TenantSettings] = Field({}, description="by name; others have a weight of 1")
     request_timeout_s: float = Field(
-        120, gt=0, description="a request's deadline; over it 504. X-Request-Timeout may ask for less"
+        120, ge=0.1, le=DAY_S, description="a request's deadline; over it 504. X-Request-Timeout may ask for less"
     )
     load_wait_s: float = Field(
-        60, ge=0, description="how long a request waits for a model that is loading; over it 503"
+        60, ge=0, le=DAY_S, description="how long a request waits for a model that is loading; over it 503"
     )
-    drain_s: float = Field(30, ge=0, description="how long a replica that stops may finish its requests")
+    drain_s: float = Field(30, ge=0, le=DAY_S, description="how long a replica that stops may finish its requests")
 
     def service(self, name: str) -> ServiceSettings:
         """Of the service with that name."""
@@ -189,9 +182,15 @@ class Settings(Strict):
         return of[name]
 
     @property
+    def services(self) -> list[str]:
+        """The names of those that have the models they need."""
+        tasks = {model.task for model in self.models.values()}
+        return [name for name, needed in NEEDS.items() if tasks.issuperset(needed)]
+
+    @property
     def keeps_record(self) -> bool:
         """Are there adverts to check?"""
-        return any(model.task == "vision" for model in self.models.values())
+        return "adverts" in self.services
 
     @property
     def own_cores(self) -> bool:

@@ -1,19 +1,21 @@
 """What all settings have in common: unknown keys are refused, and what is wrong says what to change."""
 
 import difflib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class SettingsError(Exception):
-    """A config file that can't be served: one line for each thing to change."""
+    """A config file, or something it names, that can't be used: one line for each thing to change."""
 
 
 class Strict(BaseModel):
-    """Refuses unknown keys, naming the nearest known one."""
+    """Refuses unknown keys, naming the nearest known one, and values of another type than the one asked for: a number
+    in quotes, `yes` for a number, and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -30,3 +32,23 @@ def unknown_name(name: str, kind: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
     return f"unknown {kind} {name!r}; {hint}"
+
+
+def refused(why: str) -> Callable[[object], NoReturn]:
+    """A validator for a key that is known but not taken, whatever its value."""
+
+    def refuse(value: object) -> NoReturn:
+        raise ValueError(why)
+
+    return refuse
+
+
+def always(value: str, why: str) -> Callable[[str], str]:
+    """A validator for a key that can have one value only."""
+
+    def check(given: str) -> str:
+        if given != value:
+            raise ValueError(f"write {value}: {why}")
+        return given
+
+    return check

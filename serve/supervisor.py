@@ -17,16 +17,17 @@ from types import FrameType
 import httpx
 
 from deployments.sources import ROOT
-from serve import environment, processes
+from serve import environment, preflight, processes
 from serve.config_file import ConfigFile
-from serve.places import Booking, Gpu, place
-from serve.plan import with_shares
+from serve.failures import one_line
+from serve.start_events import Event
 from serve.strict import SettingsError
 
 LOG_STARTS_KEPT = 5
 SHUTDOWN_S = 10.0
 """After which an orderly shutdown is cut short, so that all is over within 15 s of the signal."""
 HEALTHY_S = 30.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
@@ -36,29 +37,32 @@ class Stopped(BaseException):
 class Supervisor:
     """Holds the runner, which holds the cluster."""
 
-    def __init__(self, config: ConfigFile) -> None:
-        self.config = config
+    def __init__(self) -> None:
         self.owner = processes.Owner.me()
         self.errors = processes.STATE / "runner.log"
         self.runner: subprocess.Popen[str] | None = None
+        self.sockets: Path | None = None
 
-    def start(self) -> None:
-        """Start the cluster. Raises SettingsError where the port is taken or the machine lacks what models ask for."""
-        processes.end_orphans()
-        _check_port(self.config)
-        _check_gpus(self.config)
-        processes.STATE.mkdir(parents=True, exist_ok=True)
-        self.sockets = processes.socket_folder()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    def heed_signals(self) -> None:
+        """From now on the first signal that asks for the end raises Stopped."""
+        for number in SIGNALS:
             signal.signal(number, _stop)
-        log_folder = _log_folder(self.config)
-        with self.errors.open("w") as errors:
+
+    def start(self, config: ConfigFile) -> None:
+        """Start the cluster. Raises SettingsError and MachineError."""
+        self.config = config
+        processes.end_orphans()
+        preflight.check(config)
+        processes.make_state()
+        self.sockets = processes.socket_folder()
+        log_folder = _log_folder(config)
+        with self.errors.open("w", encoding="utf-8") as errors:
             self.runner = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
                     "serve.runner",
-                    str(self.config.path),
+                    str(config.path),
                     *([str(log_folder)] if log_folder else []),
                 ],
                 stdin=subprocess.PIPE,
@@ -66,24 +70,27 @@ class Supervisor:
                 stderr=errors,
                 text=True,
                 cwd=ROOT,
-                env=environment.local_environment(self.sockets) | os.environ | {processes.MARK: str(self.owner)},
+                env=environment.local_environment(self.sockets, config.port)
+                | os.environ
+                | {processes.MARK: str(self.owner)},
                 start_new_session=True,
+                encoding="utf-8",
             )
 
-    def events(self) -> Iterator[dict[str, str]]:
+    def events(self) -> Iterator[Event]:
         """What the runner tells, until it ends."""
         assert self.runner
         assert self.runner.stdout
         for line in self.runner.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, TypeError):  # whatever else a library prints
+                yield Event(**json.loads(line))
 
     def wait_healthy(self) -> bool:
         """Whether the endpoint answers for itself that all models are up."""
         deadline = time.monotonic() + HEALTHY_S
         while time.monotonic() < deadline:
             try:
-                if httpx.get(f"{self.config.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.config.url}/health", timeout=5, trust_env=False).status_code == 200:
                     return True
             except httpx.HTTPError:
                 pass
@@ -94,55 +101,35 @@ class Supervisor:
         """Wait until the runner ends by itself, which it should not. Returns the reason."""
         assert self.runner
         code = self.runner.wait()
-        return f"the cluster ended by itself (exit code {code}): {self.last_words()}"
+        return f"the cluster ended by itself (exit code {code}): {self._last_words()}"
 
-    def last_words(self) -> str:
+    def _last_words(self) -> str:
         """The end of what the runner wrote to stderr."""
-        lines = [line for line in self.errors.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        lines = [
+            line for line in self.errors.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
+        ]
+        return one_line(lines[-1]) if lines else "it said nothing"
 
     def stop(self) -> None:
         """End all that was started, in good order while time allows."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
         if self.runner is not None and self.runner.poll() is None:
             self.runner.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.runner.wait(SHUTDOWN_S)
         processes.end({self.owner})
-        if self.runner is not None:
+        if self.sockets is not None:
             shutil.rmtree(self.sockets, ignore_errors=True)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    _ignore_signals()  # a second one would cut short what the first began
     raise Stopped
 
 
-def _check_port(config: ConfigFile) -> None:
-    if not environment.is_free(config.host, config.port):
-        raise SettingsError(
-            f"port {config.port} on {config.host} is taken by {processes.listener(config.port)}; stop it (`dure stop` "
-            "if it is Dure's) or set http_options.port in the config"
-        )
-
-
-def _check_gpus(config: ConfigFile) -> None:
-    """Every model's first replicas have to find their places, and one that sleeps needs a GPU to wake up on."""
-    models = with_shares(config.settings).models
-    first = [
-        Booking(name, model.autoscaling.min_replicas, model.gpu_share)
-        for name, model in models.items()
-        if model.gpu_share
-    ]
-    if not first:
-        return
-    import torch
-
-    count = torch.cuda.device_count()
-    without_place = list(place(first, [Gpu(number) for number in range(count)]))
-    if without_place or max(booking.gpus for booking in first) > count:
-        asked = ", ".join(f"{booking.model} {booking.booked:g} x {booking.replicas}" for booking in first)
-        raise SettingsError(f"the models ask for GPUs ({asked}); this machine has {count}, where they don't fit")
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _log_folder(config: ConfigFile) -> Path | None:
@@ -151,7 +138,10 @@ def _log_folder(config: ConfigFile) -> Path | None:
     if not logs:
         return None
     root = Path(ROOT / logs)
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"logging_config.logs_dir: {root}: {error.strerror}") from error
     starts = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for old in starts[: max(0, len(starts) - LOG_STARTS_KEPT + 1)]:
         shutil.rmtree(old, ignore_errors=True)

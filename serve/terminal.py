@@ -49,7 +49,7 @@ class Loading:
                 TextColumn("{task.fields[model]:<12}"),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[message]}"),
+                TextColumn("{task.fields[message]}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
             )
@@ -59,14 +59,14 @@ class Loading:
         return self.bars or nullcontext()
 
     def stage(self, message: str) -> None:
-        self.console.print(f"[dim]{message}[/dim]", highlight=False)
+        self.console.print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, model: str, percent: float, message: str) -> None:
         if self.bars is not None and model in self.tasks:
             self.bars.update(self.tasks[model], completed=percent, message=message)
         elif self.said.get(model) != message.partition("...")[0]:  # one plain line per shard, not per percent
             self.said[model] = message.partition("...")[0]
-            self.console.print(f"{model}: {percent:.0f}% {message}", highlight=False, markup=False)
+            self.console.print(f"{model}: {percent:.0f}% {message}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Fetching:

@@ -37,12 +37,12 @@ def ports_of_its_own() -> dict[str, str]:
 
 def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:
     """A config like configs/local.yaml with other models and settings."""
-    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text())
+    document = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(folder / "logs")
     document["applications"][0]["args"] |= {"models": models, **args}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False))
+    path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -62,13 +62,14 @@ class Dure:
         self.environment = {**os.environ, "DURE_STATE": str(state), **ports_of_its_own(), **environment}
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.cli", "serve", "--config", str(config)],
+            [sys.executable, "-m", "serve", "serve", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
             env=self.environment,
             start_new_session=True,
+            encoding="utf-8",
         )
         self.output: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -106,13 +107,14 @@ class Dure:
 
     def command(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "serve.cli", *words],
+            [sys.executable, "-m", "serve", *words],
             capture_output=True,
             text=True,
             cwd=ROOT,
             env={**self.environment, "DURE_URL": self.url},
             timeout=seconds,
             check=False,
+            encoding="utf-8",
         )
 
     def kill(self) -> None:

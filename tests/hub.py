@@ -85,7 +85,7 @@ def write_cache(folder: Path) -> None:
         snapshot = repository / "snapshots" / COMMIT
         snapshot.mkdir(parents=True)
         (repository / "refs").mkdir()
-        (repository / "refs/main").write_text(COMMIT)
+        (repository / "refs/main").write_text(COMMIT, encoding="utf-8")
         with torch.device("meta"):
             model = build()
         model.config.save_pretrained(snapshot)

@@ -29,8 +29,9 @@ def hook() -> Iterator[Hook]:
 @pytest.fixture(scope="session")
 def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]:
     folder = tmp_path_factory.mktemp("dure")
-    (folder / "seconds_per_shard").write_text("0.01")
-    models = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["applications"][0]["args"]["models"]
+    (folder / "seconds_per_shard").write_text("0.01", encoding="utf-8")
+    shipped = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
+    models = shipped["applications"][0]["args"]["models"]
     for name in ("predictor", "embedder"):
         models[name]["precision"] = "fp32"  # as fast on one machine as on another, and nothing to measure at the start
     shout = {"task": "tests.engines:Shout", "source": str(folder)}

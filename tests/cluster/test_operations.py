@@ -113,10 +113,12 @@ def test_every_response_has_a_request_id_and_the_log_has_it_too(client: httpx.Cl
     )
     client.get("/x%0aINFO%20forged")
     deadline = time.monotonic() + 10
-    while not any(sent in path.read_text() for path in logs.rglob("replica_dure_ingress*")):
+    while not any(sent in path.read_text(encoding="utf-8") for path in logs.rglob("replica_dure_ingress*")):
         assert time.monotonic() < deadline, "the id is in no log line"
         time.sleep(0.2)
-    lines = [line for path in logs.rglob("replica_dure_ingress*") for line in path.read_text().splitlines()]
+    lines = [
+        line for path in logs.rglob("replica_dure_ingress*") for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     assert not any(line.startswith("INFO forged") for line in lines)
 
 

@@ -16,15 +16,15 @@ import yaml
 from deployments.engines import load_engine
 from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
-from serve.cli import main
+from serve.cli import app
 from serve.config_file import read_config
 from serve.environment import cluster_environment
 from serve.settings import Settings
 from tests.dure import ROOT, Dure, curls
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = curls(README)
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 VERBS = (
     "ray get-auth-token",
     "ray up",
@@ -64,7 +64,9 @@ def test_the_story_of_an_advert(dure: Dure, tmp_path: Path) -> None:
     script = block("sh").replace("http://127.0.0.1:8000", dure.url)
     script = script.replace(".dure/job.json", str(tmp_path / "job.json"))
     script = script.replace("curl ", "curl --fail-with-body --silent --show-error ")
-    run = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    run = subprocess.run(
+        ["bash", "-ec", script], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False, encoding="utf-8"
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     for told in ('"is_valid":true', '"cta_present":true', "event: yolo_detect", "event: ocr_eval", '"deleted":1'):
         assert told in run.stdout
@@ -83,11 +85,16 @@ def test_the_load_test(dure: Dure, tmp_path: Path) -> None:
     """For some seconds, as `make loadtest` says it."""
     arguments = f"--host {dure.url} --users 12 --run-time 8s --html {tmp_path}/report.html --json-file {tmp_path}/all"
     told = subprocess.run(
-        ["make", "--dry-run", "loadtest", f"ARGS={arguments}"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["make", "--dry-run", "loadtest", f"ARGS={arguments}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     ).stdout.replace("\\\n", "")
     recipe = next(line for line in told.splitlines() if "-m locust" in line)
     command = [sys.executable, *shlex.split(recipe)[1:]]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False, encoding="utf-8")
     assert run.returncode == 0, run.stdout + run.stderr
     for name in ("WS /ws/{id}", "POST /v1/embeddings (lists)", "GET /v1/queues", "GET /metrics"):
         assert f"| {name} " in run.stdout
@@ -109,7 +116,7 @@ def test_dure_command(dure: Dure, command: str) -> None:
 
 def assert_dure_takes(words: list[str]) -> None:
     """A `dure` command on another machine: there is such a command, and its config is valid."""
-    known = {each.name or getattr(each.callback, "__name__", "") for each in main.registered_commands}
+    known = {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}
     assert (words[0], words[1] in known) == ("dure", True)
     config = words[words.index("--config") + 1]
     assert read_config(ROOT / config.removeprefix(HOME)).settings.models
@@ -138,7 +145,7 @@ def test_command_for_a_cluster_names_what_is_there(command: str) -> None:
         assert_dure_takes([word for word in shlex.split(rest.pop()) if not word.startswith("RAY_ADDRESS=")])
     for word in rest:
         if word.endswith(".yaml"):
-            assert list(yaml.safe_load_all((ROOT / word).read_text()))
+            assert list(yaml.safe_load_all((ROOT / word).read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("command", of("env"))
@@ -149,7 +156,7 @@ def test_a_node_is_started_with_an_environment(dure: Dure, command: str) -> None
     assert dict(line.split("=") for line in told).items() >= cluster_environment().items()
     assert words[3] == "ray"
     ray = [sys.executable, "-m", "ray.scripts.scripts", words[4], "--help"]
-    options = subprocess.run(ray, capture_output=True, text=True, check=True).stdout
+    options = subprocess.run(ray, capture_output=True, text=True, check=True, encoding="utf-8").stdout
     for word in words[5:]:
         assert not word.startswith("--") or word in options
 
@@ -159,7 +166,7 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
     others = [each for each in COMMANDS if each not in tested]
     assert others == ["python -m loadtests.baseline", "pre-commit run --all-files"]
     subprocess.run([sys.executable, "-c", "import loadtests.baseline"], cwd=ROOT, check=True)
-    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
 
 
 def test_the_example_config_is_valid() -> None:

@@ -42,7 +42,9 @@ class Server:
 
     def ask(self, *command: str) -> str:
         told = ["redis-cli", "-p", str(self.port), *command]
-        return subprocess.run(told, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        return subprocess.run(
+            told, capture_output=True, text=True, timeout=10, check=False, encoding="utf-8"
+        ).stdout.strip()
 
 
 @pytest.fixture

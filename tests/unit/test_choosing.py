@@ -95,7 +95,7 @@ def test_a_choice_is_remembered_and_forgotten_with_its_file(empty_cache: Path) -
     assert not measured(events)
     assert again.facts == first.facts
     [file] = empty_cache.glob("choice-*.json")
-    file.write_text("{broken")
+    file.write_text("{broken", encoding="utf-8")
     anew, events = load()
     assert measured(events)
     assert anew.facts.quality["verdict"] == "kept"
@@ -116,7 +116,8 @@ def test_replicas_that_start_together_measure_once() -> None:
         "print(measured(events), engine.facts)"
     )
     replicas = [
-        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        for _ in range(2)
     ]
     said = [replica.communicate()[0].strip().splitlines()[-1].split(" ", 1) for replica in replicas]
     assert sorted(measured for measured, _ in said) == ["False", "True"]

@@ -36,7 +36,7 @@ class Dockerfile:
     """Its instructions, continuation lines joined and comments left out."""
 
     def __init__(self, path: Path) -> None:
-        text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+        text = re.sub(r"^#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
         pairs = [line.partition(" ") for line in text.splitlines() if line.strip()]
         self.instructions = [(word, rest.strip()) for word, _, rest in pairs]
 
@@ -105,13 +105,13 @@ def test_the_image_installs_pinned_versions_and_nothing_for_development() -> Non
 
 def test_all_that_the_image_needs_is_copied_and_there() -> None:
     copied = set(DOCKERFILE.copied)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = project["tool"]["setuptools"]["packages"]
     assert {package.partition(".")[0] for package in packages} <= copied
     assert {project["project"]["readme"], *project["project"]["license-files"]} <= copied
     sources = [model.source for model in read_config(ROOT / "configs/local.yaml").settings.models.values()]
     assert {source.partition("/")[0] for source in sources if not source.startswith("package:")} <= copied
-    ignored = (ROOT / ".dockerignore").read_text().split()
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     for source in copied:
         assert (ROOT / source).exists()
         assert not any(fnmatch.fnmatch(source, pattern) for pattern in ignored), source
@@ -128,8 +128,8 @@ def test_the_image_runs_as_a_person_and_says_how_it_is() -> None:
     assert {"bash", "wget", "rsync", "openssh-client"} <= DOCKERFILE.packages
 
 
-CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
 STARTS = [
     command
     for kind in ("head", "worker")
@@ -203,7 +203,7 @@ def test_production_is_for_several_machines() -> None:
         assert re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), "a branch moves"
 
 
-SERVICE, BUDGET = yaml.safe_load_all((ROOT / "configs/rayservice.yaml").read_text())
+SERVICE, BUDGET = yaml.safe_load_all((ROOT / "configs/rayservice.yaml").read_text(encoding="utf-8"))
 CLUSTER_SPEC = SERVICE["spec"]["rayClusterConfig"]
 GROUPS = {group["groupName"]: group for group in CLUSTER_SPEC["workerGroupSpecs"]}
 PODS = [CLUSTER_SPEC["headGroupSpec"]["template"], *(group["template"] for group in GROUPS.values())]
@@ -260,8 +260,8 @@ def test_a_field_that_is_wrong_would_be_found(
 
 def test_kubernetes_serves_what_production_is() -> None:
     document = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
-    assert document["applications"] == yaml.safe_load(PRODUCTION.read_text())["applications"]
-    assert document == yaml.safe_load(PRODUCTION.read_text())
+    assert document["applications"] == yaml.safe_load(PRODUCTION.read_text(encoding="utf-8"))["applications"]
+    assert document == yaml.safe_load(PRODUCTION.read_text(encoding="utf-8"))
 
 
 def test_the_cluster_on_kubernetes_scales_and_outlives_its_head() -> None:
@@ -269,7 +269,7 @@ def test_the_cluster_on_kubernetes_scales_and_outlives_its_head() -> None:
     assert CLUSTER_SPEC["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]["name"]
     assert CLUSTER_SPEC["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert CLUSTER_SPEC["authOptions"] == {"mode": "token"}
-    versions = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    versions = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     assert CLUSTER_SPEC["rayVersion"] == versions["ray"]
     gpu = GROUPS["gpu"]
     assert gpu["minReplicas"] <= gpu["replicas"] < gpu["maxReplicas"]

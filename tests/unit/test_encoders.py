@@ -104,7 +104,7 @@ def test_openvino_holds_one_copy_of_half_the_bytes(embedder: Any) -> None:
 def mapped_bytes() -> int:
     """Bytes of graphs' files that are in this process's memory."""
     total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         if "-" in line.split()[0]:
             inside = line.endswith("half/model.bin")
         elif inside and line.startswith("Rss:"):
@@ -129,7 +129,7 @@ def test_a_converted_graph_is_made_once_and_a_damaged_cache_is_survived(
     changed = graph.stat().st_mtime_ns
     assert np.array_equal(scores(load(Reranker, CROSS, "openvino", "bf16"), *PAIRS), first)
     assert graph.stat().st_mtime_ns == changed
-    graph.write_text("<broken")
+    graph.write_text("<broken", encoding="utf-8")
     engine = load(Reranker, CROSS, "openvino", "bf16")
     assert engine.facts.runtime == "openvino"
     assert np.array_equal(scores(engine, *PAIRS), first)

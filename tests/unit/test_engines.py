@@ -64,7 +64,7 @@ def vision() -> Any:
 
 
 def test_an_engine_that_does_without_torch_starts_without_it(tmp_path: Path) -> None:
-    (tmp_path / "seconds_per_shard").write_text("0")
+    (tmp_path / "seconds_per_shard").write_text("0", encoding="utf-8")
     script = f"""if True:
         import asyncio, os, sys
         from deployments.live import Live
@@ -76,7 +76,9 @@ def test_an_engine_that_does_without_torch_starts_without_it(tmp_path: Path) -> 
         import torch
         print(torch.get_num_threads())
     """
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, encoding="utf-8"
+    )
     assert run.stdout.split() == ["False", "1", "1"], run.stderr
 
 
@@ -219,7 +221,7 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_a_missing_or_broken_file_is_a_checkpoint_error(tmp_path: Path, task: str, name: str) -> None:
     folder = damaged(tmp_path, task)
-    (folder / name).write_text("{broken")
+    (folder / name).write_text("{broken", encoding="utf-8")
     with pytest.raises(CheckpointError, match=name):
         load(task, folder=folder)
 

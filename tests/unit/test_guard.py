@@ -84,10 +84,10 @@ def test_a_container_with_a_quota_is_measured_by_it(tmp_path: Path, monkeypatch:
     now = 100.0
     monkeypatch.setattr(guards, "time", SimpleNamespace(monotonic=lambda: now))
     machine, found = Machine(), []
-    (tmp_path / "cpu.max").write_text("200000 100000\n")  # two cores
+    (tmp_path / "cpu.max").write_text("200000 100000\n", encoding="utf-8")  # two cores
     for now, used_us in ((100.0, 50_000_000), (103.0, 53_000_000), (105.0, 57_000_000), (106.0, 60_000_000)):  # noqa: B007
-        (tmp_path / "cpu.stat").write_text(f"usage_usec {used_us}\nuser_usec 1\n")
+        (tmp_path / "cpu.stat").write_text(f"usage_usec {used_us}\nuser_usec 1\n", encoding="utf-8")
         found.append(machine.load().cpu)
     assert found == [0.0, 0.5, 1.0, 1.0]
-    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
     assert machine.load().cpu == 0.77

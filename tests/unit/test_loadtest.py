@@ -51,7 +51,7 @@ def load_test(url: str) -> subprocess.CompletedProcess[str]:
     """Two people who search, in a process of its own: Locust changes how sockets and threads work."""
     command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "--only-summary"]
     command += ["--host", url, "--users", "2", "--run-time", "4s", "Searcher"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, encoding="utf-8")
 
 
 def test_who_is_refused_comes_back_with_the_ticket_and_a_wrong_answer_is_a_failure(stub: str) -> None:
@@ -84,5 +84,7 @@ def test_a_server_that_is_not_there_is_said_at_once() -> None:
 )
 def test_a_followed_search_ends_with_its_result_or_a_refusal(told: str, well: bool) -> None:
     code = f"from loadtests.locustfile import ends_well; print(ends_well({told!r}))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+    )
     assert run.stdout.split()[-1] == str(well)

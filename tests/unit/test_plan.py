@@ -49,8 +49,10 @@ def folder_of(hub: Path, name: str) -> Path:
 
 def dure_plan(hub: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     known = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
-    command = [sys.executable, "-m", "serve.cli", "plan", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=known, timeout=60, check=False)
+    command = [sys.executable, "-m", "serve", "plan", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=known, timeout=60, check=False, encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,9 @@ def test_of_a_model_that_is_not_here_the_headers_alone_are_fetched_for_a_plan(tm
 def test_a_checkpoint_without_weights_or_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config"):
         footprint(VISION, tmp_path)
-    (tmp_path / "config.json").write_text((ROOT / VISION.source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        (ROOT / VISION.source / "config.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     with pytest.raises(CheckpointError, match="no weights"):
         footprint(VISION, tmp_path)
 
@@ -173,8 +177,8 @@ def test_weights_are_those_that_are_loaded_whatever_else_lies_there(tmp_path: Pa
 def test_pickles_are_counted_by_their_size(
     tmp_path: Path, dtype: str, weights: int, precision: Any, of_each: int
 ) -> None:
-    config = (ROOT / VISION.source / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"float16"', f'"{dtype}"'))
+    config = (ROOT / VISION.source / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(config.replace('"float16"', f'"{dtype}"'), encoding="utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
     assert footprint(replace(VISION, precision=precision), tmp_path).weights == round(1.05 * of_each * weights)
 
@@ -281,7 +285,7 @@ def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch:
 def test_what_the_shipped_config_offers_for_one_model_less_fits(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "described", lambda source, revision: folder_of(hub, source))
     path = ROOT / "configs/gpu.yaml"
-    [offer] = re.findall(r"# +(num_gpus: .*) `dure plan` says what fits", path.read_text())
+    [offer] = re.findall(r"# +(num_gpus: .*) `dure plan` says what fits", path.read_text(encoding="utf-8"))
     changes = yaml.safe_load("{" + offer.rstrip(". ") + "}")
     assert set(changes) == {"num_gpus", "max_batch_items", "max_batch_tokens", "prefix_cache_mb"}
     models = dict(read_config(path).settings.models)

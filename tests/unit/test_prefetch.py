@@ -100,12 +100,13 @@ def fetch(models: dict[str, dict[str, Any]]) -> Done:
 
 def command(hub: Hub, cache: Path, config: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "serve.cli", "fetch", "-c", str(config)],
+        [sys.executable, "-m", "serve", "fetch", "-c", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment(hub, cache)},
+        encoding="utf-8",
     )
 
 

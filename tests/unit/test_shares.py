@@ -14,7 +14,7 @@ from ray.serve._private.build_app import build_app
 from typer.testing import CliRunner
 
 from deployments.sources import ROOT
-from serve import app, cli, supervisor
+from serve import app, cli, preflight
 from serve.config_file import read_config
 from serve.gpus import Gpus
 from serve.graph import Graph
@@ -81,7 +81,7 @@ def test_what_is_filled_in_is_asked_of_the_machine(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     config = read_config(written(tmp_path, args__gpus=GPUS))
     with pytest.raises(SettingsError, match=r"predictor 0.*this machine has 0"):
-        supervisor._check_gpus(config)
+        preflight.check_gpus(config.settings)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_starts_first_has_to_find_its_place_on_the_machine(
     models = {f"m{number}": FROM_HUB | {"num_gpus": share} for number, share in enumerate(shares)}
     config: Any = SimpleNamespace(settings=settings(None, **models), path="mine.yaml")
     with contextlib.nullcontext() if fits else pytest.raises(SettingsError, match=f"this machine has {gpus}"):
-        supervisor._check_gpus(config)
+        preflight.check_gpus(config.settings)
 
 
 @pytest.mark.parametrize(("gpus", "fits"), [(0, False), (1, True)])
@@ -113,14 +113,14 @@ def test_a_model_that_sleeps_takes_no_place_but_needs_a_gpu_to_wake_up_on(
     asleep = FROM_HUB | {"num_gpus": 0.6, "autoscaling": {"min_replicas": 0}}
     config: Any = SimpleNamespace(settings=settings(None, a=asleep, b=asleep), path="mine.yaml")
     with contextlib.nullcontext() if fits else pytest.raises(SettingsError, match="this machine has 0"):
-        supervisor._check_gpus(config)
+        preflight.check_gpus(config.settings)
 
 
 def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     own = {"task": "tests.engines:Shout", "source": "tests", "num_gpus": 0.8}
     file = written(tmp_path, args__models={"own": own, "reranker": RERANKER | {"num_gpus": 0.25}})
-    run = CliRunner().invoke(cli.main, ["plan", "--config", str(file), "--gpus", "2x24GiB"])
+    run = CliRunner().invoke(cli.app, ["plan", "--config", str(file), "--gpus", "2x24GiB"])
     assert run.exit_code == 0, run.output
     assert "[own 80%]" in run.output
     assert "[reranker 25%]" in run.output
@@ -130,17 +130,9 @@ def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monk
 
 
 def test_a_plan_names_the_models_that_use_no_gpu() -> None:
-    run = CliRunner().invoke(cli.main, ["plan", "--config", str(ROOT / "configs/local.yaml"), "--gpus", "1x24GiB"])
+    run = CliRunner().invoke(cli.app, ["plan", "--config", str(ROOT / "configs/local.yaml"), "--gpus", "1x24GiB"])
     assert run.exit_code == 0
     assert "On the CPU, without num_gpus or gpus: predictor, vision, embedder, reranker" in run.output
-
-
-@pytest.mark.parametrize("command", ["rollback", "history"])
-def test_what_is_for_a_cluster_asks_for_its_address(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    run = CliRunner().invoke(cli.main, [command])
-    assert run.exit_code == 2
-    assert "set RAY_ADDRESS" in run.output
 
 
 def test_what_can_not_be_had_is_named() -> None:
@@ -197,7 +189,7 @@ def test_a_plan_is_for_the_gpus_of_the_config_unless_told_otherwise() -> None:
 def test_a_plan_marks_what_it_has_worked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     file = written(tmp_path, args__gpus=GPUS, args__models={"a": RERANKER, "b": RERANKER | {"num_gpus": 0.25}})
-    printed = CliRunner().invoke(cli.main, ["plan", "--config", str(file)]).output
+    printed = CliRunner().invoke(cli.app, ["plan", "--config", str(file)]).output
     assert "[a ~" in printed
     assert "[b 25%]" in printed
     assert printed.count("~") == 2
