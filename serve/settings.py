@@ -17,6 +17,8 @@ from serve.strict import Strict
 
 CACHES = ("memory", "redis", "rediss", "unix")
 DATABASES = ("sqlite://", "postgresql://")
+ESCAPED_BYTES, OTHER_BYTES = 12, 4096
+"""Of JSON that a character may take, as \\ud83d\\ude00 does, and that all but a request's text may."""
 
 
 def _as_gpus(text: str) -> str:
@@ -28,10 +30,26 @@ class Limits(Strict):
     """What one request may hold; over it 413 or 400."""
 
     max_body_mb: float = Field(25, gt=0)
+    max_bodies_mb: float = Field(
+        256, gt=0, description="bodies of all requests that one ingress replica holds at once; over it 503"
+    )
     max_text_chars: int = Field(200_000, ge=1)
     max_list_items: int = Field(2048, ge=1)
     max_image_mb: float = Field(20, gt=0)
     max_image_megapixels: float = Field(50, gt=0)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
+
+    @property
+    def max_bodies_bytes(self) -> int:
+        return int(self.max_bodies_mb * 2**20)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Of JSON with one text in it, every character escaped, and a few other fields."""
+        return ESCAPED_BYTES * self.max_text_chars + OTHER_BYTES
 
 
 class ServiceSettings(Strict):
@@ -151,6 +169,7 @@ class WebSocketSettings(Strict):
     max_messages_per_s: float = Field(
         50, gt=0, description="of one connection; a client that goes on faster is disconnected"
     )
+    max_mb_per_s: float = Field(4, gt=0, description="of one connection's messages; the same")
 
 
 class Settings(Strict):

@@ -12,6 +12,7 @@ from pydantic import Field, PlainValidator
 from deployments.items import Embeddings, Text
 from serve import errors
 from serve.following import Following
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import Body, CallerDep, GraphDep, check_texts
 from serve.routes.following import respond
@@ -47,8 +48,13 @@ class EmbeddingsRequest(Body):
     truncate: bool = True
     """Dure's own: false makes a text over the model's length a 400."""
 
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return limits.max_body_bytes
+
 
 @router.post("/v1/embeddings")
+@calls(task="embedding")
 async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Vectors of one text or many, as texts or as token ids of the model's own tokenizer."""
     model = graph.model("embedding", body.model)
