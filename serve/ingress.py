@@ -83,6 +83,11 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.built
 
+    def check_health(self) -> None:
+        """Raises where this replica would take requests and never answer them; Serve puts another in its place."""
+        if dead := self.graph.dead:
+            raise RuntimeError(f"{' and '.join(dead)} has ended")
+
 
 async def _dure_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, DureError)
