@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 
 from fastapi import FastAPI, Response
 from pydantic import ValidationError
@@ -28,6 +29,10 @@ from serve.http.heads import headers_only
 from serve.routes.common import Body
 
 logger = logging.getLogger("ray.serve")
+
+NAMED_BYTES = 2**20
+"""In a longer body a second look would hold up others; pydantic tells the column."""
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DirectApp(FastAPI):
@@ -71,14 +76,31 @@ class DirectApp(FastAPI):
 
 
 def _parsed(body: type[Body], content: bytes) -> Body:
-    """Raises ValidationError. What pydantic takes for no JSON (half a surrogate pair) json may, and name the field."""
+    """Raises ValidationError, and DureError that names half a surrogate pair, which pydantic takes for no JSON."""
     try:
         return body.model_validate_json(content)
     except ValidationError as error:
-        if error.errors(include_url=False)[0]["type"] != "json_invalid":
+        if error.errors(include_url=False)[0]["type"] != "json_invalid" or len(content) > NAMED_BYTES:
             raise
         try:
-            loaded = json.loads(content)
+            place = _surrogate(json.loads(content))
         except ValueError:
             raise error from None
-        return body.model_validate(loaded)
+        if place is None:
+            raise
+        raise errors.invalid(f"{place or 'the body'} has half of a surrogate pair", place or None) from error
+
+
+def _surrogate(value: object, at: str = "") -> str | None:
+    """Where half of a surrogate pair is; None where there is none."""
+    if isinstance(value, str):
+        return at if SURROGATE.search(value) else None
+    if isinstance(value, dict) and any(SURROGATE.search(name) for name in value):
+        return at
+    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in within:
+        if isinstance(each, str | list | dict):
+            place = _surrogate(each, f"{at}.{name}" if at else str(name))
+            if place is not None:
+                return place
+    return None

@@ -34,10 +34,12 @@ class Head:
     announced: int
     """Bytes, 0 where that is not known."""
     has_body: bool
+    encoding: str = ""
+    """Of the whole body, as gzip; empty where it is sent as it is."""
 
     @classmethod
     def of(cls, scope: Scope) -> Head:
-        media, announced, chunked = "", 0, False
+        media, encoding, announced, chunked = "", "", 0, False
         for name, value in scope["headers"]:
             if name == b"content-type":
                 media = value.partition(b";")[0].strip().lower().decode("latin-1")
@@ -45,14 +47,19 @@ class Head:
                 announced = int(value)
             elif name == b"transfer-encoding":
                 chunked = True
-        return cls(media, announced, chunked or announced > 0)
+            elif name == b"content-encoding":
+                encoding = value.strip().lower().decode("latin-1")
+        return cls(media, announced, chunked or announced > 0, "" if encoding == "identity" else encoding)
 
     @property
     def is_json(self) -> bool:
         return self.media == JSON or (self.media.startswith("application/") and self.media.endswith("+json"))
 
     def check(self, endpoint: Endpoint) -> None:
-        """Raises a 415 where the endpoint takes bodies of another type."""
+        """Raises a 415 where the endpoint takes bodies of another type, or the body is compressed."""
+        if self.encoding:
+            message = f"the body's Content-Encoding is {self.encoding[:100]!r}; send the body as it is"
+            raise DureError(415, "unsupported_media_type", message, "Content-Encoding")
         if not endpoint.media or self.media in endpoint.media or (JSON in endpoint.media and self.is_json):
             return
         found = f"the body's Content-Type is {self.media[:100]!r}" if self.media else "there is no Content-Type"
@@ -154,7 +161,8 @@ async def _read(receive: Receive, max_bytes: int, share: Share) -> deque[bytes]:
                     raise _too_large(max_bytes)
                 share.take(len(part))
                 parts.append(part)
-                timeout.reschedule(start + BODY_S + share.held / BYTES_PER_S)
+                if more:
+                    timeout.reschedule(start + BODY_S + share.held / BYTES_PER_S)
     except TimeoutError as error:
         raise DureError(408, "body_timeout", "the body came too slowly; send the request again") from error
     return parts

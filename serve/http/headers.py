@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import uuid
 
@@ -21,6 +22,7 @@ REQUEST_ID = SERVE_HTTP_REQUEST_ID_HEADER.encode()
 USABLE_ID = re.compile(rb"[!-~]{1,128}")
 """One word of printable ASCII: it goes into log lines and into the response."""
 TRACE = (b"traceparent", b"tracestate")
+"""Serve reads these as UTF-8, and fails on anything else."""
 RENAMED = {SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER.encode(): TIMEOUT_HEADER.lower().encode()}
 """Serve would end the request in plain text, and trips over values such as `inf`. Dure keeps the deadline itself."""
 
@@ -73,7 +75,7 @@ def tidy(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == REQUEST_ID:
             request_id = request_id or value
-        elif not _is_private(name, value):
+        elif not _is_private(name) and (name not in TRACE or value.isascii()):
             headers.append((RENAMED.get(name, name), value))
     if not USABLE_ID.fullmatch(request_id):
         request_id = str(uuid.uuid4()).encode()
@@ -83,8 +85,7 @@ def tidy(scope: Scope) -> bytes:
     return request_id
 
 
-def _is_private(name: bytes, value: bytes) -> bool:
+@functools.lru_cache(maxsize=256)
+def _is_private(name: bytes) -> bool:
     spelled = name.replace(b"-", b"_")
-    if spelled in PRIVATE or spelled.startswith(PRIVATE_PREFIX):
-        return True
-    return name in TRACE and not value.isascii()  # Serve reads it as UTF-8 and fails on anything else
+    return spelled in PRIVATE or spelled.startswith(PRIVATE_PREFIX)

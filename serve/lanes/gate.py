@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from serve import errors
 from serve.caller import DEFAULT_TENANT, Caller
 from serve.errors import DureError
-from serve.lanes.tickets import Refused, Tickets
+from serve.lanes.tickets import FOR_NEWCOMERS, Refused, Tickets
 from serve.metrics import QUEUE_ITEMS, REJECTED
 
 
@@ -102,6 +102,8 @@ class Gate:
     def check_newcomer(self, caller: Caller) -> None:
         """Raises what `admitted` would raise now, whatever is asked for: of a list's length only the usual is known."""
         self.check()
+        if self.items < max(1, int(FOR_NEWCOMERS * self.max_items)):  # which is never held for tickets
+            return
         if self.full(caller):
             raise self.turned_away(caller)
         if not caller.ticket and not self._has_room(caller.tenant, awaited=False):

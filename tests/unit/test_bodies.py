@@ -67,6 +67,31 @@ def test_another_encoding_is_told_so_with_and_without_an_origin(server: Running,
     assert answers[2].headers["access-control-allow-origin"] == ORIGIN
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/models/shout/reload", b'{"\\ud800": 1}', None),
+        ("/v1/models/shout/run", b'{"items": [1, {"say": "a\\udfff"}]}', "items.1.say"),
+        ("/v1/models/shout/run", b'{"items": [{"\\ud800": 1}]}', "items.0"),
+        (EMBED, b'{"input": "a", "model": "\\ud800"}', "model"),
+        (EMBED, b'{"input": ["\\ud83d\\ude00", "\\ude00\\ud83d"]}', "input.1"),
+        ("/v1/rerank", b'{"query": "a", "documents": ["\\ud800"]}', "documents.0"),
+        ("/predict", b'{"text": "\\ud800"}', "text"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named(server: Running, path: str, body: bytes, param: str | None) -> None:
+    answer = server.post(path, body, JSON)
+    assert (answer.status, answer.error.get("param")) == (400, param)
+    assert "surrogate" in answer.error["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate, gzip"])
+def test_compressed_bodies_are_told_so(server: Running, encoding: str) -> None:
+    answer = server.post(EMBED, b"\x1f\x8b\x08", JSON, f"Content-Encoding: {encoding}")
+    assert (answer.status, answer.error["param"]) == (415, "Content-Encoding")
+    assert server.post(EMBED, EMBED_BODY, JSON, "Content-Encoding: identity").status == 200
+
+
 def test_a_byte_order_mark_is_no_harm(server: Running) -> None:
     assert server.post(EMBED, EMBED_BODY.decode().encode("utf-8-sig"), JSON).status == 200
 
