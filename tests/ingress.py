@@ -23,7 +23,7 @@ from fastapi.routing import APIRoute
 from ray.serve._private import http_util
 from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from ray.serve.config import HTTPOptions
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.answers import Piece
 from deployments.items import Embeddings, Requests, Scores, Word
@@ -140,9 +140,16 @@ def as_serve_does(app: ASGIApp) -> ASGIApp:
         assert http_util.parse_request_timeout_header(headers, None) is None
         ahead = ASGIDIReceiveProxy(scope, receive, asyncio.get_running_loop())
         reading = ahead.fetch_until_disconnect_task()
-        answering = asyncio.ensure_future(app(scope, ahead, send))
+        finished = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal finished
+            await send(message)
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        answering = asyncio.ensure_future(app(scope, ahead, send_noted))
         await asyncio.wait((reading, answering), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
+        if not answering.done() and not finished:
             answering.cancel()
             await asyncio.wait((answering,))
             raise asyncio.CancelledError

@@ -22,16 +22,10 @@ def response(path: str, error: DureError | ValidationError) -> Response:
     """An error of the endpoint with this path."""
     if isinstance(error, ValidationError):
         error = of_validation(path, error.errors(include_url=False)[0])
-    param = error.param and _sendable(error.param)
-    content = errors.body(error.kind, _sendable(error.message), param)
+    content = errors.body(error.kind, error.message, error.param)
     if path.startswith(OPENAI_PATHS):
-        content["error"] |= {"param": param, "code": None}
+        content["error"] |= {"param": error.param, "code": None}
     return Response(orjson.dumps(content), error.status, error.headers, "application/json")
-
-
-def _sendable(text: str) -> str:
-    """Without halves of surrogate pairs, which a field's name may have."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:

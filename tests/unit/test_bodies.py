@@ -7,12 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from fastapi import FastAPI, Form
 
 from serve.http import bodies
+from serve.http.endpoints import Endpoints
 from serve.routes.common import Body
+from serve.settings import Limits
 from tests.ingress import Answer, Running, held_back, json_endpoints, running
 
 JSON = "Content-Type: application/json"
@@ -112,13 +115,6 @@ def test_a_cursor_can_be_no_deep_json(server: Running) -> None:
     assert (answer.status, answer.error["param"]) == (400, "after")
 
 
-@pytest.mark.parametrize("count", [3, 300])
-def test_of_unknown_fields_one_is_named(server: Running, count: int) -> None:
-    fields = ",".join(f'"k{number}":1' for number in range(count))
-    answer = server.post("/v1/models/shout/reload", f'{{"wait":true,{fields}}}'.encode(), JSON)
-    assert (answer.status, answer.error["param"]) == (400, "k0")
-
-
 @pytest.mark.parametrize(
     ("path", "size", "told"),
     [
@@ -170,7 +166,8 @@ def test_lists_at_their_limit_pass(server: Running, body: dict[str, Any]) -> Non
     assert not too_many_tokens or "tokens" in answer.error["message"]
 
 
-def test_a_body_that_trickles_in_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", [b"", b" "])
+def test_a_body_that_comes_too_slowly_is_refused(server: Running, part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_S", 0.5)
     head = f"POST {EMBED} HTTP/1.1\r\nHost: dure\r\n{JSON}\r\nContent-Length: 1000\r\n\r\n"
     started = time.monotonic()
@@ -180,7 +177,7 @@ def test_a_body_that_trickles_in_is_refused(server: Running, monkeypatch: pytest
         received = b""
         while b"body_timeout" not in received:
             assert time.monotonic() - started < 5
-            connection.sendall(b" ")
+            connection.sendall(part)
             try:
                 received += connection.recv(65536)
             except TimeoutError:
@@ -202,22 +199,42 @@ def test_a_body_that_comes_at_a_fair_pace_may_take_longer(server: Running, monke
 
 
 def test_bodies_in_flight_are_bounded_and_small_ones_pass(server: Running) -> None:
-    large = json.dumps({"items": ["x" * 2_500_000]}).encode()
-    answers: list[Answer] = []
+    large, rest, small = (json.dumps({"items": ["x" * size]}).encode() for size in (2_600_000, 1_500_000, 60_000))
+    path, budget, answers, sending = "/v1/models/shout/run", server.app.border.budget, list[Answer](), []
+
+    def post(body: bytes) -> None:
+        answers.append(server.post(path, body, JSON))
+
     with held_back(server, "shout"):
-        first = threading.Thread(target=lambda: answers.append(server.post("/v1/models/shout/run", large, JSON)))
-        first.start()
-        deadline = time.monotonic() + 5
-        while server.app.border.budget.held < len(large):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        refused = server.post("/v1/models/shout/run", large, JSON)
+        for body in (large, rest, small, small):
+            expected = budget.held + len(body)
+            sending.append(threading.Thread(target=post, args=(body,)))
+            sending[-1].start()
+            deadline = time.monotonic() + 5
+            while budget.held != expected:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        refused = server.post(path, large, JSON)
         assert (refused.status, refused.error["type"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
         assert server.post(EMBED, EMBED_BODY, JSON).status == 200
-    first.join(10)
-    assert answers[0].status == 200
-    assert server.app.border.budget.held == 0
+    for thread in sending:
+        thread.join(10)
+    assert [answer.status for answer in answers] == [200] * 4
+    assert budget.held == 0
+
+
+def test_forms_without_files_may_be_sent_as_browsers_do_and_are_short() -> None:
+    app = FastAPI()
+
+    @app.post("/form")
+    async def form(name: Annotated[str, Form()]) -> str:
+        return name
+
+    found = Endpoints(app, Limits()).find({"type": "http", "method": "POST", "path": "/form"})
+    assert found
+    assert "application/x-www-form-urlencoded" in found.endpoint.media
+    assert found.endpoint.max_bytes < 100_000
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing(server: Running) -> None:
