@@ -26,8 +26,9 @@ from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.answers import Piece
-from deployments.items import Embeddings, Requests, Scores, Word
+from deployments.items import Answer, Embeddings, Requests, Scores, Word
 from deployments.progress import LoadEvent
+from serve.adverts import Judgement
 from serve.board import Replica
 from serve.calls import Deployment, Model
 from serve.direct import DirectApp
@@ -49,6 +50,9 @@ MODELS = {
     "vision": {"task": "vision", "source": "x"},
     "shout": {"task": "tests.engines:Shout", "source": "x"},
 }
+
+
+JUDGEMENT = Judgement(analysis="a", on_brief=True, occlusion=False, contrast_ok=True, cta_present=True, issues=[])
 
 
 class Answering:
@@ -73,6 +77,8 @@ class Answering:
             return Scores(np.linspace(0.9, 0.1, count, dtype=np.float32), np.ones(count, np.int32))
         if self.task == "next_word":
             return [[Word("word", " word", 0.5)] for _ in items]
+        if self.task == "vision":
+            return [Answer(JUDGEMENT.model_dump_json(), 1) for _ in items]
         return items
 
 
@@ -160,7 +166,7 @@ def as_serve_does(app: ASGIApp) -> ASGIApp:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Heard:
     status: int
     headers: dict[str, str]
     """By names in lower case."""
@@ -197,11 +203,11 @@ class Running:
                 received += part
             return received
 
-    def post(self, path: str, body: bytes = b"", *headers: str) -> Answer:
+    def post(self, path: str, body: bytes = b"", *headers: str) -> Heard:
         """With these headers, and none else but those that HTTP needs."""
         return self.ask("POST", path, f"Content-Length: {len(body)}", *headers, body=body)
 
-    def ask(self, method: str, path: str, *headers: str, body: bytes = b"") -> Answer:
+    def ask(self, method: str, path: str, *headers: str, body: bytes = b"") -> Heard:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.putrequest(method, path, skip_accept_encoding=True)
         for header in headers:
@@ -213,7 +219,7 @@ class Running:
         connection.close()
         told = {name.lower(): value for name, value in response.getheaders()}
         is_json = told.get("content-type") == "application/json" and content
-        return Answer(response.status, told, json.loads(content) if is_json else content)
+        return Heard(response.status, told, json.loads(content) if is_json else content)
 
 
 @contextmanager

@@ -21,8 +21,12 @@ from serve.caller import TIMEOUT_HEADER
 REQUEST_ID = SERVE_HTTP_REQUEST_ID_HEADER.encode()
 USABLE_ID = re.compile(rb"[!-~]{1,128}")
 """One word of printable ASCII: it goes into log lines and into the response."""
-TRACE = (b"traceparent", b"tracestate")
-"""Serve reads these as UTF-8, and fails on anything else."""
+MEANT = {
+    b"traceparent": re.compile(rb"[ -~]*"),  # Serve reads these two as UTF-8, and fails on anything else
+    b"tracestate": re.compile(rb"[ -~]*"),
+    b"x-forwarded-for": re.compile(rb"[0-9a-fA-F.:,\[\] ]*"),  # addresses, which Serve may log
+}
+"""Headers that are dropped where they hold anything else."""
 RENAMED = {SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER.encode(): TIMEOUT_HEADER.lower().encode()}
 """Serve would end the request in plain text, and trips over values such as `inf`. Dure keeps the deadline itself."""
 
@@ -75,7 +79,7 @@ def tidy(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == REQUEST_ID:
             request_id = request_id or value
-        elif not _is_private(name) and (name not in TRACE or value.isascii()):
+        elif not _is_private(name) and (name not in MEANT or MEANT[name].fullmatch(value)):
             headers.append((RENAMED.get(name, name), value))
     if not USABLE_ID.fullmatch(request_id):
         request_id = str(uuid.uuid4()).encode()

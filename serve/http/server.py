@@ -7,7 +7,6 @@ for is replaced there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,6 @@ from uvicorn.config import Config
 
 from serve.http.sockets import FRAMES_PER_MESSAGE, BoundedSocket
 from serve.settings import Limits, WebSocketSettings
-
-TRUSTED_PROXIES = "FORWARDED_ALLOW_IPS"
-"""Uvicorn's own setting. Without it, X-Forwarded-For is whatever a client writes: HAProxy passes it on as it is."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,6 @@ def serve_behind(border: Callable[[ASGIApp], ASGIApp], bounds: ServerBounds) -> 
                 "ws": BoundedSocket,
                 "ws_max_size": bounds.max_message_bytes,
                 "ws_per_message_deflate": False,
-                "proxy_headers": TRUSTED_PROXIES in os.environ,
             }
             super().__init__(app, **(options | bounded))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
@@ -9,14 +10,16 @@ import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Form
+from PIL import Image
 
 from serve.http import bodies
 from serve.http.endpoints import Endpoints
 from serve.routes.common import Body
 from serve.settings import Limits
-from tests.ingress import Answer, Running, held_back, json_endpoints, running
+from tests.ingress import Heard, Running, held_back, json_endpoints, running
 
 JSON = "Content-Type: application/json"
 ORIGIN = "https://app.example.org"
@@ -200,7 +203,7 @@ def test_a_body_that_comes_at_a_fair_pace_may_take_longer(server: Running, monke
 
 def test_bodies_in_flight_are_bounded_and_small_ones_pass(server: Running) -> None:
     large, rest, small = (json.dumps({"items": ["x" * size]}).encode() for size in (2_600_000, 1_500_000, 60_000))
-    path, budget, answers, sending = "/v1/models/shout/run", server.app.border.budget, list[Answer](), []
+    path, budget, answers, sending = "/v1/models/shout/run", server.app.border.budget, list[Heard](), []
 
     def post(body: bytes) -> None:
         answers.append(server.post(path, body, JSON))
@@ -222,6 +225,15 @@ def test_bodies_in_flight_are_bounded_and_small_ones_pass(server: Running) -> No
         thread.join(10)
     assert [answer.status for answer in answers] == [200] * 4
     assert budget.held == 0
+
+
+@pytest.mark.parametrize("model", [None, "", "vision"])
+def test_an_empty_field_of_a_form_is_the_same_as_leaving_it_out(server: Running, model: str | None) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    data = {} if model is None else {"model": model}
+    answer = httpx.post(f"{server.url}/v1/vision/judge", files={"image": image.getvalue()}, data=data, timeout=10)
+    assert answer.status_code == 200, answer.text
 
 
 def test_forms_without_files_may_be_sent_as_browsers_do_and_are_short() -> None:

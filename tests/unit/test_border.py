@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.ingress import Running, held_back, running
+from serve.errors import DureError
+from serve.http.border import Refusals
+from serve.http.endpoints import FOUND
+from tests.ingress import Running, any_of, held_back, running
 
 JSON = "Content-Type: application/json"
 ORIGIN = "https://app.example.org"
@@ -97,6 +100,8 @@ PRIVATE = [
     "serve_multiplexed_model_id: \xff",
     "serve-multiplexed-model-id: embedder",
     "x-serve-router-target: somewhere",
+    "traceparent: \xff",
+    'X-Forwarded-For: 10.0.0.1" INFO forged',
 ]
 
 
@@ -112,8 +117,10 @@ def test_serves_own_headers_are_not_a_clients_to_send(
         await take(scope, receive, send)
 
     monkeypatch.setattr(server.app, "_take", look)
-    assert server.post(EMBED, EMBED_BODY, JSON, header, "X-Other: \xff").status == 200
-    assert b"x-other" in seen
+    kept = ["X-Other: \xff", "Tracestate: a=b", "X-Forwarded-For: 10.0.0.1, [::1]:80"]
+    sent = [each for each in kept if each.partition(":")[0] != header.partition(":")[0]]
+    assert server.post(EMBED, EMBED_BODY, JSON, header, *sent).status == 200
+    assert {each.partition(":")[0].lower().encode() for each in sent} <= set(seen)
     assert header.partition(":")[0].lower().encode() not in seen
 
 
@@ -189,6 +196,27 @@ def test_a_crash_is_a_plain_500_and_the_log_has_it_quoted(
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     assert answer.headers["x-request-id"] == "the-crash"
     assert {path in record.getMessage() for record in caplog.records if record.exc_info} == {True}
+
+
+@pytest.mark.parametrize("can_deny", [True, False])
+def test_a_websocket_is_refused_as_a_request_is(can_deny: bool) -> None:
+    sent: list[Any] = []
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        raise DureError(401, "unauthorized", "send a key, " * 20)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    extensions = {"websocket.http.response": {}} if can_deny else {}
+    scope = {"type": "websocket", "path": "/ws/a", "headers": [(b"x-request-id", b"1")], "extensions": extensions}
+    asyncio.run(Refusals(refuse)({**scope, FOUND: None}, any_of(None), send))
+    if can_deny:
+        assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 401)
+        assert json.loads(sent[1]["body"])["error"]["type"] == "unauthorized"
+    else:
+        assert (sent[0]["type"], sent[0]["code"]) == ("websocket.close", 1008)
+        assert len(sent[0]["reason"]) <= 123
 
 
 def test_names_in_paths_forge_no_log_lines(
