@@ -14,7 +14,7 @@ import pytest
 
 from serve.errors import DureError
 from serve.http.border import Refusals
-from serve.http.endpoints import FOUND
+from serve.http.endpoints import FOUND, Found
 from tests.ingress import Running, any_of, held_back, running
 
 JSON = "Content-Type: application/json"
@@ -261,3 +261,34 @@ def test_requests_without_the_outermost_border_cross_one_in_the_app(server: Runn
     assert server.do(lambda: ask(b"[" * 200))[0] == 400
     assert server.do(lambda: ask(b" " * 26 * 2**20))[0] == 413
     assert server.do(lambda: ask(EMBED_BODY, (b"x-request-id", b"\xff")))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", b'{"text": "a", "top_k": 2}'),
+        ("/predict", b'{"text": "a", "top_k": 0}'),
+        (EMBED, b'{"input": ["one", "two"], "dimensions": 2}'),
+        (EMBED, b'{"input": {}}'),
+        (EMBED, b'{"input": "x", "model": "nothing"}'),
+        ("/v1/rerank", b'{"query": "a", "documents": ["b", "c"]}'),
+        ("/v1/search", b'{"query": "a"}'),
+        ("/v1/models/shout/run", b'{"items": [{"say": "x"}]}'),
+        ("/v1/models/nothing/run", b'{"items": [1]}'),
+        ("/v1/models/shout/reload", b"{}"),
+        (EMBED, b'{"input": '),
+        ("/predict", b'{"text": '),
+    ],
+)
+def test_the_short_way_in_answers_as_fastapi_does(
+    server: Running, path: str, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = server.post(path, body, JSON)
+    monkeypatch.setattr(Found, "serves", lambda *_: False)
+    fastapi = server.post(path, body, JSON)
+    assert short.status == fastapi.status
+    if body.endswith(b": "):  # the two parsers say it in other words
+        assert all("the body is not JSON" in each.error["message"] for each in (short, fastapi))
+    else:
+        assert short.content == fastapi.content
+    assert short.headers["content-type"] == fastapi.headers["content-type"]
