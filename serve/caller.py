@@ -14,10 +14,8 @@ DEFAULT_TENANT = "default"
 TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TENANT = re.compile(TENANT_PATTERN)
 TENANT_HEADER, TICKET_HEADER = "X-Tenant-ID", "X-Dure-Ticket"
-TIMEOUT_HEADER, SERVES_HEADER = "X-Request-Timeout", "x-request-timeout-seconds"
-"""Dure's and Serve's own; both are in seconds."""
-FIRST_S = 0.1
-"""Serve ends a request at its own header's time with a plain text: Dure's answer has to be this much earlier."""
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""In seconds. Serve's own `x-request-timeout-seconds` is taken for the same."""
 EVENTS = "text/event-stream"
 
 
@@ -40,7 +38,13 @@ class Caller:
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]], longest_s: float) -> Caller:
         """What a request's raw headers say; nobody waits for more than `longest_s`. Raises DureError."""
-        said = {name: value.decode("latin-1") for name, value in headers if name in READ}
+        said: dict[bytes, str] = {}
+        timeout_s = longest_s
+        for name, value in headers:
+            if name in READ:
+                said[name] = value.decode("latin-1")
+            elif name == b"x-request-timeout":
+                timeout_s = min(timeout_s, _seconds(value.decode("latin-1")))
         tenant = said.get(b"x-tenant-id", DEFAULT_TENANT)
         if not TENANT.fullmatch(tenant):
             raise errors.invalid(
@@ -48,11 +52,6 @@ class Caller:
                 "the first two",
                 TENANT_HEADER,
             )
-        timeout_s = longest_s
-        if (text := said.get(b"x-request-timeout")) is not None:
-            timeout_s = min(timeout_s, _seconds(text, TIMEOUT_HEADER))
-        if (text := said.get(b"x-request-timeout-seconds")) is not None:
-            timeout_s = min(timeout_s, max(0.001, _seconds(text, SERVES_HEADER) - FIRST_S))
         return cls(
             timeout_s,
             time.monotonic() + timeout_s,
@@ -66,14 +65,14 @@ class Caller:
         return max(0.001, self.deadline - time.monotonic())
 
 
-READ = {b"x-tenant-id", b"x-dure-ticket", b"accept", b"x-request-timeout", b"x-request-timeout-seconds"}
+READ = {b"x-tenant-id", b"x-dure-ticket", b"accept"}
 
 
-def _seconds(text: str, name: str) -> float:
+def _seconds(text: str) -> float:
     try:
         seconds = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise errors.invalid(f"{name} is {text[:20]!r}; it takes seconds, more than 0", name)
+        raise errors.invalid(f"{TIMEOUT_HEADER} is {text[:20]!r}; it takes seconds, more than 0", TIMEOUT_HEADER)
     return seconds

@@ -89,6 +89,11 @@ class Coalescer:
         """Turns of the items that have been sent and not answered."""
         return sum(call.left for call in self._calls)
 
+    @property
+    def alive(self) -> bool:
+        """Is what waits here ever sent?"""
+        return self._pumping is not None and not self._pumping.done()
+
     def start(self) -> None:
         """Begin to send; needs a running event loop."""
         self._pumping = asyncio.get_running_loop().create_task(self._pump())

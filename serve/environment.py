@@ -21,6 +21,7 @@ LOG_BYTES, LOG_FILES = 10 * 2**20, 5
 
 EVERYWHERE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.proxy:protect",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Dure has its own GET /metrics
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a log line is in its file when its request has been answered
     "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),

@@ -15,6 +15,7 @@ from serve import errors
 from serve.cache import cache_of
 from serve.caller import Caller
 from serve.calls import Deployment, Model
+from serve.coalescer import Coalescer
 from serve.following import Following
 from serve.lanes.client import Lanes
 from serve.metrics import REGISTRY
@@ -84,6 +85,16 @@ class Graph:
                 service.gate.overload = partial(self._overload, [self.model(task).name for task in NEEDS[name]])
         self.lanes.start([each.gate for each in (*self.models.values(), *self.services.values())])
         self.reporter.open(*self.me, REGISTRY)
+
+    @property
+    def dead(self) -> list[str]:
+        """What this process should be doing all the time and has ceased to do."""
+        parts: dict[str, Watch | Lanes | Coalescer] = {
+            "the watch of the board": self.watch,
+            "the beat of the lanes": self.lanes,
+        }
+        parts |= {f"the coalescer of {name}": model.coalescer for name, model in self.models.items()}
+        return [name for name, part in parts.items() if not part.alive]
 
     @asynccontextmanager
     async def admitted(

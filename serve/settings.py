@@ -17,6 +17,8 @@ from serve.strict import Strict
 
 NEEDS = {"search": ("embedding", "rerank"), "adverts": ("vision",)}
 """Tasks of the models that a service calls; without one of each there is no such service."""
+ESCAPED_BYTES, OTHER_BYTES = 12, 4096
+"""Of JSON that a character may take, as \\ud83d\\ude00 does, and that all but a request's text may."""
 
 
 def _as_gpus(text: str) -> str:
@@ -28,10 +30,29 @@ class Limits(Strict):
     """What one request may hold; over it 413 or 400."""
 
     max_body_mb: float = Field(25, ge=0.001, le=2000)  # between replicas travel at most 2 GiB
+    max_bodies_mb: float = Field(
+        256,
+        ge=0.001,
+        le=10**6,
+        description="bodies of all requests that one ingress replica holds at once; over it 503",
+    )
     max_text_chars: int = Field(200_000, ge=1, le=10**9)
     max_list_items: int = Field(2048, ge=1, le=10**6)
     max_image_mb: float = Field(20, ge=0.001, le=2000)
     max_image_megapixels: float = Field(50, ge=0.001, le=1000)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
+
+    @property
+    def max_bodies_bytes(self) -> int:
+        return int(self.max_bodies_mb * 2**20)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Of JSON with one text in it, every character escaped, and a few other fields."""
+        return ESCAPED_BYTES * self.max_text_chars + OTHER_BYTES
 
 
 class ServiceSettings(Strict):
@@ -144,6 +165,7 @@ class WebSocketSettings(Strict):
     max_messages_per_s: float = Field(
         50, ge=0.1, le=10_000, description="of one connection; a client that goes on faster is disconnected"
     )
+    max_mb_per_s: float = Field(4, ge=0.001, le=1000, description="of one connection's messages; the same")
 
 
 class Settings(Strict):

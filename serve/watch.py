@@ -32,6 +32,11 @@ class Watch:
         self._epoch, self._sequence = "", 0
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Is the board listened to?"""
+        return self._task is not None and not self._task.done()
+
     def start(self) -> None:
         """Begin to listen; needs a running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._listen())

@@ -70,6 +70,11 @@ class Lanes:
         self._wake = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Is admission told what this process has?"""
+        return self._beating is not None and not self._beating.done()
+
     def start(self, gates: list[Gate]) -> None:
         """Begin to tell, also of what waits here for models; needs a running event loop."""
         self.gates = gates
@@ -78,8 +83,8 @@ class Lanes:
     @asynccontextmanager
     async def admitted(self, lane: str, caller: Caller, following: Following | None = None) -> AsyncIterator[None]:
         """A slot of the lane's, for as long as the body runs. Raises DureError where there is none in time."""
-        if caller.ticket is None:
-            self._turn_away(lane, caller.tenant)
+        if self.full(lane, caller):
+            raise errors.queue_full(lane, self.turn_away(lane, caller))
         max_concurrent, max_queue = self.limits[lane]
         asked = Asked(
             uuid.uuid4().hex,
@@ -136,16 +141,19 @@ class Lanes:
                 self._actor = None
             await asyncio.sleep(RETRY_PAUSE_S)
 
-    def _turn_away(self, lane: str, tenant: str) -> None:
-        """Raises DureError where admission has just told another newcomer of the tenant's that there is no room."""
-        full = self._full.get((lane, tenant))
-        if full is None or time.monotonic() >= full.until:
-            return
+    def full(self, lane: str, caller: Caller) -> Full | None:
+        """What admission has just told another newcomer of the tenant's, as long as it holds; None for tickets."""
+        full = self._full.get((lane, caller.tenant))
+        return None if caller.ticket or full is None or time.monotonic() >= full.until else full
+
+    def turn_away(self, lane: str, caller: Caller) -> Refused:
+        """One more newcomer for whom a lane is `full`: what it hears, behind those before it."""
         REJECTED.labels(lane).inc()
+        tenant, full = caller.tenant, self._full[lane, caller.tenant]
         before = self._turned_away.get((lane, tenant), TurnedAway(lane, tenant, 0, 0.0))
         away = TurnedAway(lane, tenant, before.count + 1, before.seconds + full.refused.each_s)
         self._turned_away[lane, tenant] = away
-        raise errors.queue_full(lane, full.one_more())
+        return full.one_more()
 
     async def _decision(self, asked: Asked, caller: Caller) -> Decision:
         """Asked again where the actor has died, which forgets nothing that holders know."""

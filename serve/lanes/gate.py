@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve import errors
 from serve.caller import DEFAULT_TENANT, Caller
-from serve.lanes.tickets import Tickets
+from serve.errors import DureError
+from serve.lanes.tickets import FOR_NEWCOMERS, Refused, Tickets
 from serve.metrics import QUEUE_ITEMS, REJECTED
 
 
@@ -38,6 +40,10 @@ MOST = 2
 are cheap, and who invents many should not make the queue long."""
 
 
+USUAL = 0.05
+"""Weight of the newest request in what is usual."""
+
+
 class Gate:
     """Counts turns, lets in while there is room, and tells those it refuses when to come back.
 
@@ -60,6 +66,11 @@ class Gate:
         self.rejected = 0
         self.tickets = Tickets(name, secrets.token_bytes(32))
         """Those of other processes are good here once they share a key."""
+        self.usual_turns = 1.0
+        """Of one request, on average."""
+        self._full: dict[str, tuple[Refused, float]] = {}
+        """What the last newcomer of a tenant heard where no ticket was left, and until when others would hear the same
+        (time.monotonic)."""
         self._freed = asyncio.Event()
         self._gauge = QUEUE_ITEMS.labels(name)
 
@@ -74,6 +85,7 @@ class Gate:
         """
         self.check()
         tenant, ticket = (caller.tenant, caller.ticket) if caller else (DEFAULT_TENANT, None)
+        self.usual_turns += USUAL * (turns - self.usual_turns)
         awaited = bool(patience_s) or self.tickets.redeem(ticket, tenant)
         deadline = time.monotonic() + patience_s
         while not self._has_room(tenant, awaited):
@@ -81,12 +93,7 @@ class Gate:
             if left <= 0 and patience_s:
                 raise errors.too_late(self.name, patience_s)
             if left <= 0:
-                self.rejected += 1
-                REJECTED.labels(self.name).inc()
-                expected = self.tickets.coming(self.max_turns, tenant).tenants
-                mine, share = self.turns_of[tenant], self._share(tenant, expected)
-                refused = self.tickets.refuse(tenant, self.turns, self.max_turns, turns, ticket, mine, share)
-                raise errors.queue_full(self.name, refused)
+                raise self._refused(turns, tenant, ticket)
             # Not wait_for, which in Python 3.11 forgets that it was cancelled where it has just been freed.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
@@ -98,6 +105,42 @@ class Gate:
             self._count(tenant, -turns, -items)
             self._freed.set()
             self._freed = asyncio.Event()
+
+    def check_newcomer(self, caller: Caller) -> None:
+        """Raises what `admitted` would raise now, whatever is asked for: of a list's length only the usual is known."""
+        self.check()
+        if self.turns < max(1, int(FOR_NEWCOMERS * self.max_turns)):  # which is never held for tickets
+            return
+        if self.full(caller):
+            raise self.turned_away(caller)
+        if not caller.ticket and not self._has_room(caller.tenant, awaited=False):
+            raise self._refused(max(1, round(self.usual_turns)), caller.tenant, None)
+
+    def full(self, caller: Caller) -> bool:
+        """Has a newcomer of the caller's tenant just been refused without a ticket, so that others would be, too?"""
+        _, until = self._full.get(caller.tenant, (None, 0.0))
+        return not caller.ticket and time.monotonic() < until
+
+    def turned_away(self, caller: Caller) -> DureError:
+        """What one more hears for whom the queue is `full`, behind those before it."""
+        refused, _ = self._full[caller.tenant]
+        due = self.tickets.put_off(caller.tenant, refused.each_s)
+        return self._told(replace(refused, retry_after_s=math.ceil(round(due - self.tickets.clock(), 3))))
+
+    def _refused(self, turns: int, tenant: str, ticket: str | None) -> DureError:
+        expected = self.tickets.coming(self.max_turns, tenant).tenants
+        mine, share = self.turns_of[tenant], self._share(tenant, expected)
+        refused = self.tickets.refuse(tenant, self.turns, self.max_turns, turns, ticket, mine, share)
+        now = time.monotonic()
+        self._full = {name: full for name, full in self._full.items() if full[1] > now}
+        if refused.stands_s:
+            self._full[tenant] = refused, now + refused.stands_s
+        return self._told(refused)
+
+    def _told(self, refused: Refused) -> DureError:
+        self.rejected += 1
+        REJECTED.labels(self.name).inc()
+        return errors.queue_full(self.name, refused)
 
     def _has_room(self, tenant: str, awaited: bool) -> bool:
         """`awaited`: what is held for those who are told to come back is held for this one."""

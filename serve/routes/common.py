@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
 
 from serve import errors
 from serve.caller import Caller
@@ -31,11 +32,44 @@ async def _caller(request: Request, graph: GraphDep) -> Caller:
 
 CallerDep = Annotated[Caller, Depends(_caller)]
 
+SMALL_BYTES = 64 * 1024
+
 
 class Body(BaseModel):
-    """A JSON body. Fields that Dure does not know are ignored, as clients of other servers send some."""
+    """A JSON body. Fields that Dure does not know are ignored, as clients of other servers send some.
+
+    Null is the same as nothing for a field that may be left out: many clients write all that they know of.
+    """
 
     model_config = ConfigDict(extra="ignore")
+
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        """What a request of this kind may have at most; over it 413. Those with texts or lists allow more."""
+        return SMALL_BYTES
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prepared(cls, given: Any) -> Any:
+        """Without nulls that mean nothing, and, where unknown fields are refused, with no more than one of them."""
+        if not isinstance(given, dict):
+            return given
+        if None in given.values():
+            given = {name: value for name, value in given.items() if value is not None or not cls._may_miss(name)}
+        if cls.model_config.get("extra") == "forbid" and (unknown := given.keys() - cls._named().keys()):
+            first = next(name for name in given if name in unknown)
+            given = {name: value for name, value in given.items() if name == first or name not in unknown}
+        return given
+
+    @classmethod
+    def _may_miss(cls, name: str) -> bool:
+        field = cls._named().get(name)
+        return field is not None and not field.is_required()
+
+    @classmethod
+    def _named(cls) -> dict[str, FieldInfo]:
+        """The fields by the names that they have in JSON."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 def answer(content: Any) -> Response:

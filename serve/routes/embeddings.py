@@ -12,6 +12,7 @@ from pydantic import Field, PlainValidator
 from deployments.items import Embeddings, InputType, Text
 from serve import errors
 from serve.following import Following
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import Body, CallerDep, GraphDep, check_texts
 from serve.routes.following import respond
@@ -51,8 +52,13 @@ class EmbeddingsRequest(Body):
     input_type: InputType | None = None
     """Dure's own: `query` or `document`, before which the model's prompt for such texts comes."""
 
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return limits.max_body_bytes
+
 
 @router.post("/v1/embeddings")
+@calls(task="embedding")
 async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Vectors of one text or many, as texts or as token ids of the model's own tokenizer."""
     model = graph.model("embedding", body.model)

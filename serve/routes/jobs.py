@@ -18,6 +18,8 @@ from starlette.datastructures import UploadFile as Upload
 from serve import errors
 from serve.caller import TENANT_PATTERN, Caller
 from serve.calls import Deployment
+from serve.errors import DureError
+from serve.http.early import calls
 from serve.images import look_at
 from serve.metrics import measured
 from serve.routes.common import Body, CallerDep, GraphDep, answer, check_text
@@ -28,8 +30,10 @@ from serve.store.stages import Which
 
 router = APIRouter(prefix="/api/yh", tags=["adverts"])
 
+MULTIPART, JSON = "multipart/form-data", "application/json"
 MAX_LAYOUT_BYTES = 256 * 1024
 MAX_PAGE = 500
+MAX_CURSOR = 256
 
 TenantId = Annotated[str, StringConstraints(pattern=TENANT_PATTERN)]
 TENANT: TypeAdapter[str] = TypeAdapter(TenantId)
@@ -49,6 +53,7 @@ class OverlayBody(Body):
 
 
 @router.post("/jobs", status_code=201)
+@calls(service="adverts", queued=False)
 async def create_job(
     graph: GraphDep,
     caller: CallerDep,
@@ -83,6 +88,7 @@ async def create_job(
 
 
 @router.post("/jobs/{job_id}/variants/{job_variants_id}/overlay")
+@calls(service="adverts", queued=False)
 async def record_overlay(
     job_id: uuid.UUID,
     job_variants_id: uuid.UUID,
@@ -142,6 +148,8 @@ async def list_traces(
     limit: Limit = 100,
 ) -> Response:
     """What models were asked and what they answered, the oldest first; `after` takes the `next` of the page before."""
+    if after is not None and len(after) > MAX_CURSOR:
+        raise errors.invalid("`after` is not the `next` of an earlier answer", "after")
     return answer(await _called(adverts, caller, "traces", tenant_id, job_id, after, limit))
 
 
@@ -173,11 +181,15 @@ async def _called(adverts: Deployment, caller: Caller, method: str, tenant_id: s
 @asynccontextmanager
 async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None, dict[str, Any] | None]]:
     """The tenant, and the finished advert: an image, which may lie in a file until the body ends, or a layout."""
-    if not request.headers.get("content-type", "").startswith("application/json"):
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in (MULTIPART, JSON):
+        message = f"the body's Content-Type is {kind[:100]!r}; send {MULTIPART} with an image, or {JSON} with a layout"
+        raise DureError(415, "unsupported_media_type", message, "Content-Type")
+    if kind == MULTIPART:
         async with request.form(max_files=1) as form:
             upload = form.get("image")
             if not isinstance(upload, Upload):
-                raise errors.DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
+                raise DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
             try:
                 tenant_id = TENANT.validate_python(form.get("tenant_id"))
             except ValidationError as error:

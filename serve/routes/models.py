@@ -18,15 +18,18 @@ from serve.board import board
 from serve.errors import DureError
 from serve.following import Following
 from serve.graph import Graph
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.model_settings import TASKS, ModelSettings
 from serve.routes.common import Body, CallerDep, GraphDep
 from serve.routes.following import respond
+from serve.settings import Limits
 
 router = APIRouter(tags=["models"])
 
 POLL_S = 0.2
 BOARD_S = 10.0
+RELOAD_BYTES = 4096
 
 
 @router.get("/v1/models")
@@ -77,6 +80,10 @@ class ReloadRequest(Body):
     revision: str | None = None
     wait: bool = True
     """False answers 202 at once; the progress stream and GET /v1/models/NAME tell how it goes."""
+
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return RELOAD_BYTES
 
     @model_validator(mode="after")
     def _one_way(self) -> ReloadRequest:
@@ -137,8 +144,13 @@ async def _asked(answer: Any) -> Any:
 class RunRequest(Body):
     items: Annotated[list[Any], Field(min_length=1)]
 
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return limits.max_body_bytes
+
 
 @router.post("/v1/models/{name}/run")
+@calls(model="name")
 async def run(name: str, body: RunRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Run a model of your own engine (`task: MODULE:CLASS`): each item goes to its `prepare` as it is."""
     if name not in graph.models:

@@ -11,8 +11,10 @@ from pydantic import Field
 from deployments.items import Prompt
 from serve.caller import Caller
 from serve.graph import Graph
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import Body, CallerDep, GraphDep, answer, check_text
+from serve.settings import Limits
 
 router = APIRouter(tags=["next word"])
 
@@ -24,8 +26,13 @@ class PredictRequest(Body):
     complete_word: bool = True
     model: str | None = None
 
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return limits.max_message_bytes
+
 
 @router.post("/predict")
+@calls(task="next_word", cached=True)
 async def predict(body: PredictRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """The likeliest next words, best first; with `complete_word: false`, single tokens."""
     model, words = await next_words(body, graph, caller)

@@ -10,9 +10,11 @@ from pydantic import Field, PlainValidator
 
 from deployments.items import Pair, Scores, sigmoid
 from serve.following import Following
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import Body, CallerDep, GraphDep, check_text, check_texts
 from serve.routes.following import respond
+from serve.settings import Limits
 
 router = APIRouter(tags=["rerank"])
 
@@ -41,8 +43,13 @@ class RerankRequest(Body):
     truncate: bool = True
     """Dure's own: false makes a pair over the model's length a 400."""
 
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return limits.max_body_bytes
+
 
 @router.post("/v1/rerank")
+@calls(task="rerank")
 async def rerank(body: RerankRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Documents by how well they answer the query, best first, each scored between 0 and 1."""
     model = graph.model("rerank", body.model)

@@ -8,10 +8,12 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from serve.following import Following
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text, check_texts
 from serve.routes.following import respond
 from serve.services.search import Found
+from serve.settings import Limits
 
 router = APIRouter(tags=["search"])
 
@@ -25,8 +27,13 @@ class SearchRequest(Body):
     documents: Annotated[list[str], Field(fail_fast=True)]
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K, strict=True)] = 5
 
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return limits.max_body_bytes
+
 
 @router.post("/v1/search")
+@calls(service="search")
 async def search(body: SearchRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Embed, take the nearest, re-rank: the best documents first, scored between 0 and 1."""
     service = graph.service("search", "a model with task embedding and one with task rerank")

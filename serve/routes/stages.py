@@ -13,10 +13,12 @@ from serve import errors
 from serve.caller import Caller
 from serve.following import Following
 from serve.graph import Graph
+from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text
 from serve.routes.following import respond
 from serve.routes.jobs import TenantId
+from serve.settings import Limits
 from serve.store.stages import Which
 
 router = APIRouter(prefix="/api/yh/llava", tags=["adverts"])
@@ -29,6 +31,10 @@ class StageBody(Body):
     job_id: uuid.UUID
     job_variants_id: uuid.UUID
     model: str | None = None
+
+    @classmethod
+    def max_bytes(cls, limits: Limits) -> int:
+        return 2 * limits.max_message_bytes  # two texts
 
     @property
     def which(self) -> Which:
@@ -46,6 +52,7 @@ class JudgeBody(StageBody):
 
 
 @router.post("/stage1/validate")
+@calls(service="adverts", queued=False)
 async def validate(body: ValidateBody, graph: GraphDep, caller: CallerDep) -> Response:
     """Does the variant's image fit the ad copy?"""
     for name in ("ad_copy_text", "prompt"):
@@ -54,6 +61,7 @@ async def validate(body: ValidateBody, graph: GraphDep, caller: CallerDep) -> Re
 
 
 @router.post("/stage2/judge")
+@calls(service="adverts", queued=False)
 async def judge(body: JudgeBody, graph: GraphDep, caller: CallerDep) -> Response:
     """Is the variant's finished advert good?"""
     _check(body.render_asset_url, "render_asset_url", graph)

@@ -13,6 +13,7 @@ from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
 from serve.caller import Caller
 from serve.following import Following
 from serve.graph import Graph
+from serve.http.early import calls
 from serve.images import read_image
 from serve.metrics import measured
 from serve.routes.common import CallerDep, GraphDep, check_text
@@ -24,6 +25,7 @@ Verdict = TypeVar("Verdict", bound=BaseModel)
 
 
 @router.post("/v1/vision/validate")
+@calls(task="vision")
 async def validate(
     graph: GraphDep,
     caller: CallerDep,
@@ -39,6 +41,7 @@ async def validate(
 
 
 @router.post("/v1/vision/judge")
+@calls(task="vision")
 async def judge(
     graph: GraphDep,
     caller: CallerDep,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from serve import errors
 from serve.caller import Caller
 from serve.errors import DureError
 from serve.graph import Graph
+from serve.http.json_bounds import JsonBounds, check
 from serve.metrics import CONNECTIONS
 from serve.routes.common import Body
 from serve.routes.predict import PredictRequest, next_words
@@ -34,8 +34,6 @@ LONGEST_REASON = 120
 """A close frame has room for so many bytes of it; what Dure says of headers is ASCII."""
 REPLIES = 128
 """Errors and pongs that may wait to be sent; a client that leaves more lying is disconnected."""
-ESCAPED, OTHER_FIELDS = 6, 4096
-"""Characters of JSON that a character of text may take, and that the rest of a message may."""
 
 
 class Input(PredictRequest):
@@ -110,10 +108,7 @@ class NotKept(Exception):
 
 
 class Connection:
-    """Two loops: one reads, one sends, so nothing is sent twice at once. What is sent never waits for the model.
-
-    Serve reads a socket ahead without a bound, so a client that sends too fast can't be slowed down, only sent away.
-    """
+    """Two loops: one reads, one sends, so nothing is sent twice at once. What is sent never waits for the model."""
 
     def __init__(self, socket: WebSocket, graph: Graph, caller: Caller) -> None:
         self.socket = socket
@@ -160,16 +155,10 @@ class Connection:
                 await self.socket.close(code, reason)
 
     async def _read(self) -> None:
-        rate = self.graph.settings.websocket.max_messages_per_s
-        allowed, since = 2 * rate, time.monotonic()
         while True:
             message = await self.socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
-            now = time.monotonic()
-            allowed, since = min(2 * rate, allowed + (now - since) * rate) - 1, now
-            if allowed < 0:
-                raise NotKept(f"more than {rate:g} messages a second")
             self._take(message.get("text"))
             if len(self.replies) > REPLIES:
                 raise NotKept("answers are not taken")
@@ -193,9 +182,7 @@ class Connection:
     def _parsed(self, text: str | None) -> Input | Ping:
         if text is None:
             raise errors.invalid("send text, not bytes")
-        most = ESCAPED * self.graph.settings.limits.max_text_chars + OTHER_FIELDS
-        if len(text) > most:
-            raise errors.invalid(f"the message has {len(text)} characters, more than {most}")
+        check(text.encode(), JsonBounds.of(self.graph.settings.limits))
         return MESSAGES.validate_json(text)
 
     def _reply(self, reply: dict[str, Any]) -> None:

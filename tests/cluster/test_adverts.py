@@ -321,7 +321,7 @@ def test_layouts_and_tenants_are_checked(client: httpx.Client) -> None:
         (b'{"tenant_id": "acme"}', 422),
     ):
         problem(client.post(url, content=content, headers={"content-type": "application/json"}), status)
-    problem(client.post(url, data={"tenant_id": "acme"}), 422)
+    problem(client.post(url, data={"tenant_id": "acme"}), 415)
     problem(client.post(url, data={"tenant_id": ""}, files={"image": MUG}), 422)
     assert job.state == "img_gen/done"
 

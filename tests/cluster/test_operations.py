@@ -156,7 +156,8 @@ def test_a_body_over_the_limit_is_413(client: httpx.Client) -> None:
         for _ in range(110):
             yield b"x" * 65_536
 
-    assert client.post("/predict", content=unannounced()).status_code == 413
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/predict", content=unannounced(), headers=headers).status_code == 413
 
 
 def test_a_text_over_the_limit_is_413(client: httpx.Client) -> None:

@@ -1,0 +1,176 @@
+"""Bodies are read here, whole and within bounds, before anybody else sees the request.
+
+Serve would read them ahead without a bound, and hold one of its places for a client that sends slowly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve import errors
+from serve.errors import DureError
+from serve.http.endpoints import FOUND, JSON, Endpoint, Found
+from serve.http.json_bounds import JsonBounds, checked
+from serve.routes.common import SMALL_BYTES
+from serve.settings import Limits
+
+BODY_S, BYTES_PER_S = 20.0, 64 * 1024
+"""A body has this long to come, and a second more for each so many bytes of it that have come."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a request's headers say of its body."""
+
+    media: str
+    """Its content type, without parameters; empty where none is given."""
+    announced: int
+    """Bytes, 0 where that is not known."""
+    has_body: bool
+    encoding: str = ""
+    """Of the whole body, as gzip; empty where it is sent as it is."""
+
+    @classmethod
+    def of(cls, scope: Scope) -> Head:
+        media, encoding, announced, chunked = "", "", 0, False
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                media = value.partition(b";")[0].strip().lower().decode("latin-1")
+            elif name == b"content-length" and value.isdigit():
+                announced = int(value)
+            elif name == b"transfer-encoding":
+                chunked = True
+            elif name == b"content-encoding":
+                encoding = value.strip().lower().decode("latin-1")
+        return cls(media, announced, chunked or announced > 0, "" if encoding == "identity" else encoding)
+
+    @property
+    def is_json(self) -> bool:
+        return self.media == JSON or (self.media.startswith("application/") and self.media.endswith("+json"))
+
+    def check(self, endpoint: Endpoint) -> None:
+        """Raises a 415 where the endpoint takes bodies of another type, or the body is compressed."""
+        if self.encoding:
+            message = f"the body's Content-Encoding is {self.encoding[:100]!r}; send the body as it is"
+            raise DureError(415, "unsupported_media_type", message, "Content-Encoding")
+        if not endpoint.media or self.media in endpoint.media or (JSON in endpoint.media and self.is_json):
+            return
+        found = f"the body's Content-Type is {self.media[:100]!r}" if self.media else "there is no Content-Type"
+        message = f"{found}; send Content-Type: {endpoint.media[0]}"
+        raise DureError(415, "unsupported_media_type", message, "Content-Type")
+
+
+class Budget:
+    """How many bytes of bodies this process holds at once. Small ones find room however full it is."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Share]:
+        """One request's; given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self.held -= share.held
+
+
+class Share:
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.held = 0
+
+    def take(self, count: int) -> None:
+        """Raises a 503 where there is no room for so many bytes more."""
+        if self.held + count > SMALL_BYTES and self.budget.held + count > self.budget.max_bytes:
+            raise errors.no_capacity("this server", "it holds as many bytes of requests as it may")
+        self.held += count
+        self.budget.held += count
+
+
+class Bodies:
+    def __init__(self, app: ASGIApp, limits: Limits, budget: Budget) -> None:
+        self.app = app
+        self.budget = budget
+        self.json = JsonBounds.of(limits)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        found: Found | None = scope[FOUND]
+        head = Head.of(scope)
+        if found and (head.has_body or found.endpoint.body):
+            head.check(found.endpoint)
+        if not head.has_body:
+            await self.app(scope, receive, send)
+            return
+        max_bytes = found.endpoint.max_bytes if found else SMALL_BYTES
+        if head.announced > max_bytes:
+            raise _too_large(max_bytes)
+        with self.budget.share() as share:
+            parts = await _read(receive, max_bytes, share)
+            if head.is_json:
+                whole = await checked(parts.popleft() if len(parts) == 1 else b"".join(parts), self.json)
+                parts = deque([whole])
+                del whole
+            await self.app(scope, Replay(parts, receive), send)
+
+
+class Replay:
+    """Receives a body that has been read, and then what else comes."""
+
+    def __init__(self, parts: deque[bytes], receive: Receive) -> None:
+        self.parts = parts
+        self.receive = receive
+        self.begun = False
+
+    async def __call__(self) -> Message:
+        if not self.parts:
+            return await self.receive()
+        if self.begun:
+            await asyncio.sleep(0)  # forms are parsed part by part: others have their turns in between
+        self.begun = True
+        part = self.parts.popleft()
+        return {"type": "http.request", "body": part, "more_body": bool(self.parts)}
+
+
+async def _read(receive: Receive, max_bytes: int, share: Share) -> deque[bytes]:
+    """The parts of a body, at least one. Raises DureError, and ClientDisconnect."""
+    parts: deque[bytes] = deque()
+    more = True
+    start = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(BODY_S) as timeout:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                part = message.get("body", b"")
+                more = message.get("more_body", False)
+                if share.held + len(part) > max_bytes:
+                    raise _too_large(max_bytes)
+                share.take(len(part))
+                parts.append(part)
+                if more:
+                    timeout.reschedule(start + BODY_S + share.held / BYTES_PER_S)
+    except TimeoutError as error:
+        raise DureError(408, "body_timeout", "the body came too slowly; send the request again") from error
+    return parts
+
+
+def _too_large(max_bytes: int) -> DureError:
+    return errors.too_large(f"the body is over the limit of {_told(max_bytes)}")
+
+
+def _told(size: int) -> str:
+    return f"{size / 2**20:.3g} MB" if size >= 2**20 else f"{size / 2**10:.3g} kB"

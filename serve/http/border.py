@@ -1,0 +1,175 @@
+"""What every request crosses before Ray Serve or the app sees it, and every response on its way back.
+
+A short chain of small ASGI apps, each around the next. They work from a request's head, for HTTP and WebSockets alike,
+and know endpoints only by what those declare, so an endpoint that is added later has all of this without being told.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from fastapi import Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve import errors
+from serve.caller import TICKET_HEADER, Caller
+from serve.errors import DureError
+from serve.graph import Graph
+from serve.http import error_shapes
+from serve.http.bodies import Bodies, Budget
+from serve.http.early import refuse_early
+from serve.http.endpoints import FOUND, Endpoints, Found
+from serve.http.headers import REQUEST_ID, Tidy, tidy
+from serve.http.sockets import Messages
+from serve.metrics import REQUESTS
+
+logger = logging.getLogger("ray.serve")
+
+CLIENT_LEFT = 499
+LOAD = (429, 503)
+"""Refusals that may be many: they are in the metrics, and not each in the log."""
+DENIAL = "websocket.http.response"
+LONGEST_REASON = 120
+"""A close frame has room for so many bytes of it."""
+
+
+@dataclass(frozen=True)
+class Border:
+    graph: Graph
+    endpoints: Endpoints
+    budget: Budget
+
+    @classmethod
+    def of(cls, graph: Graph, endpoints: Endpoints) -> Border:
+        limits = graph.settings.limits
+        return cls(graph, endpoints, Budget(max(limits.max_bodies_bytes, limits.max_body_bytes)))
+
+    def outermost(self, app: ASGIApp) -> ASGIApp:
+        """Around Serve's own app: nothing has read the request yet."""
+        return Tidy(self._marked(self._chain(app)))
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """Around the app itself: for requests that came through Serve's proxy, which names them in its responses."""
+
+        async def tidied(scope: Scope, receive: Receive, send: Send) -> None:
+            tidy(scope)
+            await marked(scope, receive, send)
+
+        marked = self._marked(self._chain(app))
+        return tidied
+
+    def _marked(self, app: ASGIApp) -> ASGIApp:
+        async def with_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "lifespan":
+                scope[FOUND] = self.endpoints.find(scope)
+            await app(scope, receive, send)
+
+        return with_endpoint
+
+    def _chain(self, app: ASGIApp) -> ASGIApp:
+        """From the inside out."""
+        settings = self.graph.settings
+        app = Bodies(app, settings.limits, self.budget)
+        app = Messages(app, settings.limits, settings.websocket)
+        app = Early(app, self.graph)
+        app = Refusals(app)
+        if settings.ingress.cors_origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=settings.ingress.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-ID", "Retry-After", TICKET_HEADER],
+            )
+        return Count(app)
+
+
+class Count:
+    """Counts each response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status = CLIENT_LEFT
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noted)
+        finally:
+            found: Found | None = scope[FOUND]
+            route = found.endpoint if found and found.serves(scope) else scope.get("route")
+            REQUESTS.labels(scope["method"], getattr(route, "path", "unknown"), str(status)).inc()
+
+
+class Refusals:
+    """Answers with what others raise further in: a DureError, or a plain 500 for a crash."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noted)
+        except ClientDisconnect:
+            return
+        except Exception as failure:
+            error = failure if isinstance(failure, DureError) else errors.internal()
+            self._log(scope, error, failure)
+            if started:
+                raise
+            await _refuse(scope, receive, send, error)
+
+    def _log(self, scope: Scope, error: DureError, failure: Exception) -> None:
+        if error.status in LOAD:
+            return
+        method, path = scope.get("method", "WebSocket"), error_shapes.sent_path(scope)
+        request_id = next(value.decode() for name, value in scope["headers"] if name == REQUEST_ID)
+        crash = None if failure is error else failure
+        level, extra = logging.ERROR if crash else logging.INFO, {"request_id": request_id}
+        logger.log(level, "%s %s %d %s", method, path, error.status, error.kind, exc_info=crash, extra=extra)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, error: DureError) -> None:
+    found: Found | None = scope[FOUND]
+    response: Response = error_shapes.response(found.endpoint.path if found else scope["path"], error)
+    if error.status == 408:  # who sends slowly should not hold the connection
+        response.headers["connection"] = "close"
+    if scope["type"] == "http" or DENIAL in scope.get("extensions", {}):
+        await response(scope, receive, send)
+    else:
+        reason = error.message.encode("ascii", "replace")[:LONGEST_REASON].decode()
+        await send({"type": "websocket.close", "code": 1008, "reason": reason})
+
+
+class Early:
+    """Refuses what would be refused whatever its body says."""
+
+    def __init__(self, app: ASGIApp, graph: Graph) -> None:
+        self.app = app
+        self.graph = graph
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found: Found | None = scope.get(FOUND)
+        if found and found.endpoint.calls:
+            caller = Caller.of(scope["headers"], self.graph.settings.request_timeout_s)
+            refuse_early(self.graph, found.endpoint.calls, found.parts, caller)
+        await self.app(scope, receive, send)

@@ -1,0 +1,82 @@
+"""Refusals that need no more than a request's head: at these a server under overload spends least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from serve import errors
+from serve.caller import Caller
+from serve.calls import Deployment
+from serve.errors import DureError
+from serve.graph import Graph
+from serve.metrics import measured
+
+Run = TypeVar("Run", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What an endpoint calls, as far as that is known without its body: one of the three."""
+
+    task: str = ""
+    """One of the models with this task."""
+    model: str = ""
+    """The part of the path that names the model."""
+    service: str = ""
+    queued: bool = True
+    """Does the head say whose turn it would take? Not where the tenant is named in the body."""
+    cached: bool = False
+    """May answers come from the cache, past guard and queue?"""
+
+
+def calls(
+    task: str = "", model: str = "", service: str = "", queued: bool = True, cached: bool = False
+) -> Callable[[Run], Run]:
+    """Declares what an endpoint calls, so that it can be refused early; see Calls."""
+
+    def declare(run: Run) -> Run:
+        run.calls = Calls(task, model, service, queued, cached)  # type: ignore[attr-defined]
+        return run
+
+    return declare
+
+
+def refuse_early(graph: Graph, calls: Calls, parts: Mapping[str, str], caller: Caller) -> None:
+    """Raises DureError where whatever the body asks for would be refused: by the guard, or by a full queue."""
+    if calls.cached and graph.predictions.cache is not None:
+        return
+    called = _called(graph, calls, parts)
+    if not called:
+        return
+    try:
+        if calls.service:
+            _check_service(graph, calls, called[0], caller)
+        else:
+            _check_models(called, caller)
+    except DureError:
+        with measured(called[0].name):
+            raise
+
+
+def _called(graph: Graph, calls: Calls, parts: Mapping[str, str]) -> Sequence[Deployment]:
+    if calls.task:
+        return [model for model in graph.models.values() if model.task == calls.task]
+    found = graph.models.get(parts[calls.model]) if calls.model else graph.services.get(calls.service)
+    return [found] if found else []
+
+
+def _check_service(graph: Graph, calls: Calls, service: Deployment, caller: Caller) -> None:
+    service.gate.check()
+    if calls.queued and graph.lanes.full(service.name, caller):
+        raise errors.queue_full(service.name, graph.lanes.turn_away(service.name, caller))
+
+
+def _check_models(models: Sequence[Deployment], caller: Caller) -> None:
+    """The body may name any of them, so all have to refuse; a ticket would be good for one, so none is given then."""
+    if len(models) == 1:
+        models[0].gate.check_newcomer(caller)
+    elif all(model.gate.overload() or model.gate.full(caller) for model in models):
+        models[0].gate.check()
+        raise models[0].gate.turned_away(caller)

@@ -1,0 +1,126 @@
+"""What is known of an endpoint before a request's body is read."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from fastapi import FastAPI, Response, params
+from fastapi.routing import APIRoute
+from starlette.types import Scope
+
+from serve.http.early import Calls
+from serve.routes.common import SMALL_BYTES, Body
+from serve.settings import Limits
+
+JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
+FOUND = "dure.found"
+"""Where a request's scope has what was found for it, once it has crossed the border."""
+PREFIX_PARTS = 3
+"""Of a `route_prefix`, which Serve takes off only further in."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    path: str
+    """As it was declared, with its parameters."""
+    pattern: re.Pattern[str]
+    methods: frozenset[str]
+    media: tuple[str, ...] = ()
+    """Content types that a body may have; none are named where the endpoint decides itself."""
+    max_bytes: int = SMALL_BYTES
+    calls: Calls | None = None
+    body: type[Body] | None = None
+    run: Callable[..., Awaitable[Response]] | None = None
+    """Answers with a `body`, the graph, the caller and the parts of the path: all that the short way has."""
+
+
+@dataclass(frozen=True)
+class Found:
+    endpoint: Endpoint
+    parts: dict[str, str] = field(default_factory=dict)
+    """Of the path."""
+    prefix: str = ""
+    """What stood before the endpoint's path."""
+
+    def serves(self, scope: Scope) -> bool:
+        """Is the prefix the app's own? Only the app is told that; until then its bounds hold for any."""
+        return self.prefix == str(scope.get("root_path", ""))
+
+
+class Endpoints:
+    def __init__(self, app: FastAPI, limits: Limits) -> None:
+        """All that the app has so far."""
+        endpoints = [_endpoint(route, limits) for route in _routes(app)]
+        self._fixed = {
+            (method, each.path): Found(each) for each in endpoints if "{" not in each.path for method in each.methods
+        }
+        self._patterns = [each for each in endpoints if "{" in each.path]
+
+    def find(self, scope: Scope) -> Found | None:
+        """The endpoint for a request; None where there is none, and for WebSockets."""
+        if scope["type"] != "http":
+            return None
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        whole = path = scope["path"]
+        for _ in range(1 + PREFIX_PARTS):
+            if found := self._at(method, path):
+                return found if path is whole else replace(found, prefix=whole.removesuffix(path))
+            path = path[path.find("/", 1) :] if "/" in path[1:] else ""
+        return None
+
+    def _at(self, method: str, path: str) -> Found | None:
+        if fixed := self._fixed.get((method, path)):
+            return fixed
+        for endpoint in self._patterns:
+            if method in endpoint.methods and (match := endpoint.pattern.fullmatch(path)):
+                return Found(endpoint, match.groupdict())
+        return None
+
+
+def _routes(app: FastAPI) -> Iterator[APIRoute]:
+    """All routes, those of included routers too."""
+    for route in app.routes:
+        inner = getattr(getattr(route, "original_router", None), "routes", [route])
+        yield from (each for each in inner if isinstance(each, APIRoute))
+
+
+def _endpoint(route: APIRoute, limits: Limits) -> Endpoint:
+    body, methods = _body(route), frozenset(route.methods or ())
+    forms = [each.field_info for each in route.dependant.body_params if isinstance(each.field_info, params.Form)]
+    media: tuple[str, ...] = ()
+    max_bytes = SMALL_BYTES if methods <= {"GET", "HEAD", "DELETE"} else limits.max_body_bytes
+    if body:
+        media, max_bytes = (JSON,), min(body.max_bytes(limits), limits.max_body_bytes)
+    elif any(isinstance(each, params.File) for each in forms):
+        media = (MULTIPART,)
+    elif forms:
+        media, max_bytes = (MULTIPART, URLENCODED), SMALL_BYTES  # urlencoded fields are parsed one by one, in Python
+    direct = body is not None and _is_plain(route)
+    calls: Calls | None = getattr(route.endpoint, "calls", None)
+    return Endpoint(
+        route.path,
+        route.path_regex,
+        methods,
+        media,
+        max_bytes,
+        calls,
+        body,
+        route.endpoint if direct else None,
+    )
+
+
+def _body(route: APIRoute) -> type[Body] | None:
+    """The model that the endpoint's JSON has to fit; None where it takes none."""
+    for parameter in inspect.signature(route.endpoint, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if isinstance(kind, type) and issubclass(kind, Body):
+            return kind
+    return None
+
+
+def _is_plain(route: APIRoute) -> bool:
+    """Does it need no more than a body, the graph, the caller and the parts of the path?"""
+    return set(inspect.signature(route.endpoint).parameters) == {"body", "graph", "caller", *route.param_convertors}

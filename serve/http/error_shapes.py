@@ -1,0 +1,44 @@
+"""Errors as clients of each API expect them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+import orjson
+from fastapi import Response
+from pydantic import ValidationError
+from starlette.types import Scope
+
+from serve import errors
+from serve.errors import DureError
+
+OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
+LONGEST_PATH = 200
+
+
+def response(path: str, error: DureError | ValidationError) -> Response:
+    """An error of the endpoint with this path."""
+    if isinstance(error, ValidationError):
+        error = of_validation(path, error.errors(include_url=False)[0])
+    content = errors.body(error.kind, error.message, error.param)
+    if path.startswith(OPENAI_PATHS):
+        content["error"] |= {"param": error.param, "code": None}
+    return Response(orjson.dumps(content), error.status, error.headers, "application/json")
+
+
+def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:
+    """What pydantic found in Dure's shape; OpenAI's API says 400 where FastAPI says 422."""
+    param = ".".join(str(part) for part in problem["loc"]) or None
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "json_invalid":
+        param, message = None, f"the body is not JSON: {problem['ctx']['error']}"
+    status = 400 if path.startswith(OPENAI_PATHS) else 422
+    return DureError(status, "invalid_request", f"{param}: {message}" if param else message, param)
+
+
+def sent_path(scope: Scope) -> str:
+    """A request's path as the client sent it, percent-encoded: fit for messages and logs."""
+    sent = scope.get("raw_path") or scope["path"].encode()
+    return quote(sent[:LONGEST_PATH], safe="/%:@!$&'()*+,;=~")

@@ -1,0 +1,23 @@
+"""Serve's own proxies, which take requests where there is no HAProxy, and from HAProxy while no ingress answers."""
+
+from __future__ import annotations
+
+import uvicorn
+from starlette.middleware import Middleware
+from uvicorn.config import Config
+
+from serve.http.headers import Tidy
+from serve.http.server import ServerBounds, serve_behind
+from serve.http.sockets import FRAMES_PER_MESSAGE
+from serve.settings import WebSocketSettings
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Uvicorn's own: a proxy knows no app's limits. The ingress behind it keeps to those."""
+
+
+def protect() -> list[Middleware]:
+    """Called by each process that is about to serve HTTP; an ingress has a border of its own by then."""
+    if uvicorn.Config is Config:
+        frames_per_s = FRAMES_PER_MESSAGE * WebSocketSettings().max_messages_per_s
+        serve_behind(Tidy, ServerBounds(MAX_MESSAGE_BYTES, frames_per_s))
+    return []

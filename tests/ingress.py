@@ -1,0 +1,283 @@
+"""The ingress without Ray: the real app and border, on the server that Serve makes, over models that answer at once.
+
+Between them stands what Serve does with a request: it reads ahead of the app without a bound, and decodes the headers
+that are its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from fastapi.routing import APIRoute
+from ray.serve._private import http_util
+from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
+from ray.serve.config import HTTPOptions
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.answers import Piece
+from deployments.items import Answer, Embeddings, Requests, Scores, Word
+from deployments.progress import LoadEvent
+from serve.adverts import Judgement
+from serve.board import Replica
+from serve.calls import Deployment, Model
+from serve.direct import DirectApp
+from serve.graph import Graph
+from serve.http.server import ServerBounds, serve_behind
+from serve.ingress import ROUTERS, make_app
+from serve.lanes.client import Lanes
+from serve.model_settings import ModelSettings
+from serve.predictions import Predictions
+from serve.routes.common import Body
+from serve.settings import Settings
+from serve.watch import Watch
+from tests.dure import free_port
+
+MODELS = {
+    "predictor": {"task": "next_word", "source": "x"},
+    "embedder": {"task": "embedding", "source": "x", "max_queue": 4},
+    "reranker": {"task": "rerank", "source": "x"},
+    "vision": {"task": "vision", "source": "x"},
+    "shout": {"task": "tests.engines:Shout", "source": "x"},
+}
+
+
+JUDGEMENT = Judgement(analysis="a", on_brief=True, occlusion=False, contrast_ok=True, cta_present=True, issues=[])
+
+
+class Answering:
+    """A handle whose replica answers all that it is asked, once it may."""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.may = asyncio.Event()
+        self.may.set()
+
+    def options(self, stream: bool) -> Any:
+        return SimpleNamespace(run=SimpleNamespace(remote=self._run))
+
+    def _run(self, requests: Requests) -> Any:
+        return Call(self, requests)
+
+    def results(self, items: list[Any]) -> Any:
+        count = len(items)
+        if self.task == "embedding":
+            return Embeddings(np.eye(count, 4, dtype=np.float32), np.ones(count, np.int32))
+        if self.task == "rerank":
+            return Scores(np.linspace(0.9, 0.1, count, dtype=np.float32), np.ones(count, np.int32))
+        if self.task == "next_word":
+            return [[Word("word", " word", 0.5)] for _ in items]
+        if self.task == "vision":
+            return [Answer(JUDGEMENT.model_dump_json(), 1) for _ in items]
+        return items
+
+
+class Call:
+    def __init__(self, handle: Answering, requests: Requests) -> None:
+        self.handle = handle
+        self.requests = requests
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        await self.handle.may.wait()
+        items = self.requests.items
+        yield Piece(range(len(items)), self.handle.results(items), {})
+
+    def cancel(self) -> None:
+        pass
+
+
+class Ready(Watch):
+    """All models are loaded."""
+
+    def __init__(self, models: list[str]) -> None:
+        super().__init__()
+        event = LoadEvent("ready", 100, "Ready", "준비됨")
+        self.replicas = {(name, "1"): Replica(name, f"{name}#1", event, {"version": "1"}) for name in models}
+
+
+def make_graph(models: dict[str, Any] | None = None, **settings: Any) -> Graph:
+    """A graph whose models answer; needs a running event loop."""
+    known = Settings.model_validate({"models": models or MODELS, "cache": {"ttl_s": 0}, **settings})
+    watch = Ready(list(known.models))
+    services = {name: Deployment(name, any_of(None), 4) for name in ("search", "adverts")}
+    return Graph(
+        ("ingress", "1"),
+        known,
+        watch,
+        {name: _model(name, model, watch) for name, model in known.models.items()},
+        services,
+        Predictions(None),
+        Lanes("me", dict.fromkeys(services, (1, 2)), {}),
+        any_of(SimpleNamespace(guard=SimpleNamespace(reason=""))),
+        False,
+    )
+
+
+def any_of(value: object) -> Any:
+    return value
+
+
+def _model(name: str, settings: ModelSettings, watch: Watch) -> Model:
+    model = Model(name, settings, any_of(Answering(settings.task)), False, watch, 1, {})
+    model.coalescer.start()
+    return model
+
+
+def as_serve_does(app: ASGIApp) -> ASGIApp:
+    """What Serve's replica does between its server and the app."""
+
+    async def ingress(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        for name, value in headers.items():
+            name.decode()
+            if name in (b"x-request-id", b"x-request-timeout-seconds", b"x-session-id", b"serve_multiplexed_model_id"):
+                value.decode()
+        assert http_util.parse_disconnect_disabled_header(headers) is False
+        assert http_util.parse_request_timeout_header(headers, None) is None
+        ahead = ASGIDIReceiveProxy(scope, receive, asyncio.get_running_loop())
+        reading = ahead.fetch_until_disconnect_task()
+        finished = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal finished
+            await send(message)
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        answering = asyncio.ensure_future(app(scope, ahead, send_noted))
+        await asyncio.wait((reading, answering), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done() and not finished:
+            answering.cancel()
+            await asyncio.wait((answering,))
+            raise asyncio.CancelledError
+        reading.cancel()
+        await answering
+
+    return ingress
+
+
+@dataclass(frozen=True)
+class Heard:
+    status: int
+    headers: dict[str, str]
+    """By names in lower case."""
+    content: Any
+    """JSON as it was meant, else bytes."""
+
+    @property
+    def error(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.content["error"]
+        return found
+
+
+@dataclass(frozen=True)
+class Running:
+    port: int
+    loop: asyncio.AbstractEventLoop
+    graph: Graph
+    app: DirectApp
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def do(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """In the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(work(), self.loop).result(10)
+
+    def raw(self, sent: bytes, seconds: float = 10) -> bytes:
+        """What comes back on a connection of its own, until it is closed."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
+            connection.sendall(sent)
+            received = b""
+            while part := connection.recv(65536):
+                received += part
+            return received
+
+    def post(self, path: str, body: bytes = b"", *headers: str) -> Heard:
+        """With these headers, and none else but those that HTTP needs."""
+        return self.ask("POST", path, f"Content-Length: {len(body)}", *headers, body=body)
+
+    def ask(self, method: str, path: str, *headers: str, body: bytes = b"") -> Heard:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        for header in headers:
+            name, _, value = header.partition(": ")
+            connection.putheader(name, value.encode("latin-1"))
+        connection.endheaders(body)
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        told = {name.lower(): value for name, value in response.getheaders()}
+        is_json = told.get("content-type") == "application/json" and content
+        return Heard(response.status, told, json.loads(content) if is_json else content)
+
+
+@contextmanager
+def running(models: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
+    """A server in a thread of its own."""
+    port = free_port()
+    started: list[Running] = []
+    ready, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        graph = make_graph(models, **settings)
+        app = make_app(graph)
+        serve_behind(app.border.outermost, ServerBounds.of(graph.settings.limits, graph.settings.websocket))
+        loop = asyncio.get_running_loop()
+        options = HTTPOptions(host="127.0.0.1", port=port)
+        task, server = await http_util.start_asgi_http_server(as_serve_does(app), options, event_loop=loop)
+        while not server.started:
+            await asyncio.wait((task,), timeout=0.01)
+        started.append(Running(port, loop, graph, app))
+        ready.set()
+        await asyncio.to_thread(stop.wait)
+        server.force_exit = server.should_exit = True
+        await asyncio.wait((task,), timeout=5)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield started[0]
+    finally:
+        stop.set()
+        thread.join(10)
+
+
+@contextmanager
+def held_back(server: Running, model: str) -> Iterator[None]:
+    """Its replica answers nothing meanwhile."""
+    handle: Any = server.graph.models[model].handle
+
+    async def may(answer: bool) -> None:
+        if answer:
+            handle.may.set()
+        else:
+            handle.may.clear()
+
+    server.do(lambda: may(False))
+    try:
+        yield
+    finally:
+        server.do(lambda: may(True))
+
+
+def json_endpoints() -> list[tuple[str, type[Body]]]:
+    """Every endpoint that takes JSON, with its model; the part of a path that names a model is filled in."""
+    routes = [route for module in ROUTERS for route in module.router.routes if isinstance(route, APIRoute)]
+    return [
+        (route.path.replace("{name}", "shout"), parameter.annotation)
+        for route in routes
+        for parameter in inspect.signature(route.endpoint, eval_str=True).parameters.values()
+        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Body)
+    ]
