@@ -51,6 +51,8 @@ STANDS = 0.25
 that the queue is in no danger of running empty."""
 MAX_STANDS_S = 1.0
 KEPT_TIMES = 101
+KEPT_SLOTS = 4
+"""Lengths of slots: they follow the pace and the size of what is asked for."""
 SIGNED_BYTES = 16
 FORMAT = struct.Struct(">QQ")
 
@@ -131,6 +133,35 @@ class Reservation:
     items: int
 
 
+class Slots:
+    """Reservations by when they are due, in slots of the same length: a refusal looks at up to a minute of them."""
+
+    def __init__(self, slot_s: float) -> None:
+        self.slot_s = slot_s
+        self._items: dict[float, Counter[str]] = {}
+
+    def add(self, reservation: Reservation) -> None:
+        self._items.setdefault(reservation.due // self.slot_s, Counter())[reservation.tenant] += reservation.items
+
+    def remove(self, reservation: Reservation) -> None:
+        slot = reservation.due // self.slot_s
+        self._items[slot][reservation.tenant] -= reservation.items
+        self._items[slot] = +self._items[slot]
+        if not self._items[slot]:
+            del self._items[slot]
+
+    def beside(self, tenant: str, items: int, due: float) -> int:
+        """Items in the slot of a time that a tenant with `items` more has to respect: of others not more than it would
+        have there itself, so that who came first with many leaves room for those with few."""
+        near = self._items.get(due // self.slot_s)
+        if not near:
+            return 0
+        own = near.get(tenant, 0)
+        if len(near) == 1 and own:
+            return own
+        return sum(min(others, own + items) for others in near.values())
+
+
 class Tickets:
     """Gives tickets for one queue and takes them back. All who share `key` and `name` honour each other's."""
 
@@ -143,6 +174,8 @@ class Tickets:
         """By time."""
         self._items: Counter[str] = Counter()
         """Of them, by tenant."""
+        self._slots: dict[float, Slots] = {}
+        """The same by slots of some lengths."""
         self._ended = self._redeemed = 2.0
         """Tickets whose time is over and those that came back, of which some may be others'; the last ones count."""
         self._used: dict[int, float] = {}
@@ -173,11 +206,12 @@ class Tickets:
         wait_s = (ahead + self.returning * self._items[tenant] + items) * item_s / share
         # A power of two: slots stay where they are while the pace changes a little.
         slot_s = 2.0 ** math.ceil(math.log2(max(2 * items * item_s, min(SLOT * most * item_s, SLOT_S))))
+        slots = self._slots_of(slot_s)
+        most_beside = (slot_s / item_s - items) / max(self.returning, 1e-9)
         first = max(1, math.ceil(wait_s))
         for retry_after_s in range(first, MAX_WAIT_S + 1):  # whole seconds make crowds, which the queue has to hold
             due = round(now + retry_after_s, 3)
-            slot = due // slot_s * slot_s
-            if (self.returning * self._beside(tenant, items, slot, slot + slot_s) + items) * item_s <= slot_s:
+            if slots.beside(tenant, items, due) <= most_beside:
                 break
         else:
             due = self.put_off(tenant, items * item_s / share)
@@ -186,6 +220,8 @@ class Tickets:
         reservation = Reservation(due, secrets.randbits(63), tenant, items)
         bisect.insort(self._reserved, reservation)
         self._items[tenant] += items
+        for each in self._slots.values():
+            each.add(reservation)
         return Refused(waiting, retry_after_s, self._token(reservation))
 
     def put_off(self, tenant: str, seconds: float) -> float:
@@ -237,20 +273,24 @@ class Tickets:
         self._forget(self.clock())
         return len(self._reserved)
 
-    def _beside(self, tenant: str, items: int, since: float, until: float) -> int:
-        """Items due between two times that a tenant with `items` more has to respect: of others not more than it would
-        have there itself, so that who came first with many leaves room for those with few."""
-        near: Counter[str] = Counter()
-        first = bisect.bisect_left(self._reserved, since, key=lambda each: each.due)
-        for each in self._reserved[first : bisect.bisect_left(self._reserved, until, key=lambda each: each.due)]:
-            near[each.tenant] += each.items
-        return sum(min(others, near[tenant] + items) for others in near.values())
+    def _slots_of(self, slot_s: float) -> Slots:
+        slots = self._slots.pop(slot_s, None)
+        if slots is None:
+            slots = Slots(slot_s)
+            for reservation in self._reserved:
+                slots.add(reservation)
+        self._slots[slot_s] = slots
+        if len(self._slots) > KEPT_SLOTS:
+            del self._slots[next(iter(self._slots))]
+        return slots
 
     def _end(self, at: int) -> None:
         over = self._reserved.pop(at)
         self._items[over.tenant] -= over.items
         if not self._items[over.tenant]:
             del self._items[over.tenant]
+        for slots in self._slots.values():
+            slots.remove(over)
         self._ended = REMEMBERED * self._ended + 1
         self._redeemed *= REMEMBERED
 

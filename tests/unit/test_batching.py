@@ -198,17 +198,18 @@ def test_two_batches_run_at_once_on_an_engine_that_can() -> None:
     run(scenario, max_items=2, kind=Parallel)
 
 
-def test_a_list_alone_is_divided_among_free_threads_and_little_is_not() -> None:
+@pytest.mark.parametrize(("items", "expected"), [([3] * 4, [[3] * 4]), ([7] * 32, [[7] * 16, [7] * 16])])
+def test_a_list_alone_is_divided_among_free_threads_and_little_is_not(
+    items: list[int], expected: list[list[int]]
+) -> None:
     async def scenario(bench: Bench) -> None:
         for _ in range(40):
             bench.batcher.cost.observe(1, 0.003)
             bench.batcher.cost.observe(1000, 0.503)  # so starting a batch costs as much as 5 tokens
         bench.batcher.budget.observe(1024, 0.503, full=False)
-        await bench.submit(3, 3, 3, 3)
-        assert (await bench.submit(*[7] * 32)).results == [70] * 32
+        assert (await bench.submit(*items)).results == [item * 10 for item in items]
 
-    batches = run(scenario, max_items=64, max_tokens=10_000, kind=Parallel)
-    assert batches == [[3] * 4, [7] * 16, [7] * 16]
+    assert run(scenario, max_items=64, max_tokens=10_000, kind=Parallel) == expected
 
 
 def test_what_runs_on_one_thread_does_not_hold_up_what_comes_for_another() -> None:

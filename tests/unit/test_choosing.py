@@ -216,7 +216,7 @@ def test_another_engine_under_the_same_name_is_measured_anew(tmp_path: Path, mon
     code = "from deployments.engines.reranker import Reranker\n\nclass Own(Reranker):\n    runtimes = ('torch',)\n"
     seen = []
     for version in ("", "# changed\n", "# changed\n"):
-        (tmp_path / "own_engine.py").write_text(code + version)
+        (tmp_path / "own_engine.py").write_text(code + version, encoding="utf-8")
         sys.modules.pop("own_engine", None)
         own = importlib.import_module("own_engine").Own
         seen.append(measured(load(engine=own)[1]))

@@ -127,7 +127,7 @@ def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     told = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 8}
-    (folder / "adapter_config.json").write_text(json.dumps(told))
+    (folder / "adapter_config.json").write_text(json.dumps(told), encoding="utf-8")
     save_file({"base_model.x.lora_A.weight": torch.zeros(8, 4)}, folder / "adapter_model.safetensors")
     for task in ("embedding", "rerank", "next_word", "vision"):
         with pytest.raises(CheckpointError, match=r"adapter \(LORA\) for some/base; merge it"):
@@ -223,10 +223,10 @@ def test_another_model_is_no_llava(tmp_path: Path) -> None:
 def test_files_that_loading_does_not_read_are_let_be(tmp_path: Path) -> None:
     folder = checkpoints.copy(checkpoints.MINILM, tmp_path / "model")
     (folder / "._config.json").write_bytes(b"\x00\x05\x16\x07" + b"\xb0" * 100)
-    (folder / "train_samples.json").write_text('{"a": 1}\n{"a": 2}\n')
-    (folder / "model.safetensors.index.json.bak").write_text("{broken")
+    (folder / "train_samples.json").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
+    (folder / "model.safetensors.index.json.bak").write_text("{broken", encoding="utf-8")
     assert load("embedding", folder)
-    (folder / "1_Pooling/config.json").write_text("{broken")
+    (folder / "1_Pooling/config.json").write_text("{broken", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"1_Pooling/config.json is not JSON"):
         load("embedding", folder)
 
@@ -242,9 +242,9 @@ def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
 def test_modules_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     for path in ("../elsewhere", "/etc"):
         folder = checkpoints.copy(checkpoints.MINILM, tmp_path / str(len(path)))
-        modules = json.loads((folder / "modules.json").read_text())
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         modules[0]["path"] = path
-        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
         with pytest.raises(CheckpointError, match="leads out of the folder"):
             load("embedding", folder)
 

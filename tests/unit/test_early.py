@@ -29,7 +29,7 @@ def run(scenario: Callable[[Graph], Coroutine[Any, Any, None]], **settings: Any)
 
 async def fill(stack: AsyncExitStack, *gates: Gate) -> None:
     for gate in gates:
-        await stack.enter_async_context(gate.admitted(gate.max_items))
+        await stack.enter_async_context(gate.admitted(gate.max_turns))
 
 
 def refused(graph: Graph, calls: Calls, caller: Caller | None = None, **parts: str) -> DureError | None:
@@ -70,7 +70,7 @@ def test_a_full_queue_refuses_with_a_ticket(calls: Calls, parts: dict[str, str])
 def test_a_tenant_with_room_in_its_share_is_not_refused() -> None:
     async def scenario(graph: Graph) -> None:
         gate = graph.models["embedder"].gate
-        async with gate.admitted(gate.max_items, caller=Caller.waiting(5, "flood")):
+        async with gate.admitted(gate.max_turns, caller=Caller.waiting(5, "flood")):
             assert refused(graph, EMBEDDING, Caller.waiting(5, "flood"))
             assert refused(graph, EMBEDDING, Caller.waiting(5, "small")) is None
 

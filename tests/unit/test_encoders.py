@@ -234,7 +234,9 @@ def test_an_encoder_on_openvino_does_without_torch(tmp_path: Path) -> None:
         print(*sorted({"torch", "transformers", "sentence_transformers"} & set(sys.modules)))
     """
     for _ in range(2):
-        run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, encoding="utf-8"
+        )
         *progress, answered, imported = run.stdout.splitlines()
         assert answered == "(1, 384) openvino", run.stderr
         assert imported == ""

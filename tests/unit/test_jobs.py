@@ -36,7 +36,7 @@ class Adverts:
         self.calls: list[tuple[dict[str, int], bytes, Any]] = []
 
     async def call(self, which: Any, overlay_id: Any, image: Any, content: bytes, layout: Any, **_: Any) -> Any:
-        self.calls.append((dict(self.gate.items_of), content, layout))
+        self.calls.append((dict(self.gate.turns_of), content, layout))
         return {}
 
 
