@@ -33,6 +33,15 @@ class Limits(Strict):
     max_image_mb: float = Field(20, gt=0)
     max_image_megapixels: float = Field(50, gt=0)
 
+    @field_validator("max_image_megapixels")
+    @classmethod
+    def _no_more_than_models_take(cls, megapixels: float) -> float:
+        from deployments.images import MAX_MEGAPIXELS  # numpy and Pillow, which the command line does without
+
+        if megapixels > MAX_MEGAPIXELS:
+            raise ValueError(f"models take at most {MAX_MEGAPIXELS:g}")
+        return megapixels
+
 
 class ServiceSettings(Strict):
     """A composed service: its deployment's size, and its lane's in the whole cluster."""
