@@ -153,7 +153,10 @@ async def list_events(
     state: State | None = None,
     limit: Limit = 100,
 ) -> Response:
-    """What followed, the newest first, and how its delivery stands; `state=dead` are those that are tried no more."""
+    """What followed, the newest first, and how its delivery stands.
+
+    `state=dead` are those that are tried no more, `no_webhook` those that nobody was to be told of.
+    """
     return answer({"events": await _called(adverts, caller, "events", tenant_id, state, limit)})
 
 

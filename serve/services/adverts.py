@@ -53,11 +53,11 @@ class Adverts(Service):
         self.database = Database(url)
         self.assets = Assets(locations.assets(settings.store))
         self.jobs, self.views = Jobs(self.database), Views(self.database)
-        self.stages = Stages(self.database, settings.adverts.lease_s)
         webhook = settings.webhook
+        self.stages = Stages(self.database, settings.adverts.lease_s, to_webhook=webhook is not None)
         self.outbox = Outbox(self.database, (webhook.timeout_s if webhook else 0) + CLAIM_SLACK_S)
         self.dispatcher = Dispatcher(self.outbox, webhook) if webhook else None
-        self.janitor = Janitor(self.stages, self.jobs, self.assets, settings)
+        self.janitor = Janitor(self.stages, self.jobs, self.outbox, self.assets, settings)
         self.followers = 0
         self.calls = StageCalls(self.stages, self.dispatcher.wake if self.dispatcher else lambda: None)
         self.graph = Graph.of(settings.model_copy(update={"cache": CacheSettings(ttl_s=0)}), models, {}, patient=True)
@@ -106,6 +106,9 @@ class Adverts(Service):
         return await self.outbox.list(tenant_id, state, limit)
 
     async def deliver_again(self, tenant_id: str, event_id: uuid.UUID) -> dict[str, Any]:
+        """The event as it is then. Raises DureError where there is none, or nowhere to deliver it."""
+        if self.dispatcher is None:
+            raise errors.conflict("no webhook is configured that events are delivered to; set `webhook` in the config")
         return await self.outbox.deliver_again(tenant_id, event_id)
 
     async def delete(self, tenant_id: str, job_id: uuid.UUID | None) -> int:

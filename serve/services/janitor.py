@@ -12,19 +12,20 @@ from serve.errors import DureError
 from serve.settings import Settings
 from serve.store.assets import Assets
 from serve.store.jobs import Jobs
+from serve.store.outbox import Outbox
 from serve.store.stages import Stages
 from serve.store.tables import now
 
 logger = logging.getLogger("ray.serve")
 
-DELETE_EVERY_S = 300.0
+TIDY_EVERY_S = 300.0
 LONGEST_LOOK_S = 5.0
 AT_ONCE = 100
 
 
 class Janitor:
-    def __init__(self, stages: Stages, jobs: Jobs, assets: Assets, settings: Settings) -> None:
-        self.stages, self.jobs, self.assets = stages, jobs, assets
+    def __init__(self, stages: Stages, jobs: Jobs, outbox: Outbox, assets: Assets, settings: Settings) -> None:
+        self.stages, self.jobs, self.outbox, self.assets = stages, jobs, outbox, assets
         self.settings = settings
         self._task: asyncio.Task[None] | None = None
 
@@ -52,19 +53,24 @@ class Janitor:
         return count
 
     async def _run(self) -> None:
-        deleted_at = -DELETE_EVERY_S
+        tidied_at = -TIDY_EVERY_S
         while True:
             try:
                 if ended := await self.stages.expire():
                     logger.warning("%d stages have failed: their calls died", ended)
-                if time.monotonic() - deleted_at > DELETE_EVERY_S:
-                    deleted_at = time.monotonic()
-                    await self._delete_old()
+                if time.monotonic() - tidied_at > TIDY_EVERY_S:
+                    tidied_at = time.monotonic()
+                    await self._tidy()
             except DureError as error:
                 logger.warning("leases and old jobs wait: %s", error)
             except Exception:
                 logger.exception("leases and old jobs wait")
             await asyncio.sleep(min(self.stages.lease_s / 3, LONGEST_LOOK_S))
+
+    async def _tidy(self) -> None:
+        if ended := await self.outbox.set_aside(self.settings.webhook is not None):
+            logger.warning("%d events are not delivered: there was no webhook when they happened", ended)
+        await self._delete_old()
 
     async def _delete_old(self) -> None:
         store = self.settings.store

@@ -176,7 +176,7 @@ class Event(Table):
     kind: Mapped[str] = mapped_column(String(32))
     payload: Mapped[dict[str, Any]]
     state: Mapped[str] = mapped_column(String(16))
-    """`pending`, `delivered`, or `dead` once it has been tried often enough."""
+    """`pending`, `delivered`, `dead` once it has been tried often enough, or `no_webhook`: there was none to tell."""
     attempts: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime.datetime]
     """When it is tried next; while it is being tried, when another may try it."""
