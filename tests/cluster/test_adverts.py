@@ -453,5 +453,5 @@ def test_migrate_says_what_it_did(dure: Dure, tmp_path: Path) -> None:
             "      drain_s: 3\n", f"      drain_s: 3\n      store: {{url: 'sqlite:///{tmp_path}/x.sqlite3'}}\n"
         )
     )
-    assert "empty -> 0002" in dure.command("migrate", "--config", str(config)).stdout
+    assert "empty -> 0003" in dure.command("migrate", "--config", str(config)).stdout
     assert "nothing to do" in dure.command("migrate", "--config", str(config)).stdout

@@ -21,6 +21,7 @@ from serve.model_settings import ModelSettings
 from serve.services.adverts import Adverts
 from serve.services.janitor import Janitor
 from serve.services.stage_calls import StageCalls
+from serve.services.uploads import Uploads
 from serve.settings import Settings, StoreSettings
 from serve.store.assets import Assets
 from serve.store.stages import EXPIRED, Which
@@ -73,7 +74,8 @@ def service(store: Store, folder: Path) -> tuple[Any, Model]:
     adverts.stages, adverts.jobs, adverts.views = store.stages, store.jobs, store.views
     adverts.assets, adverts.calls = Assets(str(folder)), StageCalls(store.stages, lambda: None)
     adverts.outbox, adverts.dispatcher = store.outbox, None
-    adverts.janitor = Janitor(store.stages, store.jobs, store.outbox, adverts.assets, settings)
+    adverts.uploads = Uploads(store.database, adverts.assets)
+    adverts.janitor = Janitor(store.stages, store.jobs, store.outbox, adverts.uploads, settings, lambda _: None)
     return adverts, model
 
 
