@@ -62,23 +62,21 @@ class Uploads:
             raise
 
     async def _kept(self, file: NewFile, record: Callable[[], Awaitable[Result]]) -> Result:
-        recording = False
         writing = asyncio.ensure_future(self.assets.write(file.path, file.content))
         try:
             await asyncio.shield(writing)
-            recording = True
             return await record()
         except asyncio.CancelledError:
-            self._clear(file.path, writing, recording)
+            self._clear(file.path, writing, refused=False)
             raise
         except Exception as error:
             refused = isinstance(error, DureError) and not isinstance(error, Unavailable)
-            await asyncio.shield(self._clear(file.path, writing, recording and not refused))
+            await asyncio.shield(self._clear(file.path, writing, refused))
             raise
 
     def take_back(self, path: str) -> None:
-        """The file is not needed: unless it is on record, it goes soon."""
-        self._clear(path, None, perhaps_kept=True)
+        """The file that was kept is not needed: it never comes to be on record, and goes soon."""
+        self._clear(path, None, refused=True)
 
     async def drop(self, tenant_id: str, job_id: uuid.UUID | None) -> None:
         """Whatever a tenant, or one of its jobs, is uploading goes, and is refused in the end."""
@@ -101,18 +99,28 @@ class Uploads:
             await self.pending.forget(paths)
         return swept
 
-    def _clear(self, path: str, writing: asyncio.Future[None] | None, perhaps_kept: bool) -> asyncio.Task[None]:
-        clearing = asyncio.get_running_loop().create_task(self._cleared(path, writing, perhaps_kept))
+    def _clear(self, path: str, writing: asyncio.Future[None] | None, refused: bool) -> asyncio.Task[None]:
+        clearing = asyncio.get_running_loop().create_task(self._cleared(path, writing, refused))
         self.clearing.add(clearing)
         clearing.add_done_callback(self.clearing.discard)
         return clearing
 
-    async def _cleared(self, path: str, writing: asyncio.Future[None] | None, perhaps_kept: bool) -> None:
-        """What fails here is left to the sweep."""
+    async def _cleared(self, path: str, writing: asyncio.Future[None] | None, refused: bool) -> None:
+        """Delete a file unless it is on record, which it is not where that was `refused`.
+
+        Else its entry stays, dropped, as the call may have been made again. What fails here is left to the sweep.
+        """
         try:
-            if writing is not None:
-                await asyncio.gather(writing, return_exceptions=True)  # or it would come back
-            if not perhaps_kept or await self.pending.drop(path):
+            hangs = writing is not None and await _hangs(writing)
+            if refused or await self.pending.drop(path):
                 await self.assets.discard(path)
+            if refused and not hangs:
+                await self.pending.strike_out(path)
         except Exception as error:
             logger.warning("the file %r is left to be swept: %r", path, error)
+
+
+async def _hangs(writing: asyncio.Future[None]) -> bool:
+    """Wait until a file has been written, or that was given up. Might it still be written?"""
+    [problem] = await asyncio.gather(writing, return_exceptions=True)
+    return problem is not None and isinstance(problem.__cause__, TimeoutError)

@@ -68,8 +68,16 @@ class PendingFiles:
 
         return await self.database.read(read)
 
+    async def strike_out(self, path: str) -> None:
+        """The file is gone, and the call that was to put it on record is over."""
+
+        async def write(session: AsyncSession) -> None:
+            await session.execute(delete(PendingFile).where(PendingFile.path == path))
+
+        await self.database.write(write, frees=True)
+
     async def forget(self, paths: Sequence[str]) -> None:
-        """Strike these out; their files are gone."""
+        """Strike out those of these that were dropped."""
 
         async def write(session: AsyncSession) -> None:
             await session.execute(delete(PendingFile).where(PendingFile.path.in_(paths), PendingFile.state == DROPPED))

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import datetime
 import random
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from serve.errors import DureError
 from serve.services import uploads
 from serve.services.uploads import FORGOTTEN_S, GIVEN_UP_S, NewFile, Uploads
+from serve.store import assets
 from serve.store.assets import Assets
 from serve.store.database import Unavailable
 from serve.store.jobs import NewJob
@@ -102,6 +104,7 @@ def test_the_same_key_at_once_makes_one_job_and_one_file(run: Callable[[Scenario
         await ended(adverts)
         assert files(folder) == await rows(store)
         assert len(files(folder)) == 1
+        adverts.assets.write = None  # nothing is written for a key that is known
         again = await adverts.create_job(new_job(idempotency_key="k", fingerprint="f"), b"image")
         assert again == answers[0]
         other = new_job(idempotency_key="k", fingerprint="other")
@@ -122,6 +125,7 @@ def test_a_call_that_is_made_again_keeps_its_file(run: Callable[[Scenario], None
         await adverts.assets.write(new.image.path, b"half")
         first = await adverts.create_job(new, b"image")
         assert await adverts.create_job(new, b"image") == first
+        await adverts.uploads.pending.expect("a", new.job_id, new.image.path)  # and that one died, too
         made = image(new.job_id)
         which = dataclasses.replace(await store.new_job(), job_id=new.job_id, job_variants_id=new.job_variants_id)
         overlay = uuid.uuid4()
@@ -298,18 +302,62 @@ def test_an_overlay_that_is_refused_in_the_end_has_no_file(run: Callable[[Scenar
     run(scenario)
 
 
-def test_a_failure_of_any_kind_leaves_no_file(run: Callable[[Scenario], None], folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("problem", "entries"),
+    [(DureError(503, "x", "x"), 0), (RuntimeError("a bug"), 1), (asyncio.CancelledError(), 1)],
+    ids=["refused", "a bug", "cancelled"],
+)
+def test_a_failure_of_any_kind_leaves_no_file(
+    run: Callable[[Scenario], None], folder: Path, problem: BaseException, entries: int
+) -> None:
     async def scenario(store: Store) -> None:
         adverts, _ = service(store, folder)
-        for problem in (RuntimeError("a bug"), DureError(503, "x", "x"), asyncio.CancelledError()):
+        new = new_job()
 
-            async def record(problem: BaseException = problem) -> None:
-                raise problem
+        async def record() -> None:
+            raise problem
 
-            new = new_job()
-            with pytest.raises(type(problem)):
-                await adverts.uploads.kept(NewFile("a", new.job_id, new.image.path, b"image"), record)
-            await ended(adverts)
-            assert files(folder) == set()
+        with pytest.raises(type(problem)):
+            await adverts.uploads.kept(NewFile("a", new.job_id, new.image.path, b"image"), record)
+        await ended(adverts)
+        assert files(folder) == set()
+        assert len(await rows(store, PendingFile)) == entries
+        if entries:
+            again = adverts.create_job(new, b"image")
+            assert await status_of(again) == 409, "the same call can't have its file back"
+        await swept(adverts)
+        await nothing_is_lost(store, folder)
+
+    run(scenario)
+
+
+def test_a_write_that_hangs_is_swept_once_it_has_come(
+    run: Callable[[Scenario], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "WAIT_S", 0.1)
+
+    async def scenario(store: Store) -> None:
+        adverts, _ = service(store, folder)
+        go_on, done = threading.Event(), threading.Event()
+        write = adverts.assets._write
+
+        def slowly(at: str, content: bytes) -> None:
+            go_on.wait(10)
+            write(at, content)
+            done.set()
+
+        adverts.assets._write = slowly
+        new = new_job()
+        with pytest.raises(DureError) as caught:
+            await adverts.create_job(new, b"image")
+        assert (caught.value.status, caught.value.kind) == (503, "files_unavailable")
+        assert await rows(store, PendingFile) == {new.image.path}
+        go_on.set()
+        await asyncio.to_thread(done.wait, 10)
+        assert files(folder) == {new.image.path}
+        await adverts.uploads.sweep(later(GIVEN_UP_S + 1))
+        assert files(folder) == set()
+        await swept(adverts)
+        await nothing_is_lost(store, folder)
 
     run(scenario)
