@@ -16,7 +16,7 @@ from serve.graph import Graph
 from serve.metrics import measured
 from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text
 from serve.routes.following import respond
-from serve.routes.jobs import TenantId
+from serve.routes.jobs import ModelName, TenantId
 from serve.store.stages import Which
 
 router = APIRouter(prefix="/api/yh/llava", tags=["adverts"])
@@ -28,7 +28,7 @@ class StageBody(Body):
     tenant_id: TenantId
     job_id: uuid.UUID
     job_variants_id: uuid.UUID
-    model: str | None = None
+    model: ModelName | None = None
 
     @property
     def which(self) -> Which:

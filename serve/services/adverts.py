@@ -42,6 +42,8 @@ RUNS = LoadEvent("ready", 100.0, "Ready", "준비 완료")
 MAX_FOLLOWERS = 256
 """Of jobs, per replica."""
 CLAIM_SLACK_S = 30.0
+LONGEST_SHOWN = 100
+"""Of what a client sent, in a message."""
 
 
 class Adverts(Service):
@@ -192,7 +194,7 @@ class Adverts(Service):
         if "://" not in url and not url.startswith("//"):
             path = await self.views.asset_path(tenant_id, url)
             if path is None:
-                raise errors.not_found(f"{param}: there is no image {url!r}", param)
+                raise errors.not_found(f"{param}: there is no image {url[:LONGEST_SHOWN]!r}", param)
             return path
         limits = self.settings.limits
         content = await fetch(url, self.settings.fetch, int(limits.max_image_mb * 2**20), param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
 import threading
 import time
@@ -77,7 +78,8 @@ def test_traces_come_page_by_page(run: Callable[[Scenario], None]) -> None:
             if after is None:
                 break
         assert seen == calls
-        assert await status_of(store.views.traces("a", None, "nonsense", 2)) == 400
+        for nonsense in ("nonsense", "", "\0", base64.urlsafe_b64encode(b"[" * 30_000).decode()):
+            assert await status_of(store.views.traces("a", None, nonsense, 2)) == 400
 
     run(scenario)
 
