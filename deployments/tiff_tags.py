@@ -19,7 +19,7 @@ MAX_DIRECTORIES = 1 + 3 + 9
 def count_numbers(tiff: bytes, enough: int) -> int:
     """How many numbers are in all tags of the first picture; counting stops once there are more than `enough`.
 
-    What lies beyond the end of the file is not counted, as it is not read.
+    A tag of bytes counts as one. What lies beyond the end of the file is not counted, as it is not read.
     """
     order = "<" if tiff.startswith(b"II") else ">"
     offset, count, entry = (struct.Struct(order + each) for each in (BIG if tiff[2:3] == b"+" else CLASSIC))
@@ -32,7 +32,7 @@ def count_numbers(tiff: bytes, enough: int) -> int:
             (entries,) = count.unpack_from(tiff, at)
             for place in range(at + count.size, at + count.size + entries * entry.size, entry.size):
                 tag, kind, length, value = entry.unpack_from(tiff, place)
-                numbers += 0 if kind in BYTES else length
+                numbers += 1 if kind in BYTES else max(1, length)
                 if numbers > enough:
                     return numbers
                 if tag in DIRECTORIES and tag not in led_to and len(directories) < MAX_DIRECTORIES:

@@ -67,8 +67,8 @@ def no_files() -> DureError:
 
 
 def no_room() -> DureError:
-    message = "images and their record can't be written: the disk is full; delete some, or send the request again later"
-    return DureError(503, FILES, message, None, 10)
+    problem = "images and their record can't be written, the disk is full or takes no more"
+    return DureError(503, FILES, f"{problem}; delete some, or send the request again later", None, 10)
 
 
 def too_large(message: str, param: str | None = None) -> DureError:

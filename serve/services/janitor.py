@@ -22,7 +22,8 @@ from serve.store.tables import now
 logger = logging.getLogger("ray.serve")
 
 TIDY_EVERY_S = 300.0
-LONGEST_LOOK_S = 5.0
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 5.0
+"""Between two rounds: shorter where a file could not be written, so that it is soon told."""
 AT_ONCE = 100
 
 
@@ -86,6 +87,7 @@ class Janitor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
                     await self.uploads.troubled.wait()
+                    await asyncio.sleep(SHORTEST_LOOK_S)
 
     async def _tidy(self) -> None:
         await self.jobs.database.hold_room()

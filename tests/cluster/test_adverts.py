@@ -245,6 +245,7 @@ def odd_images() -> dict[str, bytes]:
         "rotated": encoded(mug, "JPEG", exif=exif),
         "one-pixel": encoded(Image.new("RGB", (1, 1))),
         "grey-alpha": encoded(mug.convert("LA")),
+        "phone": encoded(mug, "MPO", save_all=True, append_images=[mug]),
     }
 
 
@@ -253,6 +254,7 @@ def test_odd_images_get_a_verdict(client: httpx.Client, name: str) -> None:
     job = Job(client, image=odd_images()[name])
     answer = job.validate()
     assert answer.status_code == 200, answer.text
+    assert job.variant["img_path"].endswith((".png", ".jpeg", ".gif"))
 
 
 @pytest.mark.parametrize(

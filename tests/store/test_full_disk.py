@@ -235,9 +235,7 @@ class Full(LocalFileSystem):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT])
-def test_whatever_fails_to_be_written_is_gone(
-    run: Callable[[Scenario], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_whatever_fails_to_be_written_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(Full, "code", code)
     fsspec.register_implementation("full", Full, clobber=True)
 
@@ -249,7 +247,7 @@ def test_whatever_fails_to_be_written_is_gone(
         assert list((tmp_path / "assets").iterdir()) == []
         assert await rows(store) == set()
 
-    run(scenario)
+    with_store(f"sqlite:///{tmp_path / 'dure.sqlite3'}", scenario)
 
 
 def test_files_elsewhere_are_looked_for_only_where_something_failed() -> None:

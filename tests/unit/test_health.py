@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,10 @@ import httpx
 from fastapi import FastAPI
 
 from deployments.progress import LoadEvent
-from serve.board import Replica
+from serve.board import Board, Changes, Replica, Report
+from serve.reporter import Reporter
 from serve.routes import health
-from serve.services.adverts import RUNS
+from serve.services.adverts import RUNS, Adverts
 from serve.watch import TROUBLE, Watch
 
 READY = LoadEvent("ready", 100.0, "Ready", "준비 완료")
@@ -61,3 +63,23 @@ def test_models_that_load_are_said_beside_it() -> None:
     assert "services" not in told
     told = answer(watch_of(loading, adverts("a", FULL))).json()
     assert (told["status"], told["model_loaded"], told["missing"]) == ("failed", False, ["vision", "adverts"])
+
+
+def test_what_a_service_reports_comes_to_health_by_the_board() -> None:
+    reporter, board, watch = Reporter(), Board(), Watch()
+    reports: list[Report] = []
+    reporter.said, reporter._lock = Report("adverts", "r"), threading.Lock()
+    reporter.board = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
+    service: Any = Adverts.__new__(Adverts)
+    service.trouble, service.graph = "", SimpleNamespace(reporter=reporter)
+    counts = []
+    for trouble in ("", FULL, FULL, ""):
+        reports.clear()
+        service._report(trouble)
+        counts.append(len(reports))
+        for report in reports:
+            board._take(report, board.replicas and {"r": board.replicas["adverts", "r"]})
+        watch._take(Changes(board.epoch, board.sequence, True, list(board.replicas.items())))
+        status = answer(watch_of(Replica("vision", "v", READY), *watch.replicas.values())).status_code
+        assert status == (503 if trouble else 200)
+    assert counts == [0, 2, 0, 2], "what is no news is not told"

@@ -198,6 +198,15 @@ def test_numbers_behind_a_tag_count_too(tag: int) -> None:
         decode(led_to + directory)
 
 
+@pytest.mark.parametrize("kind", [1, 3])
+def test_a_tiff_of_millions_of_tags_is_refused(kind: int) -> None:
+    tags = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 500_000) + struct.pack("<HHQQ", 700, kind, 0, 0) * 500_000
+    started = time.thread_time()
+    with pytest.raises(ImageError, match="too many"):
+        decode(tags)
+    assert time.thread_time() - started < 0.5
+
+
 def test_a_tiff_of_ordinary_tags_in_every_layout_is_decoded() -> None:
     large = Image.fromarray(np.tile(RGB, (20, 20, 1)))
     for options in ({}, {"big_tiff": True}, {"tiffinfo": {278: 1}}, {"compression": "tiff_lzw", "tiffinfo": {278: 1}}):
