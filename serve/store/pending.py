@@ -74,7 +74,7 @@ class PendingFiles:
         async def write(session: AsyncSession) -> None:
             await session.execute(delete(PendingFile).where(PendingFile.path == path))
 
-        await self.database.write(write, frees=True)
+        await self.database.write(write)
 
     async def forget(self, paths: Sequence[str]) -> None:
         """Strike out those of these that were dropped."""
@@ -82,7 +82,7 @@ class PendingFiles:
         async def write(session: AsyncSession) -> None:
             await session.execute(delete(PendingFile).where(PendingFile.path.in_(paths), PendingFile.state == DROPPED))
 
-        await self.database.write(write, frees=True)
+        await self.database.write(write)
 
     async def _drop(self, which: list[ColumnElement[bool]], limit: int) -> list[str]:
         async def read(session: AsyncSession) -> list[str]:
@@ -95,6 +95,7 @@ class PendingFiles:
             return list(await session.scalars(select(PendingFile.path).where(still).order_by(PendingFile.path)))
 
         paths = await self.database.read(read)
+        # Entries take next to no room, but until they are dropped, files that do can't be deleted.
         return await self.database.write(write, frees=True) if paths else []
 
 

@@ -156,6 +156,7 @@ def test_a_full_disk_is_reported_for_as_long_as_it_lasts(disk: Path) -> None:
 def test_uploads_at_once_that_fill_the_disk_leave_what_is_on_record(disk: Path) -> None:
     async def scenario(store: Store) -> None:
         adverts, _ = service(store, disk / "assets")
+        await store.database.hold_room()
         calls = [adverts.create_job(new_job(), os.urandom(60_000)) for _ in range(160)]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         made = {answer["image_asset_id"] for answer in answers if isinstance(answer, dict)}
@@ -166,6 +167,7 @@ def test_uploads_at_once_that_fill_the_disk_leave_what_is_on_record(disk: Path) 
         await ended(adverts)
         assert files(disk / "assets") == await rows(store)
         assert {Path(path).stem for path in files(disk / "assets")} == made
+        assert (disk / "dure.sqlite3-reserve").exists(), "it is for deleting"
         assert await adverts.delete("a", None) == len(made)
         assert files(disk / "assets") == set()
         await adverts.uploads.sweep(later(GIVEN_UP_S + 1))
