@@ -109,7 +109,7 @@ class Question:
     """What does `prompt` make of the image?"""
 
     image: bytes
-    """Encoded, in any format that Pillow reads."""
+    """An encoded file, in one of `deployments.images.FORMATS`."""
     prompt: str
     schema: str
     """JSON schema that the answer obeys."""

@@ -8,6 +8,7 @@ from typing import Any
 from serve.lanes.tickets import Refused
 
 LATE = "deadline_exceeded"
+FILES = "files_unavailable"
 
 
 class DureError(Exception):
@@ -62,7 +63,12 @@ def gone() -> DureError:
 
 
 def no_files() -> DureError:
-    return DureError(503, "files_unavailable", "image files can't be reached now; send the request again", None, 2)
+    return DureError(503, FILES, "image files can't be reached now; send the request again", None, 2)
+
+
+def no_room() -> DureError:
+    problem = "images and their record can't be written, the disk is full or takes no more"
+    return DureError(503, FILES, f"{problem}; delete some, or send the request again later", None, 10)
 
 
 def too_large(message: str, param: str | None = None) -> DureError:

@@ -21,6 +21,8 @@ from serve.settings import FetchSettings
 logger = logging.getLogger("ray.serve")
 
 REDIRECTS = 3
+LONGEST_SHOWN = 100
+"""Of a host's name, in a message."""
 PORTS = {"http": 80, "https": 443}
 
 
@@ -80,7 +82,9 @@ def allowed(url: str, settings: FetchSettings, param: str) -> SplitResult:
         raise _refused("is a URL, and fetching is off; send the image as the overlay, or name a path here", param)
     known = {host, f"{host}:{port or PORTS[parts.scheme]}"}
     if not known & set(settings.hosts):
-        raise _refused(f"leads to {host}, which is not among the hosts that may be fetched from", param)
+        raise _refused(
+            f"leads to {host[:LONGEST_SHOWN]!r}, which is not among the hosts that may be fetched from", param
+        )
     shown = f"[{host}]" if ":" in host else host
     return parts._replace(netloc=f"{shown}:{port}" if port else shown)
 
@@ -90,7 +94,7 @@ async def _resolve(host: str, port: int, settings: FetchSettings, param: str) ->
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
     if not settings.private_addresses and not all(_is_public(address) for address in addresses):
-        raise _refused(f"leads to {host}, which is in a private network", param)
+        raise _refused(f"leads to {host[:LONGEST_SHOWN]!r}, which is in a private network", param)
     return addresses[0]
 
 

@@ -7,6 +7,7 @@ from pydantic import (
     AfterValidator,
     Field,
     StringConstraints,
+    field_validator,
     model_validator,
 )
 
@@ -53,6 +54,15 @@ class Limits(Strict):
     def max_message_bytes(self) -> int:
         """Of JSON with one text in it, every character escaped, and a few other fields."""
         return ESCAPED_BYTES * self.max_text_chars + OTHER_BYTES
+
+    @field_validator("max_image_megapixels")
+    @classmethod
+    def _no_more_than_models_take(cls, megapixels: float) -> float:
+        from deployments.images import MAX_MEGAPIXELS  # numpy and Pillow, which the command line does without
+
+        if megapixels > MAX_MEGAPIXELS:
+            raise ValueError(f"models take at most {MAX_MEGAPIXELS:g}")
+        return megapixels
 
 
 class ServiceSettings(Strict):

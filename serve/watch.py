@@ -16,6 +16,9 @@ logger = logging.getLogger("ray.serve")
 CONSTRUCTOR_TRIES = 2
 """How often Serve tries to start a replica before the deployment has failed for good."""
 
+TROUBLE = "trouble"
+"""Of a service's facts: what stands in the way of its work; empty for nothing."""
+
 State = Literal["loading", "ready", "failed", "asleep"]
 
 
@@ -90,6 +93,11 @@ class Watch:
         """Why a model failed."""
         failures = [r.event.message for r in self.of(model) if r.event.status == "failed"]
         return failures[-1].removeprefix("Failed: ") if failures else ""
+
+    def trouble(self, service: str) -> str:
+        """What stands in the way of one of a service's replicas; empty where none says so."""
+        told = ((replica.facts or {}).get(TROUBLE, "") for replica in self.of(service))
+        return next(filter(None, told), "")
 
     def progress(self, model: str) -> float:
         """How far the replica is that is loaded most, 0 to 100."""

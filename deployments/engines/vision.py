@@ -13,7 +13,7 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -27,7 +27,8 @@ from deployments.engines.prefixes import Prefixes
 from deployments.engines.sequences import Reader, Turn
 from deployments.engines.stepping import Stepping
 from deployments.engines.writing import Closing, Writing, choose
-from deployments.items import MAX_ASPECT, Answer, Question
+from deployments.images import decode
+from deployments.items import Answer, Question
 from deployments.loading import Placement, load_model
 from deployments.progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal, first_line
@@ -114,7 +115,7 @@ class Vision(Stepping[Question, Seen, Look]):
         self.run([self.prepare(Question(picture.getvalue(), "Is it white?", schema))])
 
     def prepare(self, request: Question) -> Seen:
-        image = _read(request.image)
+        image = decode(request.image)
         prompt = request.prompt
         if len(prompt) > self.room * self.longest_token:  # what is certainly too long is not tokenised
             raise ItemError(f"the prompt has more than {self.room} tokens; shorten the text", "prompt")
@@ -241,34 +242,6 @@ def _probed(processor: ProcessorMixin, model: LlavaForConditionalGeneration) -> 
     seen = processor(text=text, images=Image.new("RGB", (64, 64)), return_tensors="pt")
     logits: torch.Tensor = model(**seen.to(model.device, model.dtype)).logits
     return logits
-
-
-def _read(encoded: bytes) -> Image.Image:
-    """The image the right way up, in 8-bit RGB. Raises ItemError for what can't be read or is too thin to scale."""
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        if max(image.size) > MAX_ASPECT * min(image.size):
-            raise ItemError(
-                f"the image is {image.width}x{image.height}; crop it, one side is over {MAX_ASPECT} times the other"
-            )
-        return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
-    except ItemError:
-        raise
-    except Exception as error:  # a damaged file may trip Pillow up in any way
-        raise ItemError(f"the image can't be read ({error}); send PNG, JPEG or WebP") from error
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Images of more than 8 bits a channel scaled to 8, where Pillow's own conversion would cut them off at white."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    if values.dtype == np.uint16:
-        return Image.fromarray((values // 257).astype(np.uint8))
-    values = np.nan_to_num(values.astype(np.float32), copy=False)
-    full = 65535 if values.max() > 255 else 255 if values.max() > 1 else 1
-    values *= 255 / full
-    return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
 
 
 @functools.lru_cache(maxsize=64)

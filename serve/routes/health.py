@@ -21,17 +21,22 @@ async def live() -> dict[str, str]:
 
 @router.get("/health")
 async def health(graph: GraphDep) -> JSONResponse:
-    """200 when all models are up that need not be asked for first, else 503 with what is missing."""
+    """200 when all models are up that need not be asked for first, and no service is in trouble; else 503 with what."""
     models = {name: _model(graph.watch, name) for name in graph.models}
     missing = [name for name, model in models.items() if model["state"] not in ("ready", "asleep")]
-    if not missing:
+    troubles = {name: trouble for name in graph.services if (trouble := graph.watch.trouble(name))}
+    if not missing and not troubles:
         return JSONResponse({"status": "healthy", "model_loaded": True, "models": models})
-    failed = any(models[name]["state"] == "failed" for name in missing)
-    return JSONResponse(
-        {"status": "failed" if failed else "loading", "model_loaded": False, "missing": missing, "models": models},
-        503,
-        {"Retry-After": "5"},
-    )
+    failed = troubles or any(models[name]["state"] == "failed" for name in missing)
+    found: dict[str, Any] = {
+        "status": "failed" if failed else "loading",
+        "model_loaded": not missing,
+        "missing": [*missing, *troubles],
+        "models": models,
+    }
+    if troubles:
+        found["services"] = {name: {"state": "failed", "reason": trouble} for name, trouble in troubles.items()}
+    return JSONResponse(found, 503, {"Retry-After": "5"})
 
 
 def _model(watch: Watch, name: str) -> dict[str, Any]:

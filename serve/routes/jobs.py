@@ -13,6 +13,7 @@ import orjson
 from fastapi import APIRouter, Depends, File, Form, Header, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from starlette.datastructures import FormData
 from starlette.datastructures import UploadFile as Upload
 
 from serve import errors
@@ -32,11 +33,15 @@ router = APIRouter(prefix="/api/yh", tags=["adverts"])
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 MAX_LAYOUT_BYTES = 256 * 1024
+MAX_LAYOUT_DEPTH = 100
+"""Lists and objects within each other; what is nested some hundred times can't be stored."""
 MAX_PAGE = 500
 MAX_CURSOR = 256
 
 TenantId = Annotated[str, StringConstraints(pattern=TENANT_PATTERN)]
 TENANT: TypeAdapter[str] = TypeAdapter(TenantId)
+ModelName = Annotated[str, StringConstraints(max_length=64)]
+Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
@@ -62,7 +67,7 @@ async def create_job(
     image: Annotated[UploadFile, File()],
     desc_eng: Annotated[str | None, Form()] = None,
     ad_copy_eng: Annotated[str | None, Form()] = None,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    idempotency_key: Annotated[Key | None, Header()] = None,
 ) -> Response:
     """A new job with its image, and a first variant at img_gen/done. With an Idempotency-Key, a repeat is safe."""
     limits = graph.settings.limits
@@ -161,7 +166,10 @@ async def list_events(
     state: State | None = None,
     limit: Limit = 100,
 ) -> Response:
-    """What followed, the newest first, and how its delivery stands; `state=dead` are those that are tried no more."""
+    """What followed, the newest first, and how its delivery stands.
+
+    `state=dead` are those that are tried no more, `no_webhook` those that nobody was to be told of.
+    """
     return answer({"events": await _called(adverts, caller, "events", tenant_id, state, limit)})
 
 
@@ -186,7 +194,7 @@ async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None,
         message = f"the body's Content-Type is {kind[:100]!r}; send {MULTIPART} with an image, or {JSON} with a layout"
         raise DureError(415, "unsupported_media_type", message, "Content-Type")
     if kind == MULTIPART:
-        async with request.form(max_files=1) as form:
+        async with _form(request) as form:
             upload = form.get("image")
             if not isinstance(upload, Upload):
                 raise DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
@@ -207,7 +215,29 @@ async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None,
         body = OverlayBody.model_validate(orjson.loads(encoded))
     except ValueError as error:  # pydantic's and orjson's alike
         raise _as_of_request(error) from error
+    if _is_deep(body.layout):
+        raise errors.invalid(f"layout is nested more than {MAX_LAYOUT_DEPTH} times", "layout")
     yield body.tenant_id, None, body.layout
+
+
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    try:
+        form = await request.form(max_files=1)
+    except UnicodeError as error:  # as FastAPI has it for forms that it reads itself
+        raise errors.invalid("the form is not in the charset that its Content-Type names") from error
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+def _is_deep(layout: dict[str, Any]) -> bool:
+    level: list[Any] = [layout]
+    for _ in range(MAX_LAYOUT_DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in inner for value in values]
+    return any(isinstance(each, dict | list) for each in level)
 
 
 async def _image(job_id: uuid.UUID, content: bytes, limits: Limits) -> Image:

@@ -17,7 +17,7 @@ from serve.http.early import calls
 from serve.metrics import measured
 from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text
 from serve.routes.following import respond
-from serve.routes.jobs import TenantId
+from serve.routes.jobs import ModelName, TenantId
 from serve.settings import Limits
 from serve.store.stages import Which
 
@@ -30,7 +30,7 @@ class StageBody(Body):
     tenant_id: TenantId
     job_id: uuid.UUID
     job_variants_id: uuid.UUID
-    model: str | None = None
+    model: ModelName | None = None
 
     @classmethod
     def max_bytes(cls, limits: Limits) -> int:

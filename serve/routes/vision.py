@@ -18,6 +18,7 @@ from serve.images import read_image
 from serve.metrics import measured
 from serve.routes.common import CallerDep, GraphDep, check_text
 from serve.routes.following import respond
+from serve.routes.jobs import ModelName
 
 router = APIRouter(tags=["vision"])
 
@@ -32,7 +33,7 @@ async def validate(
     image: Annotated[UploadFile, File()],
     ad_copy_text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), Form()],
     prompt: Annotated[str | None, Form()] = None,
-    model: Annotated[str | None, Form()] = None,
+    model: Annotated[ModelName | None, Form()] = None,
 ) -> Response:
     """Does the image fit the ad copy?"""
     check_text(ad_copy_text, "ad_copy_text", graph.settings.limits)
@@ -46,7 +47,7 @@ async def judge(
     graph: GraphDep,
     caller: CallerDep,
     image: Annotated[UploadFile, File()],
-    model: Annotated[str | None, Form()] = None,
+    model: Annotated[ModelName | None, Form()] = None,
 ) -> Response:
     """Is the finished advert good?"""
     return await _ask(graph, caller, image, JUDGE, Judgement, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import json
 import logging
 import uuid
@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
 from deployments.items import Question
+from deployments.progress import LoadEvent
 from serve import errors
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
-from serve.errors import DureError
 from serve.fetching import fetch
 from serve.following import Following
 from serve.graph import Graph
@@ -25,20 +25,25 @@ from serve.services.dispatcher import Dispatcher
 from serve.services.janitor import Janitor
 from serve.services.service import Service
 from serve.services.stage_calls import Asked, StageCalls
+from serve.services.uploads import NewFile, Uploads
 from serve.settings import CacheSettings, Settings
 from serve.store import locations, schema, stages
 from serve.store.assets import Assets
-from serve.store.database import PATIENCE_S, Database, Unavailable
+from serve.store.database import PATIENCE_S, Database
 from serve.store.jobs import Image, Jobs, NewJob
 from serve.store.outbox import Outbox, State
 from serve.store.stages import Sources, Stages, Which
 from serve.store.views import Progress, Views
+from serve.watch import TROUBLE
 
 logger = logging.getLogger("ray.serve")
 
+RUNS = LoadEvent("ready", 100.0, "Ready", "준비 완료")
 MAX_FOLLOWERS = 256
 """Of jobs, per replica."""
 CLAIM_SLACK_S = 30.0
+LONGEST_SHOWN = 100
+"""Of what a client sent, in a message."""
 
 
 class Adverts(Service):
@@ -53,11 +58,13 @@ class Adverts(Service):
         self.database = Database(url)
         self.assets = Assets(locations.assets(settings.store))
         self.jobs, self.views = Jobs(self.database), Views(self.database)
-        self.stages = Stages(self.database, settings.adverts.lease_s)
         webhook = settings.webhook
+        self.stages = Stages(self.database, settings.adverts.lease_s, to_webhook=webhook is not None)
         self.outbox = Outbox(self.database, (webhook.timeout_s if webhook else 0) + CLAIM_SLACK_S)
         self.dispatcher = Dispatcher(self.outbox, webhook) if webhook else None
-        self.janitor = Janitor(self.stages, self.jobs, self.assets, settings)
+        self.uploads = Uploads(self.database, self.assets)
+        self.janitor = Janitor(self.stages, self.jobs, self.outbox, self.uploads, settings, self._report)
+        self.trouble = ""
         self.followers = 0
         self.calls = StageCalls(self.stages, self.dispatcher.wake if self.dispatcher else lambda: None)
         self.graph = Graph.of(settings.model_copy(update={"cache": CacheSettings(ttl_s=0)}), models, {}, patient=True)
@@ -67,11 +74,13 @@ class Adverts(Service):
             self.dispatcher.start()
 
     async def create_job(self, new: NewJob, content: bytes) -> dict[str, Any]:
-        """The ids of the new job. Raises DureError for an image that can't be read."""
-        async with self._file(new.image.path, content):
-            answer = await self.jobs.create(new)
-        if answer["image_asset_id"] != str(new.image.image_asset_id):  # the key was known
-            await self.assets.delete(new.image.path)
+        """The ids of the new job. Raises DureError."""
+        if (known := await self.jobs.answered(new)) is not None:
+            return known
+        file = NewFile(new.tenant_id, new.job_id, new.image.path, content)
+        answer = await self.uploads.kept(file, functools.partial(self.jobs.create, new))
+        if answer["image_asset_id"] != str(new.image.image_asset_id):  # the key has become known meanwhile
+            self.uploads.take_back(file.path)
         return answer
 
     async def record_overlay(
@@ -81,20 +90,9 @@ class Adverts(Service):
         if image is None:
             return await self.jobs.record_overlay(which, overlay_id, None, layout)
         await self.jobs.may_overlay(which)
-        async with self._file(image.path, content):
-            return await self.jobs.record_overlay(which, overlay_id, image, layout)
-
-    @contextlib.asynccontextmanager
-    async def _file(self, path: str, content: bytes) -> AsyncIterator[None]:
-        """A file that stays only if it comes to be on record."""
-        await self.assets.write(path, content)
-        try:
-            yield
-        except Unavailable:  # it may be on record nevertheless
-            raise
-        except DureError:
-            await self.assets.delete(path)
-            raise
+        file = NewFile(which.tenant_id, which.job_id, image.path, content)
+        record = functools.partial(self.jobs.record_overlay, which, overlay_id, image, layout)
+        return await self.uploads.kept(file, record)
 
     async def view(self, tenant_id: str, job_id: uuid.UUID) -> dict[str, Any]:
         return await self.views.job(tenant_id, job_id)
@@ -106,6 +104,9 @@ class Adverts(Service):
         return await self.outbox.list(tenant_id, state, limit)
 
     async def deliver_again(self, tenant_id: str, event_id: uuid.UUID) -> dict[str, Any]:
+        """The event as it is then. Raises DureError where there is none, or nowhere to deliver it."""
+        if self.dispatcher is None:
+            raise errors.conflict("no webhook is configured that events are delivered to; set `webhook` in the config")
         return await self.outbox.deliver_again(tenant_id, event_id)
 
     async def delete(self, tenant_id: str, job_id: uuid.UUID | None) -> int:
@@ -179,6 +180,15 @@ class Adverts(Service):
         finally:
             self.followers -= 1
 
+    def _report(self, trouble: str) -> None:
+        """Tell the board what stands in the way of writing files, where that is news."""
+        if trouble == self.trouble:
+            return
+        logger.error("%s", trouble) if trouble else logger.warning("files can be written again")
+        self.trouble = trouble
+        self.graph.reporter.event(RUNS)
+        self.graph.reporter.facts({TROUBLE: trouble})
+
     async def _named(self, tenant_id: str, url: str, param: str) -> str | bytes:
         """The path of an image of the tenant's, or what lies at a URL."""
         if "\0" in url:
@@ -186,7 +196,7 @@ class Adverts(Service):
         if "://" not in url and not url.startswith("//"):
             path = await self.views.asset_path(tenant_id, url)
             if path is None:
-                raise errors.not_found(f"{param}: there is no image {url!r}", param)
+                raise errors.not_found(f"{param}: there is no image {url[:LONGEST_SHOWN]!r}", param)
             return path
         limits = self.settings.limits
         content = await fetch(url, self.settings.fetch, int(limits.max_image_mb * 2**20), param)

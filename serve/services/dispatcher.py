@@ -70,7 +70,7 @@ class Dispatcher:
             await self.outbox.delivered(delivery.event_id)
             return
         last = delivery.attempt >= self.settings.max_attempts
-        logger.warning("event %s, attempt %d: %s", delivery.event_id, delivery.attempt, problem)
+        logger.warning("event %s, attempt %d: %r", delivery.event_id, delivery.attempt, problem)
         await self.outbox.failed(delivery.event_id, problem, None if last else self._pause_s(delivery.attempt))
 
     async def _post(self, event_id: uuid.UUID, body: bytes) -> str | None:

@@ -1,46 +1,64 @@
-"""What is to be done now and then: end leases that are over, and delete what is older than its tenant wants."""
+"""What is to be done now and then: end leases that are over, sweep up what was cut short, and delete what is old."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import time
 import uuid
+from collections.abc import Callable
 
 from serve.errors import DureError
+from serve.services.uploads import Uploads
 from serve.settings import Settings
-from serve.store.assets import Assets
+from serve.store.database import DiskFull
 from serve.store.jobs import Jobs
+from serve.store.outbox import Outbox
 from serve.store.stages import Stages
 from serve.store.tables import now
 
 logger = logging.getLogger("ray.serve")
 
-DELETE_EVERY_S = 300.0
-LONGEST_LOOK_S = 5.0
+TIDY_EVERY_S = 300.0
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 5.0
+"""Between two rounds: shorter where a file could not be written, so that it is soon told."""
 AT_ONCE = 100
 
 
 class Janitor:
-    def __init__(self, stages: Stages, jobs: Jobs, assets: Assets, settings: Settings) -> None:
-        self.stages, self.jobs, self.assets = stages, jobs, assets
+    def __init__(
+        self,
+        stages: Stages,
+        jobs: Jobs,
+        outbox: Outbox,
+        uploads: Uploads,
+        settings: Settings,
+        report: Callable[[str], object],
+    ) -> None:
+        """`report` hears what stands in the way of writing files each time that it is looked for; empty for nothing."""
+        self.stages, self.jobs, self.outbox, self.uploads = stages, jobs, outbox, uploads
+        self.assets = uploads.assets
         self.settings = settings
+        self.report = report
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin; needs a running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def delete(
-        self, tenant_id: str, job_id: uuid.UUID | None = None, before: datetime.datetime | None = None
-    ) -> int:
-        """Delete a tenant's jobs that there are now; how many there were.
+    async def delete(self, tenant_id: str, job_id: uuid.UUID | None = None) -> int:
+        """Delete a tenant's jobs that there are now, or one of them, and their uploads; how many jobs there were."""
+        with contextlib.suppress(DiskFull):  # then deleting jobs may make room
+            await self.uploads.drop(tenant_id, job_id)
+        count = await self._delete_jobs(tenant_id, job_id, now())
+        await self.uploads.drop(tenant_id, job_id)
+        return count
 
-        Files go first, so that what is cut short can be begun again, and once more when the rows are gone, for those
-        that came in between.
-        """
-        before = before or now()
+    async def _delete_jobs(self, tenant_id: str, job_id: uuid.UUID | None, before: datetime.datetime) -> int:
+        """Files go first, so that what is cut short can be begun again, and a full disk has room for it; and once more
+        when the rows are gone, for those that came in between."""
         count = 0
         while jobs := await self.jobs.of_tenant(tenant_id, job_id, before, AT_ONCE):
             for job in jobs:
@@ -52,19 +70,32 @@ class Janitor:
         return count
 
     async def _run(self) -> None:
-        deleted_at = -DELETE_EVERY_S
+        tidied_at = -TIDY_EVERY_S
         while True:
+            self.uploads.troubled.clear()
             try:
+                self.report(await self.assets.problem() or await self.jobs.database.problem())
                 if ended := await self.stages.expire():
                     logger.warning("%d stages have failed: their calls died", ended)
-                if time.monotonic() - deleted_at > DELETE_EVERY_S:
-                    deleted_at = time.monotonic()
-                    await self._delete_old()
+                if time.monotonic() - tidied_at > TIDY_EVERY_S:
+                    tidied_at = time.monotonic()
+                    await self._tidy()
             except DureError as error:
-                logger.warning("leases and old jobs wait: %s", error)
+                logger.warning("leases, uploads and old jobs wait: %s", error)
             except Exception:
-                logger.exception("leases and old jobs wait")
-            await asyncio.sleep(min(self.stages.lease_s / 3, LONGEST_LOOK_S))
+                logger.exception("leases, uploads and old jobs wait")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
+                    await self.uploads.troubled.wait()
+                    await asyncio.sleep(SHORTEST_LOOK_S)
+
+    async def _tidy(self) -> None:
+        await self.jobs.database.hold_room()
+        if swept := await self.uploads.sweep():
+            logger.info("%d uploads were cut short; their files are deleted", swept)
+        if ended := await self.outbox.set_aside(self.settings.webhook is not None):
+            logger.warning("%d events are not delivered: there was no webhook when they happened", ended)
+        await self._delete_old()
 
     async def _delete_old(self) -> None:
         store = self.settings.store
@@ -73,7 +104,7 @@ class Janitor:
             return
         for tenant_id in await self.jobs.tenants(_ago(min(periods))):
             days = store.tenant_retention_days.get(tenant_id, store.retention_days)
-            if days is not None and (count := await self.delete(tenant_id, before=_ago(days))):
+            if days is not None and (count := await self._delete_jobs(tenant_id, None, _ago(days))):
                 logger.info("%d jobs of tenant %s were over %g days old and are deleted", count, tenant_id, days)
 
 

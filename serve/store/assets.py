@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
+import os
+import shutil
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from serve import errors
+from serve.errors import DureError
 
 logger = logging.getLogger("ray.serve")
 
@@ -18,6 +24,10 @@ Result = TypeVar("Result")
 
 WAIT_S = 30.0
 """For one file."""
+LEAST_ROOM_BYTES = 2**16
+"""A disk with less is full."""
+TRIAL = ".trial"
+"""A file that is made and deleted, or looked for, to see whether that can be done."""
 
 
 class Assets:
@@ -29,20 +39,52 @@ class Assets:
     def __init__(self, url: str) -> None:
         self.files, root = fsspec.core.url_to_fs(url)
         self.root = str(root).rstrip("/")
+        self.is_local = isinstance(self.files, LocalFileSystem)
+        self.failed = False
+        """Since all was found well for the last time, something could not be done."""
+        self._lacking_bytes = 0
+        """The largest file that there was no room for, since then."""
 
     async def write(self, path: str, content: bytes) -> None:
-        await self._done(self._write, self._at(path), content)
+        at = self._at(path)
+        try:
+            await self._done(self._write, at, content)
+        except DureError:
+            self._lacking_bytes = max(self._lacking_bytes, len(content))
+            raise
+        except FileNotFoundError as error:  # the folder went while the file was written
+            raise errors.no_files() from error
 
     async def read(self, path: str) -> bytes:
         at = self._at(path)
         try:
             return await self._done(self.files.cat_file, at)
         except FileNotFoundError as error:
-            raise errors.not_found(f"the image {path} is gone") from error
+            raise errors.not_found(f"the image {path!r} is gone") from error
 
     async def delete(self, path: str) -> None:
         """A file, or a folder with all that is in it; also where it is not there."""
         await self._done(self._delete, self._at(path))
+
+    async def discard(self, path: str) -> None:
+        """A file, also where it is not there, and the folder that it leaves empty."""
+        await self._done(self._discard, self._at(path))
+
+    async def problem(self) -> str:
+        """Why files can't be had now, in a few words; empty where they can.
+
+        A local folder is looked at each time; of others, which may charge for it, only those where something failed.
+        """
+        if not self.is_local and not self.failed:
+            return ""
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self._look), WAIT_S)
+        except Exception as error:  # each kind of store has errors of its own
+            self.failed = True
+            why = error.strerror if isinstance(error, OSError) else None
+            return f"image files can't be written: {why or type(error).__name__}"
+        self.failed, self._lacking_bytes = False, 0
+        return ""
 
     def _at(self, path: str) -> str:
         parts = PurePosixPath(path).parts
@@ -55,10 +97,28 @@ class Assets:
         self.files.pipe_file(at, content)
 
     def _delete(self, at: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.files.rm(at, recursive=True)
-        except FileNotFoundError:
+
+    def _discard(self, at: str) -> None:
+        self._delete(at)
+        if self.is_local:
+            with contextlib.suppress(OSError):  # there is something in it, or it is gone already
+                os.rmdir(at.rpartition("/")[0])
+
+    def _look(self) -> None:
+        """Raises where nothing can be written."""
+        if not self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                self.files.info(f"{self.root}/{TRIAL}")
             return
+        folder = Path(self.root)
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < max(LEAST_ROOM_BYTES, self._lacking_bytes):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        trial = folder / TRIAL
+        trial.touch()
+        trial.unlink(missing_ok=True)
 
     async def _done(self, call: Callable[..., Result], *arguments: Any) -> Result:
         try:
@@ -66,5 +126,10 @@ class Assets:
         except FileNotFoundError:
             raise
         except Exception as error:  # each kind of store has errors of its own
-            logger.warning("the assets can't be reached: %r", error)
-            raise errors.no_files() from error
+            self.failed = True
+            logger.warning("image files can't be had: %r", error)
+            raise (errors.no_room() if _is_full(error) else errors.no_files()) from error
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

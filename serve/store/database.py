@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import random
 import sqlite3
 import time
@@ -16,7 +18,9 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
+from serve import errors
 from serve.errors import DureError
+from serve.store.reserve import Reserve
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,6 +35,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 CONNECTIONS = 8
 SNAPSHOT = {"isolation_level": "REPEATABLE READ"}
 """So that on PostgreSQL, too, what is read together belongs together."""
+FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+"""SQLite's codes for what a full disk leads to, or one that takes no more: https://www.sqlite.org/rescode.html."""
 LOST = ("08", "57P", "40", "53", "55P03")
 """PostgreSQL's codes for a connection that was lost, a shutdown, a conflict, too little of something, and a lock:
 https://www.postgresql.org/docs/current/errcodes-appendix.html."""
@@ -48,6 +54,16 @@ class Unavailable(DureError):
         return Unavailable, ()
 
 
+class DiskFull(DureError):
+    """What was to be written is not."""
+
+    def __init__(self) -> None:
+        super().__init__(*errors.no_room().args)
+
+    def __reduce__(self) -> tuple[type[DiskFull], tuple[()]]:
+        return DiskFull, ()
+
+
 def address(url: str, synchronous: bool = False) -> URL:
     """The URL with the driver that is used. Raises ValueError for a database that is neither of the two."""
     parsed = make_url(url)
@@ -58,7 +74,10 @@ def address(url: str, synchronous: bool = False) -> URL:
 
 
 class Database:
-    """Reads and writes, each in a transaction of its own. Raises Unavailable once patience is at its end."""
+    """Reads and writes, each in a transaction of its own.
+
+    Raises Unavailable once patience is at its end, and a 503 where SQLite's disk is full.
+    """
 
     def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
         where = address(url)
@@ -76,18 +95,42 @@ class Database:
             }
         )
         self.engine: AsyncEngine = create_async_engine(where, hide_parameters=True, **options)
+        self.reserve: Reserve | None = None
+        """Of SQLite's disk."""
         if self.is_sqlite:
             if where.database:
                 Path(where.database).parent.mkdir(parents=True, exist_ok=True)
+                self.reserve = Reserve(Path(where.database))
             event.listen(self.engine.sync_engine, "connect", prepare)
             event.listen(self.engine.sync_engine, "begin", begin)
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         return await self._tried(work, writes=False)
 
-    async def write(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-        """What `work` returns, committed. It is called again after a Conflict, and where the database was away."""
+    async def write(self, work: Callable[[AsyncSession], Awaitable[Result]], frees: bool = False) -> Result:
+        """What `work` returns, committed. It is called again after a Conflict, and where the database was away.
+
+        `frees`: it deletes, so that on a full disk it may take the room that is held for that.
+        """
+        try:
+            return await self._tried(work, writes=True)
+        except DiskFull:
+            if not frees or self.reserve is None:
+                raise
+        await asyncio.to_thread(self.reserve.give)
         return await self._tried(work, writes=True)
+
+    async def hold_room(self) -> None:
+        """Hold room for deleting, where that is this process's to do."""
+        if self.reserve:
+            await asyncio.to_thread(self.reserve.take)
+
+    async def problem(self) -> str:
+        """Why nothing can be written, in a few words; empty where it can, and where only a write could tell."""
+        if self.reserve is None:
+            return ""
+        is_full = await asyncio.to_thread(self.reserve.is_full)
+        return f"the record can't be written: {os.strerror(errno.ENOSPC)}" if is_full else ""
 
     async def close(self) -> None:
         await self.engine.dispose()
@@ -99,6 +142,9 @@ class Database:
             try:
                 return await self._once(work, writes)
             except (Conflict, DBAPIError, PoolTimeout, OSError) as error:
+                if _is_full(error):
+                    logger.error("the record can't be written: %s", str(error).partition("\n")[0])
+                    raise DiskFull from error
                 if not _passes(error):
                     raise
                 if time.monotonic() + pause_s > deadline:
@@ -122,6 +168,11 @@ async def changes(session: AsyncSession, statement: Update) -> bool:
     result = await session.execute(statement)
     assert isinstance(result, CursorResult)
     return bool(result.rowcount)
+
+
+def _is_full(error: BaseException) -> bool:
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
+    return code & 0xFF in FULL  # the rest of an extended code says where it was noticed
 
 
 def _passes(error: BaseException) -> bool:

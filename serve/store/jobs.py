@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve.errors import DureError
 from serve.store.database import Conflict, Database, changes
+from serve.store.pending import keep
 from serve.store.stages import Which, busy, find
 from serve.store.tables import (
     AdCopy,
@@ -28,7 +29,7 @@ from serve.store.tables import (
 
 @dataclass(frozen=True)
 class Image:
-    """An image file that lies in the assets folder already."""
+    """An image file, at `path` below the assets folder."""
 
     image_asset_id: uuid.UUID
     path: str
@@ -56,10 +57,22 @@ class Jobs:
     def __init__(self, database: Database) -> None:
         self.database = database
 
+    async def answered(self, new: NewJob) -> dict[str, Any] | None:
+        """What was answered to its idempotency key before; None where that is new, or there is none.
+
+        Raises a 422 where the key came with something else.
+        """
+
+        async def read(session: AsyncSession) -> dict[str, Any] | None:
+            return await _answered_before(session, new)
+
+        return await self.database.read(read) if new.idempotency_key is not None else None
+
     async def create(self, new: NewJob) -> dict[str, Any]:
         """The answer to the client; for an idempotency key that is known, the answer that was given then.
 
-        Raises a 422 where the key came with something else.
+        Safe to be called again. Raises a 422 where the key came with something else, and a 409 where the file has been
+        dropped.
         """
         answer = {
             "job_id": str(new.job_id),
@@ -68,51 +81,11 @@ class Jobs:
         }
 
         async def write(session: AsyncSession) -> dict[str, Any]:
-            if new.idempotency_key is not None:
-                known = await session.get(IdempotencyKey, (new.tenant_id, new.idempotency_key))
-                if known is not None:
-                    return _answered_before(known, new.fingerprint)
-            if await session.get(Job, new.job_id) is not None:
-                return answer  # an earlier try got through, though its answer did not
-            session.add(Job(job_id=new.job_id, tenant_id=new.tenant_id))
-            await session.flush()
-            session.add(_asset(new.job_id, new.image))
-            await session.flush()
-            session.add(JobInput(job_id=new.job_id, img_asset_id=new.image.image_asset_id, desc_eng=new.desc_eng))
-            session.add(
-                Variant(
-                    job_variants_id=new.job_variants_id,
-                    job_id=new.job_id,
-                    img_asset_id=new.image.image_asset_id,
-                    step="img_gen",
-                    status="done",
-                )
-            )
-            if new.ad_copy_eng is not None:
-                session.add(
-                    AdCopy(
-                        job_id=new.job_id,
-                        generation_stage="ad_copy_eng",
-                        status="done",
-                        ad_copy_eng=new.ad_copy_eng,
-                    )
-                )
-            if new.idempotency_key is not None:
-                session.add(
-                    IdempotencyKey(
-                        tenant_id=new.tenant_id,
-                        key=new.idempotency_key,
-                        job_id=new.job_id,
-                        fingerprint=new.fingerprint,
-                        answer=answer,
-                    )
-                )
-            try:
-                await session.flush()
-            except IntegrityError as error:
-                if new.idempotency_key is None:
-                    raise
-                raise Conflict from error  # the same key, at the same moment
+            if (known := await _answered_before(session, new)) is not None:
+                return known
+            if await session.get(Job, new.job_id) is None:  # else an earlier try got through, though its answer did not
+                await _add(session, new, answer)
+            await keep(session, new.image.path)
             return answer
 
         return await self.database.write(write)
@@ -154,6 +127,8 @@ class Jobs:
                 )
                 if not changed:
                     raise Conflict
+            if image is not None:
+                await keep(session, image.path)
             return {
                 "job_id": str(which.job_id),
                 "job_variants_id": str(which.job_variants_id),
@@ -184,7 +159,7 @@ class Jobs:
             await session.execute(delete(Variant).where(Variant.job_id.in_(jobs)))
             await session.execute(delete(Job).where(Job.job_id.in_(jobs)))
 
-        await self.database.write(write)
+        await self.database.write(write, frees=True)
 
     async def tenants(self, before: datetime.datetime) -> list[str]:
         """Those who have jobs that were created before a time."""
@@ -195,12 +170,52 @@ class Jobs:
         return await self.database.read(read)
 
 
-def _answered_before(known: IdempotencyKey, fingerprint: str) -> dict[str, Any]:
-    if known.fingerprint != fingerprint:
+async def _answered_before(session: AsyncSession, new: NewJob) -> dict[str, Any] | None:
+    if new.idempotency_key is None:
+        return None
+    known = await session.get(IdempotencyKey, (new.tenant_id, new.idempotency_key))
+    if known is not None and known.fingerprint != new.fingerprint:
         raise DureError(
             422, "idempotency_key_reused", "this Idempotency-Key came with another request", "Idempotency-Key"
         )
-    return known.answer
+    return None if known is None else known.answer
+
+
+async def _add(session: AsyncSession, new: NewJob, answer: dict[str, Any]) -> None:
+    session.add(Job(job_id=new.job_id, tenant_id=new.tenant_id))
+    await session.flush()
+    session.add(_asset(new.job_id, new.image))
+    await session.flush()
+    session.add(JobInput(job_id=new.job_id, img_asset_id=new.image.image_asset_id, desc_eng=new.desc_eng))
+    session.add(
+        Variant(
+            job_variants_id=new.job_variants_id,
+            job_id=new.job_id,
+            img_asset_id=new.image.image_asset_id,
+            step="img_gen",
+            status="done",
+        )
+    )
+    if new.ad_copy_eng is not None:
+        session.add(
+            AdCopy(job_id=new.job_id, generation_stage="ad_copy_eng", status="done", ad_copy_eng=new.ad_copy_eng)
+        )
+    if new.idempotency_key is not None:
+        session.add(
+            IdempotencyKey(
+                tenant_id=new.tenant_id,
+                key=new.idempotency_key,
+                job_id=new.job_id,
+                fingerprint=new.fingerprint,
+                answer=answer,
+            )
+        )
+    try:
+        await session.flush()
+    except IntegrityError as error:
+        if new.idempotency_key is None:
+            raise
+        raise Conflict from error  # the same key, at the same moment
 
 
 def _asset(job_id: uuid.UUID, image: Image) -> ImageAsset:

@@ -7,14 +7,25 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, CursorResult, and_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve import errors
 from serve.store.database import Database, changes
 from serve.store.tables import Event, Job, now
 
-State = Literal["pending", "delivered", "dead"]
+State = Literal["pending", "delivered", "dead", "no_webhook"]
+
+NO_WEBHOOK = "there was no webhook when it happened"
+UNTRIED_S = 86_400.0
+"""With a webhook, an event is tried within seconds. One that nobody has tried for longer than this was recorded while
+there was none, by a version that kept such events pending; a webhook that comes later is not flooded with them. A day,
+because Dure may have been down for hours just after it recorded one, and that one is still delivered."""
+AT_ONCE = 1000
+
+
+PENDING: dict[str, Any] = {"state": "pending", "last_error": None}
+UNSENT: dict[str, Any] = {"state": "no_webhook", "last_error": NO_WEBHOOK}
 
 
 @dataclass(frozen=True)
@@ -28,9 +39,17 @@ class Delivery:
 
 
 def event_of(
-    kind: str, tenant_id: str, job_id: uuid.UUID, job_variants_id: uuid.UUID, vlm_trace_id: uuid.UUID
+    kind: str,
+    tenant_id: str,
+    job_id: uuid.UUID,
+    job_variants_id: uuid.UUID,
+    vlm_trace_id: uuid.UUID,
+    to_webhook: bool,
 ) -> Event:
-    """What is to be done next with a variant. Its id is the trace's: a stage triggers once each time it is done."""
+    """What is to be done next with a variant. Its id is the trace's: a stage triggers once each time it is done.
+
+    Without a webhook it is only kept.
+    """
     at = now()
     payload = {
         "event_id": str(vlm_trace_id),
@@ -42,7 +61,13 @@ def event_of(
         "created_at": at.isoformat(),
     }
     return Event(
-        event_id=vlm_trace_id, job_id=job_id, kind=kind, payload=payload, state="pending", due_at=at, created_at=at
+        event_id=vlm_trace_id,
+        job_id=job_id,
+        kind=kind,
+        payload=payload,
+        due_at=at,
+        created_at=at,
+        **(PENDING if to_webhook else UNSENT),
     )
 
 
@@ -55,7 +80,7 @@ class Outbox:
         """At most so many events that are due; no other process gets them within `claim_s`."""
 
         async def read(session: AsyncSession) -> list[uuid.UUID]:
-            due = select(Event.event_id).where(Event.state == "pending", Event.due_at <= now())
+            due = select(Event.event_id).where(Event.state == "pending", Event.due_at <= now(), ~_untried())
             return list(await session.scalars(due.order_by(Event.due_at).limit(count)))
 
         async def write(session: AsyncSession) -> list[Delivery]:
@@ -93,6 +118,27 @@ class Outbox:
 
         await self.database.write(write)
 
+    async def set_aside(self, to_webhook: bool) -> int:
+        """End events that are not to be delivered any more; how many there were.
+
+        With a webhook those that nobody has tried for long, without one all that are due.
+        """
+        which = Event.event_id.in_(
+            select(Event.event_id)
+            .where(Event.state == "pending", _untried() if to_webhook else Event.due_at <= now())
+            .limit(AT_ONCE)
+        )
+
+        async def write(session: AsyncSession) -> int:
+            result = await session.execute(update(Event).where(which, Event.state == "pending").values(**UNSENT))
+            assert isinstance(result, CursorResult)
+            return result.rowcount
+
+        ended = 0
+        while count := await self.database.write(write):
+            ended += count
+        return ended
+
     async def list(self, tenant_id: str, state: State | None, limit: int) -> list[dict[str, Any]]:
         """A tenant's events, the newest first."""
 
@@ -120,6 +166,10 @@ class Outbox:
             return _shown(found)
 
         return await self.database.write(write)
+
+
+def _untried() -> ColumnElement[bool]:
+    return and_(Event.attempts == 0, Event.due_at < now() - datetime.timedelta(seconds=UNTRIED_S))
 
 
 def _shown(event: Event) -> dict[str, Any]:

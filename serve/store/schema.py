@@ -16,6 +16,7 @@ from sqlalchemy import create_engine, inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve.store.database import address
+from serve.store.reserve import Reserve
 
 FOLDER = Path(__file__).with_name("migrations")
 
@@ -49,7 +50,10 @@ def migrate(url: str, revision: str = "head") -> tuple[str | None, str | None]:
 
 
 def make_ready(url: str, patience_s: float = 0) -> None:
-    """Migrate a SQLite file, which is this server's own; `check` any other, which may not be up yet."""
+    """Migrate a SQLite file, which is this server's own; `check` any other, which may not be up yet.
+
+    To open a file takes room, too: on a full disk, what is held for deleting.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -59,6 +63,8 @@ def make_ready(url: str, patience_s: float = 0) -> None:
                 check(url)
             return
         except NoDatabase:
+            if _room_given(url):
+                continue
             if time.monotonic() > deadline:
                 raise
             time.sleep(PAUSE_S)
@@ -86,6 +92,14 @@ def present(url: str) -> str | None:
         raise _unusable(url, error) from error
     finally:
         engine.dispose()
+
+
+def _room_given(url: str) -> bool:
+    """Has room been freed on a SQLite file's disk?"""
+    where = address(url)
+    if where.get_backend_name() != "sqlite" or not where.database:
+        return False
+    return Reserve(Path(where.database)).release()
 
 
 def _known(url: str) -> set[str]:

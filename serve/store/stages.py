@@ -71,9 +71,11 @@ class Sources:
 
 
 class Stages:
-    def __init__(self, database: Database, lease_s: float) -> None:
+    def __init__(self, database: Database, lease_s: float, to_webhook: bool = True) -> None:
+        """`to_webhook`: there is one to deliver the events to."""
         self.database = database
         self.lease_s = lease_s
+        self.to_webhook = to_webhook
 
     async def outcome(self, which: Which, call: uuid.UUID) -> dict[str, Any] | None:
         """What has been put on record for a call that was made before; None where there is nothing yet.
@@ -200,7 +202,8 @@ class Stages:
             completed = update(Trace).where(Trace.vlm_trace_id == call)
             await session.execute(completed.values(response=response, latency_ms=latency_ms))
             if reason is None:
-                session.add(event_of(stage.triggers, which.tenant_id, which.job_id, which.job_variants_id, call))
+                ids = (which.tenant_id, which.job_id, which.job_variants_id, call)
+                session.add(event_of(stage.triggers, *ids, to_webhook=self.to_webhook))
             return True
 
         return await self.database.write(write)

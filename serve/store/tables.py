@@ -1,6 +1,7 @@
 """The tables of the record: adverts, what was asked and answered about them, and the events that follow.
 
-Times are UTC. A job belongs to a tenant, and everything else to a job; with it, all of that goes.
+Times are UTC. A job belongs to a tenant, and everything else to a job; with it, all of that goes. Only files that are
+pending may be of a job that is not there yet.
 """
 
 from __future__ import annotations
@@ -86,6 +87,20 @@ class ImageAsset(Table):
     width: Mapped[int]
     height: Mapped[int]
     size_bytes: Mapped[int]
+    created_at: Mapped[datetime.datetime] = mapped_column(default=now)
+
+
+class PendingFile(Table):
+    """An image file that is written, or was, and has no ImageAsset; of a job that may not be there either."""
+
+    __tablename__ = "pending_files"
+    __table_args__ = (Index(None, "tenant_id", "path"), Index(None, "state", "created_at"))
+
+    path: Mapped[str] = mapped_column(String(255), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[uuid.UUID]
+    state: Mapped[str] = mapped_column(String(16))
+    """`writing`, or `dropped` where it can't come to be on record any more."""
     created_at: Mapped[datetime.datetime] = mapped_column(default=now)
 
 
@@ -176,7 +191,7 @@ class Event(Table):
     kind: Mapped[str] = mapped_column(String(32))
     payload: Mapped[dict[str, Any]]
     state: Mapped[str] = mapped_column(String(16))
-    """`pending`, `delivered`, or `dead` once it has been tried often enough."""
+    """`pending`, `delivered`, `dead` once it has been tried often enough, or `no_webhook`: there was none to tell."""
     attempts: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime.datetime]
     """When it is tried next; while it is being tried, when another may try it."""

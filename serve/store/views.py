@@ -196,5 +196,5 @@ def _place(cursor: str) -> tuple[datetime.datetime, uuid.UUID]:
     try:
         created_at, trace = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         return datetime.datetime.fromisoformat(created_at).astimezone(datetime.UTC), uuid.UUID(trace)
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise errors.invalid("`after` is not the `next` of an earlier answer", "after") from error

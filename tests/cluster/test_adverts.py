@@ -245,6 +245,7 @@ def odd_images() -> dict[str, bytes]:
         "rotated": encoded(mug, "JPEG", exif=exif),
         "one-pixel": encoded(Image.new("RGB", (1, 1))),
         "grey-alpha": encoded(mug.convert("LA")),
+        "phone": encoded(mug, "MPO", save_all=True, append_images=[mug]),
     }
 
 
@@ -253,6 +254,7 @@ def test_odd_images_get_a_verdict(client: httpx.Client, name: str) -> None:
     job = Job(client, image=odd_images()[name])
     answer = job.validate()
     assert answer.status_code == 200, answer.text
+    assert job.variant["img_path"].endswith((".png", ".jpeg", ".gif"))
 
 
 @pytest.mark.parametrize(
@@ -454,5 +456,5 @@ def test_migrate_says_what_it_did(dure: Dure, tmp_path: Path) -> None:
         ),
         encoding="utf-8",
     )
-    assert "empty -> 0002" in dure.command("migrate", "--config", str(config)).stdout
+    assert "empty -> 0003" in dure.command("migrate", "--config", str(config)).stdout
     assert "nothing to do" in dure.command("migrate", "--config", str(config)).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
 import threading
 import time
@@ -10,11 +11,15 @@ import uuid
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve.errors import DureError
+from serve.store import outbox
 from serve.store.database import Database, Unavailable
+from serve.store.outbox import State
 from serve.store.stages import JUDGE, VALIDATE
-from serve.store.tables import now
+from serve.store.tables import Event, now
 from tests.postgres import Postgres
 from tests.store.conftest import Scenario, Store, image, new_job
 from tests.store.test_stages import begin, done, overlaid, state, status_of
@@ -73,7 +78,8 @@ def test_traces_come_page_by_page(run: Callable[[Scenario], None]) -> None:
             if after is None:
                 break
         assert seen == calls
-        assert await status_of(store.views.traces("a", None, "nonsense", 2)) == 400
+        for nonsense in ("nonsense", "", "\0", base64.urlsafe_b64encode(b"[" * 30_000).decode()):
+            assert await status_of(store.views.traces("a", None, nonsense, 2)) == 400
 
     run(scenario)
 
@@ -104,6 +110,80 @@ def test_an_event_is_one_processs_until_its_claim_ends(run: Callable[[Scenario],
         await store.outbox.delivered(call)
         await asyncio.sleep(0.35)
         assert await store.outbox.claim(10) == []
+
+    run(scenario)
+
+
+async def written(store: Store, state: str, attempts: int, due_days_ago: float) -> uuid.UUID:
+    """An event as an earlier version may have left it."""
+    call = await done(store, VALIDATE, await store.new_job())
+    due_at = now() - datetime.timedelta(days=due_days_ago)
+
+    async def write(session: AsyncSession) -> None:
+        values = {"state": state, "attempts": attempts, "due_at": due_at, "created_at": due_at}
+        await session.execute(update(Event).where(Event.event_id == call).values(**values))
+
+    await store.database.write(write)
+    return call
+
+
+async def claimed(store: Store) -> set[uuid.UUID]:
+    return {delivery.event_id for delivery in await store.outbox.claim(100)}
+
+
+async def in_state(store: Store, state: State) -> set[uuid.UUID]:
+    return {uuid.UUID(event["event_id"]) for event in await store.outbox.list("a", state, 100)}
+
+
+def test_without_a_webhook_an_event_is_kept_and_not_due(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        store.stages.to_webhook = False
+        before = [await done(store, VALIDATE, await store.new_job()) for _ in range(3)]
+        [event, *_] = await store.outbox.list("a", "no_webhook", 10)
+        assert (event["state"], event["attempts"]) == ("no_webhook", 0)
+        assert "no webhook" in event["last_error"]
+        store.stages.to_webhook = True  # it is configured
+        since = await done(store, VALIDATE, await store.new_job())
+        await store.outbox.set_aside(to_webhook=True)
+        assert await claimed(store) == {since}
+        again = await store.outbox.deliver_again("a", before[0])
+        assert (again["state"], again["last_error"]) == ("pending", None)
+        await store.outbox.set_aside(to_webhook=True)
+        assert await claimed(store) == {before[0]}
+        assert await in_state(store, "no_webhook") == set(before[1:])
+
+    run(scenario)
+
+
+def test_what_nobody_has_tried_for_long_does_not_flood_a_webhook(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "AT_ONCE", 2)
+
+    async def scenario(store: Store) -> None:
+        days = outbox.UNTRIED_S / 86_400
+        old = {await written(store, "pending", 0, days * ago) for ago in (1.01, 2, 3, 50, 400)}
+        fresh = {await written(store, "pending", 0, days * ago) for ago in (0, 0.5, 0.99)}
+        tried = {await written(store, "pending", 3, days * ago) for ago in (0.5, 5)}
+        dead = {await written(store, "dead", 10, days * 5)}
+        assert await claimed(store) == fresh | tried, "nor in the moment before it is put aside"
+        assert await store.outbox.set_aside(to_webhook=True) == len(old)
+        assert await in_state(store, "no_webhook") == old
+        assert await in_state(store, "dead") == dead
+        assert await store.outbox.set_aside(to_webhook=True) == 0
+
+    run(scenario)
+
+
+def test_where_there_is_no_webhook_any_more_nothing_stays_due(run: Callable[[Scenario], None]) -> None:
+    async def scenario(store: Store) -> None:
+        due = {await written(store, "pending", attempts, ago) for attempts, ago in ((0, 0), (0, 9), (4, 0.1))}
+        being_tried = {await written(store, "pending", 1, -0.1)}
+        delivered = {await written(store, "delivered", 1, 1)}
+        assert await store.outbox.set_aside(to_webhook=False) == len(due)
+        assert await in_state(store, "no_webhook") == due
+        assert await in_state(store, "pending") == being_tried
+        assert await in_state(store, "delivered") == delivered
 
     run(scenario)
 

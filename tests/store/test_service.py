@@ -21,6 +21,7 @@ from serve.model_settings import ModelSettings
 from serve.services.adverts import Adverts
 from serve.services.janitor import Janitor
 from serve.services.stage_calls import StageCalls
+from serve.services.uploads import Uploads
 from serve.settings import Settings, StoreSettings
 from serve.store.assets import Assets
 from serve.store.stages import EXPIRED, Which
@@ -72,6 +73,9 @@ def service(store: Store, folder: Path) -> tuple[Any, Model]:
     adverts.settings, adverts.graph = settings, Graph(model)
     adverts.stages, adverts.jobs, adverts.views = store.stages, store.jobs, store.views
     adverts.assets, adverts.calls = Assets(str(folder)), StageCalls(store.stages, lambda: None)
+    adverts.outbox, adverts.dispatcher = store.outbox, None
+    adverts.uploads = Uploads(store.database, adverts.assets)
+    adverts.janitor = Janitor(store.stages, store.jobs, store.outbox, adverts.uploads, settings, lambda _: None)
     return adverts, model
 
 
@@ -238,13 +242,27 @@ def test_old_jobs_go_when_their_tenant_wants(run: Callable[[Scenario], None], tm
             await adverts.assets.write(variant["img_path"], b"image")
         day_s = 1 / 86_400
         retention = StoreSettings(retention_days=0.2 * day_s, tenant_retention_days={"keeps": 100})
-        settings = adverts.settings.model_copy(update={"store": retention})
+        adverts.janitor.settings = adverts.settings.model_copy(update={"store": retention})
         await asyncio.sleep(0.3)
-        await Janitor(store.stages, store.jobs, adverts.assets, settings)._delete_old()
+        await adverts.janitor._tidy()
         assert await status_of(store.views.job("forgets", gone.job_id)) == 404
         assert not (tmp_path / str(gone.job_id)).exists()
         assert await state(store, kept) == "img_gen/done"
         assert list((tmp_path / str(kept.job_id)).iterdir())
+
+    run(scenario)
+
+
+def test_nothing_is_delivered_again_where_there_is_no_webhook(run: Callable[[Scenario], None], tmp_path: Path) -> None:
+    async def scenario(store: Store) -> None:
+        adverts, _ = service(store, tmp_path)
+        call = uuid.uuid4()
+        await validate(adverts, await ready(store, adverts), call)
+        with pytest.raises(DureError, match="no webhook is configured") as caught:
+            await adverts.deliver_again("a", call)
+        assert caught.value.status == 409
+        await adverts.janitor._tidy()
+        assert [event["state"] for event in await adverts.events("a", None, 10)] == ["no_webhook"]
 
     run(scenario)
 

@@ -1,66 +1,85 @@
-"""An ingress that can't answer any more says so, and Serve puts another in its place."""
+"""What /health says of models and of services."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
+import httpx
+from fastapi import FastAPI
 
-from serve.caller import Caller
-from serve.errors import DureError
-from serve.graph import Graph
-from serve.ingress import Ingress
-from tests.ingress import make_graph
+from deployments.progress import LoadEvent
+from serve.board import Board, Changes, Replica, Report
+from serve.reporter import Reporter
+from serve.routes import health
+from serve.services.adverts import RUNS, Adverts
+from serve.watch import TROUBLE, Watch
 
-
-def listening() -> Graph:
-    """A graph that also listens and beats, to nobody."""
-    graph = make_graph()
-    graph.watch._task = asyncio.ensure_future(asyncio.sleep(60))
-    graph.lanes._beating = asyncio.ensure_future(asyncio.sleep(60))
-    return graph
+READY = LoadEvent("ready", 100.0, "Ready", "준비 완료")
+FULL = "image files can't be written: No space left on device"
 
 
-def check(graph: Graph) -> None:
-    ingress: Any = SimpleNamespace(graph=graph)
-    Ingress.check_health(ingress)
+def answer(watch: Watch) -> httpx.Response:
+    app = FastAPI()
+    app.include_router(health.router)
+    app.state.graph = SimpleNamespace(watch=watch, models={"vision": None}, services={"adverts": None, "search": None})
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://dure") as client:
+            return await client.get("/health")
+
+    return asyncio.run(ask())
 
 
-def test_an_ingress_whose_parts_work_is_healthy() -> None:
-    async def scenario() -> None:
-        check(listening())
-
-    asyncio.run(scenario())
-
-
-def test_a_queue_that_nothing_leaves_any_more_is_no_health(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario() -> None:
-        graph = listening()
-        model = graph.models["embedder"]
-
-        def fail() -> Any:
-            raise RuntimeError("a bug")
-
-        monkeypatch.setattr(model.coalescer, "_take", fail)
-        with pytest.raises(DureError):
-            await model.ask(["a"], Caller.waiting(0.1))
-        with pytest.raises(RuntimeError, match="coalescer of embedder"):
-            check(graph)
-
-    asyncio.run(scenario())
+def watch_of(*replicas: Replica) -> Watch:
+    watch = Watch()
+    watch.replicas = {(replica.model, replica.replica): replica for replica in replicas}
+    return watch
 
 
-@pytest.mark.parametrize("part", ["watch", "lanes"])
-def test_an_ingress_that_hears_or_tells_nothing_is_not_healthy(part: str) -> None:
-    async def scenario() -> None:
-        graph = listening()
-        task = graph.watch._task if part == "watch" else graph.lanes._beating
-        assert task
-        task.cancel()
-        await asyncio.wait((task,))
-        with pytest.raises(RuntimeError, match=part):
-            check(graph)
+def adverts(name: str, trouble: str) -> Replica:
+    return Replica("adverts", name, RUNS, {TROUBLE: trouble})
 
-    asyncio.run(scenario())
+
+def test_a_service_in_trouble_is_said_for_as_long_as_it_lasts() -> None:
+    vision = Replica("vision", "v", READY)
+    assert answer(watch_of(vision)).status_code == 200
+    assert answer(watch_of(vision, adverts("a", ""))).json()["status"] == "healthy"
+    response = answer(watch_of(vision, adverts("a", ""), adverts("b", FULL)))
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) >= 1
+    told: dict[str, Any] = response.json()
+    assert (told["status"], told["model_loaded"], told["missing"]) == ("failed", True, ["adverts"])
+    assert told["services"] == {"adverts": {"state": "failed", "reason": FULL}}
+    assert told["models"]["vision"]["state"] == "ready"
+
+
+def test_models_that_load_are_said_beside_it() -> None:
+    loading = Replica("vision", "v", LoadEvent("loading_checkpoint", 40.0, "Loading", "로드 중"))
+    told = answer(watch_of(loading)).json()
+    assert (told["status"], told["missing"]) == ("loading", ["vision"])
+    assert "services" not in told
+    told = answer(watch_of(loading, adverts("a", FULL))).json()
+    assert (told["status"], told["model_loaded"], told["missing"]) == ("failed", False, ["vision", "adverts"])
+
+
+def test_what_a_service_reports_comes_to_health_by_the_board() -> None:
+    reporter, board, watch = Reporter(), Board(), Watch()
+    reports: list[Report] = []
+    reporter.said, reporter._lock = Report("adverts", "r"), threading.Lock()
+    reporter.board = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
+    service: Any = Adverts.__new__(Adverts)
+    service.trouble, service.graph = "", SimpleNamespace(reporter=reporter)
+    counts = []
+    for trouble in ("", FULL, FULL, ""):
+        reports.clear()
+        service._report(trouble)
+        counts.append(len(reports))
+        for report in reports:
+            board._take(report, board.replicas and {"r": board.replicas["adverts", "r"]})
+        watch._take(Changes(board.epoch, board.sequence, True, list(board.replicas.items())))
+        status = answer(watch_of(Replica("vision", "v", READY), *watch.replicas.values())).status_code
+        assert status == (503 if trouble else 200)
+    assert counts == [0, 2, 0, 2], "what is no news is not told"

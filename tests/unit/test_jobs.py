@@ -1,4 +1,4 @@
-"""Adverts as jobs: whom a finished advert's place in the queue is counted for, and from when."""
+"""Adverts as jobs: whom a finished advert's place in the queue is counted for, and what is refused of a request."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
+from serve.ingress import make_app
 from serve.lanes.gate import Gate
+from serve.model_settings import ModelSettings
 from serve.routes import jobs
-from serve.settings import Limits
+from serve.settings import Limits, Settings
+from tests.pictures import encoded
 
 URL = f"/api/yh/jobs/{uuid.uuid4()}/variants/{uuid.uuid4()}/overlay"
 JSON = json.dumps({"tenant_id": "acme", "layout": {"a": 1}}).encode(), "application/json"
@@ -35,8 +39,10 @@ class Adverts:
         self.gate = Gate("adverts", 4)
         self.calls: list[tuple[dict[str, int], bytes, Any]] = []
 
-    async def call(self, which: Any, overlay_id: Any, image: Any, content: bytes, layout: Any, **_: Any) -> Any:
-        self.calls.append((dict(self.gate.turns_of), content, layout))
+    async def call(self, *arguments: Any, method: str, **_: Any) -> Any:
+        if method == "record_overlay":
+            _which, _overlay_id, _image, content, layout = arguments
+            self.calls.append((dict(self.gate.turns_of), content, layout))
         return {}
 
 
@@ -69,3 +75,74 @@ def test_a_slow_upload_holds_no_place_and_the_tenant_is_the_bodys(
     asyncio.run(scenario())
     assert set(held) == {0}
     assert adverts.calls == [({"acme": 1}, *sent)]
+
+
+def asked(adverts: Adverts, *requests: tuple[str, bytes, dict[bytes, bytes]]) -> list[httpx.Response]:
+    """What the whole app answers to POSTs of a path, a body and headers."""
+    settings = Settings(models={"vision": ModelSettings(task="vision", source="x")})
+    app = make_app(SimpleNamespace(settings=settings, service=lambda *_: adverts))  # type: ignore[arg-type]
+
+    async def scenario() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://dure") as client:
+            return [await client.post(path, content=body, headers=headers) for path, body, headers in requests]
+
+    return asyncio.run(scenario())
+
+
+def nested(times: int, opening: str, closing: str) -> bytes:
+    return f'{{"tenant_id": "acme", "layout": {{"a": {opening * times}1{closing * times}}}}}'.encode()
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
+def test_a_layout_that_is_nested_too_deeply_is_refused(opening: str, closing: str) -> None:
+    adverts = Adverts()
+    each = opening.count("[") + opening.count("{")
+    fits = (jobs.MAX_LAYOUT_DEPTH - 1) // each
+    bodies = [nested(times, opening, closing) for times in (fits, fits + 1, 1000 // each, 20_000)]
+    answers = asked(adverts, *((URL, body, {b"Content-Type": b"application/json"}) for body in bodies))
+    assert [answer.status_code for answer in answers] == [200, 400, 400, 422]
+    assert all("layout" in answer.json()["error"]["message"] for answer in answers[1:3])
+    assert len(adverts.calls) == 1
+
+
+@pytest.mark.parametrize("charset", [b"undefined", b"punycode", b"idna", b"unicode_escape", b"utf-16", b"nonsense"])
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"\\ud800", b"a\0b", b"\xed\xa0\x80"])
+def test_no_charset_or_text_of_a_form_is_a_failure(charset: bytes, value: bytes) -> None:
+    headers = {b"Content-Type": b"multipart/form-data; boundary=x; charset=" + charset}
+    body = FORM[0].replace(b"acme", value)
+    described = (
+        FORM[0]
+        .replace(b"PNG", encoded(Image.new("L", (2, 2))))
+        .replace(
+            b"--x\r\n", b'--x\r\nContent-Disposition: form-data; name="desc_eng"\r\n\r\n' + value + b"\r\n--x\r\n", 1
+        )
+    )
+    adverts = Adverts()
+    answers = asked(
+        adverts, (URL, body, headers), ("/api/yh/jobs", body, headers), ("/api/yh/jobs", described, headers)
+    )
+    assert {answer.status_code for answer in answers} <= {200, 201, 400, 422}
+    assert answers[0].status_code >= 400
+
+
+@pytest.mark.parametrize("key", [b"a\x00b", b"\x1b[31m", b"a\tb", b"a" * 256, b""])
+def test_an_idempotency_key_is_a_line_of_text(key: bytes) -> None:
+    body = FORM[0].replace(b"PNG", encoded(Image.new("L", (2, 2))))
+    headers = {b"Content-Type": FORM[1].encode()}
+    refused, taken = asked(
+        Adverts(),
+        ("/api/yh/jobs", body, headers | {b"Idempotency-Key": key}),
+        ("/api/yh/jobs", body, headers | {b"Idempotency-Key": b"caf\xe9 1"}),
+    )
+    assert refused.status_code == 422
+    assert taken.status_code == 201
+
+
+@pytest.mark.parametrize("path", ["/v1/vision/judge", "/v1/vision/validate"])
+def test_a_name_that_no_model_has_is_not_sent_back(path: str) -> None:
+    field = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    body = field % (b"model", b"x" * 100_000) + field % (b"ad_copy_text", b"a") + FORM[0]
+    [answer] = asked(Adverts(), (path, body, {b"Content-Type": FORM[1].encode()}))
+    assert answer.status_code == 422
+    assert len(answer.content) < 500

@@ -80,6 +80,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "models.predictor.autoscaling", "more than max"),
         ({"args__modles": {}}, "applications.0.args", "did you mean 'models'?"),
         ({"args__request_timeout_s": "soon"}, "request_timeout_s", "(it is 'soon')"),
+        ({"args__limits": {"max_image_megapixels": 51}}, "limits.max_image_megapixels", "at most 50 (it is 51)"),
     ],
 )
 def test_wrong_settings_name_the_path_and_what_was_meant(

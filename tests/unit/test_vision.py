@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from llguidance import LLMatcher
+from PIL import Image
 from transformers import LlavaForConditionalGeneration, LogitsProcessor
 
 from deployments.engines import load_engine
 from deployments.engines.vision import Look, Vision
+from deployments.images import decode
 from deployments.items import Answer, Question
 from deployments.progress import LoadProgress
 from deployments.sources import resolve
-from deployments.spec import ModelSpec, Refusal
+from deployments.spec import ItemError, ModelSpec, Refusal
 from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
 from tests.dure import ROOT
+from tests.pictures import encoded, polyglot
 
 EXAMPLES = sorted((ROOT / "demo/adverts/examples").glob("*.png"))
 SOURCE = "demo/adverts/checkpoint"
@@ -82,6 +85,23 @@ def questions() -> list[Question]:
         for path, copy in zip(EXAMPLES, copies, strict=True)
     ]
     return judge + validate
+
+
+def seen(vision: Vision, content: bytes) -> torch.Tensor:
+    return vision.prepare(Question(content, JUDGE, json.dumps({"type": "boolean"}))).pixels
+
+
+def test_the_model_sees_a_picture_as_it_was_checked(vision: Vision) -> None:
+    advert = Image.open(EXAMPLES[0]).convert("RGB")
+    mask = Image.radial_gradient("L").resize(advert.size)
+    transparent = advert.copy()
+    transparent.putalpha(mask)
+    composed = Image.composite(advert, Image.new("RGB", advert.size, "white"), mask)
+    assert (seen(vision, encoded(transparent)) - seen(vision, encoded(composed))).abs().max() < 0.03
+    grey = decode(polyglot())
+    assert seen(vision, polyglot()).equal(seen(vision, encoded(grey)))
+    with pytest.raises(ItemError, match="more than 50 megapixels"):
+        seen(vision, encoded(Image.new("L", (7200, 7200))))
 
 
 def test_answers_are_those_of_plain_decoding_in_fewer_steps(vision: Vision, model: Any) -> None:
