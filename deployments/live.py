@@ -16,8 +16,10 @@ from typing import Any
 
 from deployments import cache
 from deployments.answers import Piece
-from deployments.batching.batcher import StepBatcher, batcher_of, parallel
+from deployments.batching.making import batcher_of
+from deployments.batching.once import parallel
 from deployments.batching.runner import FAILED
+from deployments.batching.steps import StepBatcher
 from deployments.batching.waiting import LATE, TAKEN_BACK
 from deployments.checkpoint_files import contents
 from deployments.engines import Engine, load_engine

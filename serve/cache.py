@@ -131,4 +131,4 @@ def _size(key: str, value: bytes) -> int:
 
 
 def _seal(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=16).digest()
+    return hashlib.sha256(key.encode()).digest()

@@ -17,22 +17,18 @@ from deployments.items import Requests
 from serve.caller import DEFAULT_TENANT
 from serve.following import Following
 from serve.lanes.fair import FairQueue
-from serve.lanes.tickets import Pace
+from serve.lanes.pace import Pace
 from serve.parcels import Call, Parcel
 
 LEAD, LEAD_S = 0.1, 0.01
 """How long before the end of the call under way the next one leaves: a part of its time, as that is only expected, and
 as many seconds as a call may need to be sent and prepared."""
-
-
 SPLIT = 0.05
 """What not to split a request may cost: a part of the time per item."""
 
 
 Send = Callable[[Requests, Callable[[Piece], None]], Awaitable[None]]
 """Calls a replica and hands on answers as they come."""
-
-
 GATHER_S = 0.005
 """Between two calls to an engine that works in steps: a fraction of a step, and at most 200 calls a second."""
 
@@ -202,7 +198,7 @@ class Coalescer:
             call.begun, call.since = True, call.since or time.monotonic()
             if self._followed and not self.in_steps():  # which tells of each item itself
                 for parcel in {parcel for parcel, _ in call.owners}:
-                    self._tell(parcel, News())
+                    parcel.tell(self.pace, News())
 
     async def _pump(self) -> None:
         while True:
@@ -268,13 +264,13 @@ class Coalescer:
         for parcel, (places, rows) in shares.of.items():
             parcel.collector.put(places, piece.results, rows)
             parcel.settle()
-            self._tell(parcel)
+            parcel.tell(self.pace)
         for place, refusal in piece.refusals.items():
             parcel, own = call.owners[place]
             parcel.collector.refuse(own, refusal)
             parcel.settle()
         for place, news in piece.news.items():
-            self._tell(call.owners[place][0], news)
+            call.owners[place][0].tell(self.pace, news)
         if not len(piece):
             return
         now, turns = time.monotonic(), call.turns((*piece.places, *piece.refusals))
@@ -294,18 +290,5 @@ class Coalescer:
         ahead = sum(call.items for call in self._calls)
         for parcel in self._parcels:
             if not parcel.sent:
-                self._tell(parcel, News(ahead=ahead))
+                parcel.tell(self.pace, News(ahead=ahead))
             ahead += len(parcel.items) - parcel.sent
-
-    def _tell(self, parcel: Parcel, news: News | None = None) -> None:
-        """Whoever follows: that items have been answered, or how far one is that has not."""
-        following, items, left = parcel.following, len(parcel.items), parcel.collector.left
-        if following is None:
-            return
-        if news and news.ahead is not None and left == items:
-            turns_each = parcel.size / items
-            following.queued(news.ahead + 1, (news.ahead + items) * turns_each * self.pace.seconds_per_item)
-        elif items > 1:
-            following.running(done=items - left, items=items)
-        elif news:
-            following.running(tokens=news.tokens)

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import Collector
+from deployments.answers import Collector, News
 from serve.caller import DEFAULT_TENANT
 from serve.following import Following
+from serve.lanes.pace import Pace
 
 
 @dataclass(eq=False)
@@ -49,6 +50,19 @@ class Parcel:
     def settle(self) -> None:
         if self.collector.left == 0 and not self.done.done():
             self.done.set_result(None)
+
+    def tell(self, pace: Pace, news: News | None = None) -> None:
+        """Whoever follows: that items have been answered, or how far one is that has not."""
+        items, left = len(self.items), self.collector.left
+        if self.following is None:
+            return
+        if news and news.ahead is not None and left == items:
+            seconds_each = self.size / items * pace.seconds_per_item
+            self.following.queued(news.ahead + 1, (news.ahead + items) * seconds_each)
+        elif items > 1:
+            self.following.running(done=items - left, items=items)
+        elif news:
+            self.following.running(tokens=news.tokens)
 
 
 @dataclass(eq=False)

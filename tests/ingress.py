@@ -62,6 +62,9 @@ class Answering:
         self.task = task
         self.may = asyncio.Event()
         self.may.set()
+        self.asked: list[Any] = []
+        self.logits: list[float] | None = None
+        """Of a cross-encoder; falling ones else."""
 
     def options(self, stream: bool) -> Any:
         return SimpleNamespace(run=SimpleNamespace(remote=self._run))
@@ -74,7 +77,8 @@ class Answering:
         if self.task == "embedding":
             return Embeddings(np.eye(count, 4, dtype=np.float32), np.ones(count, np.int32))
         if self.task == "rerank":
-            return Scores(np.linspace(0.9, 0.1, count, dtype=np.float32), np.ones(count, np.int32))
+            logits = np.asarray(self.logits or np.linspace(0.9, 0.1, count), np.float32)
+            return Scores(logits, np.ones(count, np.int32))
         if self.task == "next_word":
             return [[Word("word", " word", 0.5)] for _ in items]
         if self.task == "vision":
@@ -90,6 +94,7 @@ class Call:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         await self.handle.may.wait()
         items = self.requests.items
+        self.handle.asked += items
         yield Piece(range(len(items)), self.handle.results(items), {})
 
     def cancel(self) -> None:

@@ -13,6 +13,9 @@ still be made for the maximum, so there only what was measured counts."""
 MEMORY_SHARE = 0.8
 """Of the free memory that one batch may take: the rest is for fragments and for others on the same device."""
 
+FIRST_ON_CPU = 2048
+"""Past the knee of most models on a CPU; from there on larger batches are tried step by step, as what a batch takes is
+kept by the process for the next one."""
 SMALLEST = 64
 NEARLY_BEST = 0.97
 """The smallest size whose throughput comes this near to the best measured is the size to run."""
@@ -30,8 +33,8 @@ class Budget:
     """The size of the next batch in padded tokens, between one item and `max_tokens`.
 
     Sizes are told apart by powers of two. Throughput rises with the size of a batch up to a knee that depends on
-    model and machine: the budget starts at the maximum, and follows the knee as batches of different sizes are
-    measured. Memory bounds it from above: free bytes over the bytes per token measured so far.
+    model and machine: the budget starts at the maximum, or on a CPU at FIRST_ON_CPU, and follows the knee as batches of
+    different sizes are measured. Memory bounds it from above: free bytes over the bytes per token measured so far.
     """
 
     def __init__(self, max_tokens: int, memory: Memory) -> None:
@@ -65,7 +68,7 @@ class Budget:
 
     def _knee(self) -> int:
         if not self._rates:
-            return self.max_tokens
+            return self.max_tokens if self.memory.free_bytes() is not None else min(self.max_tokens, FIRST_ON_CPU)
         best = max(self._rates.values())
         knee = min(size for size, rate in self._rates.items() if rate >= NEARLY_BEST * best)
         largest = max(self._rates)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.lanes.fair import FairQueue
+from serve.lanes.pace import Pace
 from serve.lanes.returns import Returns
-from serve.lanes.tickets import Pace, Refused, Tickets
+from serve.lanes.tickets import Refused, Tickets
 
 
 @dataclass(frozen=True)

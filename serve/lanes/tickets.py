@@ -13,12 +13,13 @@ import hashlib
 import hmac
 import math
 import secrets
-import statistics
 import struct
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+from serve.lanes.pace import Pace
 
 FOR_TICKETS = 0.8
 """Of what is served, at most; the rest is for newcomers, and for a pace that was measured too fast."""
@@ -41,52 +42,16 @@ HELD_S = 1
 """After its time room is held for a ticket for this long; then it counts as one that does not come back."""
 EARLY_S = 0.3
 """A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
-PACE_OF_S, PACE_OF_ITEMS = 30.0, 10
-"""The pace is that of the last so many seconds of work, or items where these take longer. One that follows every batch
-is at times too fast, and then too many tickets are given for the same second."""
 REMEMBERED = 0.98
 """Weight of what was known of tickets before each new one that came back or did not."""
 STANDS = 0.25
 """Of the time that all take who wait now, the part for which a refusal without a ticket stands: so few have left then
 that the queue is in no danger of running empty."""
 MAX_STANDS_S = 1.0
-KEPT_TIMES = 101
 KEPT_SLOTS = 4
 """Lengths of slots: they follow the pace and the size of what is asked for."""
 SIGNED_BYTES = 16
 FORMAT = struct.Struct(">QQ")
-
-
-class Pace:
-    """How fast a queue goes, measured at its end."""
-
-    def __init__(self) -> None:
-        self.seconds_per_item = 0.05
-        self._worked_s = self._items = 0.0
-        """What is over, the more the longer ago the less."""
-        self._times: deque[float] = deque(maxlen=KEPT_TIMES)
-        self._last = 0.0
-
-    def served(self, items: int, started: float) -> None:
-        """What `started` then (time.monotonic) is over: what it took beside those before it counts."""
-        now = time.monotonic()
-        worked_s = now - max(started, self._last)
-        self._last = now
-        kept = math.exp(-worked_s / max(PACE_OF_S, PACE_OF_ITEMS * self.seconds_per_item))
-        self._worked_s = kept * self._worked_s + worked_s
-        self._items = kept * self._items + items
-        self.seconds_per_item = self._worked_s / self._items
-        self._times.append(now - started)
-
-    def unserved(self, items: int, started: float) -> None:
-        """So many run, the first since `started` (time.monotonic): were they all over now, it would be no faster."""
-        since_s = time.monotonic() - max(started, self._last)
-        self.seconds_per_item = max(self.seconds_per_item, (self._worked_s + since_s) / (self._items + items))
-
-    @property
-    def p50_s(self) -> float | None:
-        """Median of the last service times."""
-        return statistics.median(self._times) if self._times else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ray.serve.schema import ReplicaRank
 
 from deployments.answers import Answers, Collector
 from deployments.batching import runner as running
-from deployments.batching.batcher import Batcher, batcher_of
+from deployments.batching.batcher import Batcher
+from deployments.batching.making import batcher_of
 from deployments.batching.runner import FAILED, FAILURES_BEFORE_TEST, NO_ROOM, TOO_LARGE, EngineDead
 from deployments.batching.waiting import LATE
 from deployments.engines.stepping import Stepping

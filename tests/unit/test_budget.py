@@ -124,3 +124,9 @@ def test_a_single_item_may_always_run() -> None:
     budget = Budget(4000, Device(0))
     budget.out_of_memory(1)
     assert budget.tokens() == 1
+
+
+def test_on_a_cpu_the_first_batch_is_no_larger_than_pays() -> None:
+    assert Budget(16384, CpuMemory()).tokens() < 4096
+    assert Budget(512, CpuMemory()).tokens() == 512
+    assert Budget(16384, Device(100 * GIB)).tokens() == 16384

@@ -8,14 +8,20 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
+from deployments.answers import Answers, Piece
+from deployments.items import Requests
+from deployments.progress import LoadEvent
 from serve import errors
+from serve.board import Replica
 from serve.caller import Caller
 from serve.calls import Model
 from serve.errors import DureError
 from serve.lanes.gate import Gate
 from serve.lanes.tickets import Refused
 from serve.model_settings import ModelSettings
+from serve.watch import Watch
 
 
 def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 4) -> None:
@@ -160,3 +166,67 @@ def test_a_model_that_does_not_come_up_is_waited_for_only_so_long(state: str, ki
         assert model.gate.turns == 0
 
     asyncio.run(main())
+
+
+class Dying:
+    """A handle whose replica dies whatever call has one of these items, and of calls that are made of it."""
+
+    def __init__(self, *deadly: str) -> None:
+        self.deadly = set(deadly)
+        self.calls: list[list[str]] = []
+
+    def options(self, stream: bool) -> Any:
+        return self
+
+    @property
+    def run(self) -> Any:
+        return self
+
+    def remote(self, requests: Requests) -> Any:
+        self.calls.append(requests.items)
+        return Answered(self, requests.items)
+
+
+class Answered:
+    def __init__(self, handle: Dying, items: list[str]) -> None:
+        self.handle = handle
+        self.items = items
+
+    async def __aiter__(self) -> Any:
+        for place, item in enumerate(self.items):
+            if item in self.handle.deadly:
+                raise RayActorError
+            yield Piece([place], [item.upper()], {})
+
+    def cancel(self) -> None:
+        pass
+
+
+def answers_of(handle: Any, items: list[str]) -> Answers:
+    async def main() -> Answers:
+        watch = Watch()
+        watch.replicas = {("m", "1"): Replica("m", "m#1", LoadEvent("ready", 100, "Ready", "준비됨"), {"version": "1"})}
+        settings = ModelSettings(task="embedding", source="x")
+        model = Model("m", settings, handle, patient=False, watch=watch, load_wait_s=1, weights={})
+        model.coalescer.start()
+        return await model.ask(items, Caller.waiting(30))
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("deadly", [["b"], ["a"], ["d"], ["b", "d"]])
+def test_of_a_call_whose_replica_died_only_what_is_deadly_fails(deadly: list[str]) -> None:
+    handle = Dying(*deadly)
+    items = ["a", "b", "c", "d"]
+    answers = answers_of(handle, items)
+    assert {items[place]: refusal.kind for place, refusal in answers.refusals.items()} == dict.fromkeys(
+        deadly, "failed"
+    )
+    for item in items:
+        assert sum(item in call for call in handle.calls) <= 2, "nothing is given to a third replica"
+
+
+def test_what_was_answered_before_a_replica_died_is_not_asked_again() -> None:
+    handle = Dying("c")
+    answers_of(handle, ["a", "b", "c", "d"])
+    assert handle.calls == [["a", "b", "c", "d"], ["c"], ["d"]]

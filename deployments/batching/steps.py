@@ -1,0 +1,80 @@
+"""Batches for engines that work in steps."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from deployments.batching.batcher import Batcher
+from deployments.batching.runner import StepRunner
+from deployments.batching.waiting import Waiting
+from deployments.engines.stepping import Stepping
+from deployments.spec import ModelSpec
+
+
+class StepBatcher(Batcher):
+    """For engines that work in steps: those that begin join those that are on their way."""
+
+    def __init__(
+        self, engine: Stepping[Any, Any, Any], spec: ModelSpec, runner: StepRunner, threads: ThreadPoolExecutor
+    ) -> None:
+        super().__init__(engine, spec, runner, threads)
+        self.steps = engine
+        self.running: list[Waiting] = []
+        """In the engine, or between two of its steps."""
+        self._begin = self._batched(self._run)
+
+    def _held(self) -> list[Waiting]:
+        return [*self.waiting, *self.running]
+
+    async def _pump(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self.waiting or self.running:
+                self.running = self._wanted(self.running)
+                self.waiting = self._wanted(self.waiting, time.monotonic())
+                batch = self._next_batch()
+                if batch or self.running:
+                    await self._serve(batch)
+
+    def _next_batch(self) -> list[Waiting]:
+        room = self.max_items - len(self.running)
+        tokens = self.budget.tokens() - sum(running.tokens for running in self.running)
+        if not self.waiting or room <= 0 or (self.running and self.waiting[0].tokens > tokens):
+            return []
+        return self._take(math.inf, room, tokens)  # steps pad nothing, so items of all lengths go well together
+
+    async def _serve(self, batch: list[Waiting]) -> None:
+        rows = [*self.running, *batch]
+        padded = self.runner.padded([row.tokens for row in rows])
+        started = time.monotonic()
+        try:
+            if batch:
+                self._begin.set_max_batch_size(len(batch))
+                await asyncio.gather(*(self._begin(waiting) for waiting in batch))
+            else:
+                await self._run([])
+        except Exception:
+            self.running = []
+            self._lose(rows)
+        self._observe(padded, time.monotonic() - started)
+        self._tell_followers(self.running)
+
+    async def _run(self, batch: list[Waiting]) -> list[None]:
+        """Run those that begin, with those that are on their way."""
+        for waiting in batch:
+            waiting.item = self.steps.begin(waiting.item)
+        self.running = rows = [*self.running, *batch]
+        outcome = await self._compute(rows)
+        self.running = [rows[row] for row in outcome.unfinished]
+        going_on = set(outcome.unfinished)
+        for number, row in enumerate(rows):
+            if number in going_on:
+                row.tokens = row.item.cost
+            else:
+                row.item = None  # as above
+        return [None] * len(batch)
