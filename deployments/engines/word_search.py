@@ -1,0 +1,80 @@
+"""The search for a next word: candidates that grow side by side behind one prefix."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deployments.engines.prefixes import Prefixes
+from deployments.engines.sequences import Sequence, Turn
+from deployments.items import Prompt, Word
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """An item: the ids of the input's last tokens, and what is asked of them."""
+
+    ids: list[int]
+    begins_word: bool
+    """The input ended in a space, so only tokens that begin a word are candidates."""
+    prompt: Prompt
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A word that grows token by token."""
+
+    ids: list[int]
+    confidence: float
+    places: list[int] = field(default_factory=list)
+    """Of its tokens in its search's sequence."""
+
+
+class Search:
+    """The work on one item: candidates that grow side by side behind the prefix, each seeing it and its own tokens."""
+
+    def __init__(self, item: Prefix) -> None:
+        self.item = item
+        self.sequence: Sequence | None = None
+        self.candidates: list[Candidate] = []
+        self.growing: list[Candidate] = []
+        self.ended: dict[str, float] = {}
+        """Confidence by text; the larger one where two candidates became the same word."""
+        self.result: list[Word] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it reads next."""
+        return len(self.growing) or len(self.item.ids)
+
+    @property
+    def written(self) -> int:
+        """Of the longest candidate."""
+        return max((len(candidate.ids) for candidate in self.candidates), default=0)
+
+    def turn(self, prefixes: Prefixes) -> Turn:
+        """What is not known of the prefix, or else the last token of each growing candidate."""
+        if self.sequence is None:
+            self.sequence = prefixes.sequence(self.item.prompt.tenant, self.item.ids)
+        prefix, length = len(self.item.ids), self.sequence.length
+        if not self.candidates:
+            return Turn(self.sequence, self.item.ids[length:], list(range(length, prefix)))
+        count = len(self.growing)
+        visible = np.zeros((count, length + count), bool)
+        visible[:, :prefix] = True
+        for row, candidate in enumerate(self.growing):
+            visible[row, candidate.places] = visible[row, length + row] = True
+        at = prefix + len(self.growing[0].ids) - 1
+        return Turn(self.sequence, [candidate.ids[-1] for candidate in self.growing], [at] * count, visible)
+
+    def end(self, text: str, confidence: float) -> None:
+        if text:
+            self.ended[text] = max(self.ended.get(text, 0.0), confidence)
+
+    def give_up_hopeless(self) -> None:
+        """A confidence never grows: below the `top_k` best words that have ended it can't be among them any more."""
+        if len(self.ended) >= self.item.prompt.top_k:
+            bar = heapq.nlargest(self.item.prompt.top_k, self.ended.values())[-1]
+            self.growing = [candidate for candidate in self.growing if candidate.confidence >= bar]
