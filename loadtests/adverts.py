@@ -39,7 +39,7 @@ from tests.hook import Hook, hook_on
 from tests.postgres import Postgres, postgres
 
 TENANT = "loadtest"
-MODEL = {"task": "vision", "source": "demo/adverts/checkpoint", "threads": 1, "max_batch_items": 8, "max_queue": 64}
+MODEL = {"task": "vision", "source": "demo/adverts/checkpoint", "max_batch_items": 8, "max_queue": 64}
 KILLS = 3
 AWAY_S = 3.0
 """How long the database is away."""

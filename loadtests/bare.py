@@ -7,10 +7,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from deployments.batching.once import parallel
 from deployments.engines import load_engine
 from deployments.progress import LoadProgress
 from deployments.spec import ModelSpec
@@ -25,7 +27,10 @@ TUNE_S = 1.0
 
 
 class Bare:
-    """An engine of Dure without a server. Items of like length share a batch."""
+    """An engine of Dure without a server, which runs as many batches at once as it can.
+
+    Items of like length share a batch.
+    """
 
     def __init__(self, task: str, source: str, precision: str, runtime: str) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -35,6 +40,7 @@ class Bare:
         )
         self.engine.warm_up()
         self.precision, self.runtime = precision, runtime
+        self.threads = ThreadPoolExecutor(parallel(self.engine))
         self.batches: dict[str, int] = {}
 
     def tune(self, workload: Workload, draw: Draw) -> None:
@@ -69,8 +75,9 @@ class Bare:
             yield self._pass(self._prepared(requests), batch)
 
     def _pass(self, items: list[Any], batch: int) -> int:
-        for start in range(0, len(items), batch):
-            self.engine.run(items[start : start + batch])
+        batches = [items[start : start + batch] for start in range(0, len(items), batch)]
+        for _ in self.threads.map(self.engine.run, batches):
+            pass
         return len(items)
 
 

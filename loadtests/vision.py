@@ -63,7 +63,7 @@ def main() -> None:
         if precision != PRECISIONS[0]:
             _engine(source, precision, 1)
     model = {"task": "vision", "source": source, "precision": plain_precision(), "max_batch_items": CLIENTS}
-    dure = servers.dure_with("vision", {"vision": model | {"threads": os.cpu_count()}}, {"replicas": 1}, "/v1/vision/")
+    dure = servers.dure_with("vision", {"vision": model}, {"replicas": 1}, "/v1/vision/")
     peer = _transformers_serve(str(folder))
     plain = Plain(str(folder), tokens)
     rates: dict[str, list[float]] = {"Dure": [], "transformers serve": [], "plain generate": []}
