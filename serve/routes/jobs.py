@@ -33,8 +33,6 @@ router = APIRouter(prefix="/api/yh", tags=["adverts"])
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 MAX_LAYOUT_BYTES = 256 * 1024
-MAX_LAYOUT_DEPTH = 100
-"""Lists and objects within each other; what is nested some hundred times can't be stored."""
 MAX_PAGE = 500
 MAX_CURSOR = 256
 
@@ -215,8 +213,6 @@ async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None,
         body = OverlayBody.model_validate(orjson.loads(encoded))
     except ValueError as error:  # pydantic's and orjson's alike
         raise _as_of_request(error) from error
-    if _is_deep(body.layout):
-        raise errors.invalid(f"layout is nested more than {MAX_LAYOUT_DEPTH} times", "layout")
     yield body.tenant_id, None, body.layout
 
 
@@ -230,14 +226,6 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         yield form
     finally:
         await form.close()
-
-
-def _is_deep(layout: dict[str, Any]) -> bool:
-    level: list[Any] = [layout]
-    for _ in range(MAX_LAYOUT_DEPTH):
-        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [value for values in inner for value in values]
-    return any(isinstance(each, dict | list) for each in level)
 
 
 async def _image(job_id: uuid.UUID, content: bytes, limits: Limits) -> Image:

@@ -70,7 +70,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         search={"max_concurrent": 1, "max_queue": 2},
         webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
         fetch={"hosts": ["images.example.org", *PRIVATE]},
-        request_timeout_s=40,
+        request_timeout_s=100,
     )
     running = Dure(config, folder / "state", port)
     try:
@@ -81,7 +81,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
 
 @pytest.fixture(scope="session")
 def client(dure: Dure) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=dure.url, timeout=60) as http:
+    with httpx.Client(base_url=dure.url, timeout=120) as http:
         yield http
 
 

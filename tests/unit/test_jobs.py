@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
+from serve.http.json_bounds import MAX_DEPTH
 from serve.ingress import make_app
 from serve.lanes.gate import Gate
 from serve.model_settings import ModelSettings
@@ -80,7 +81,8 @@ def test_a_slow_upload_holds_no_place_and_the_tenant_is_the_bodys(
 def asked(adverts: Adverts, *requests: tuple[str, bytes, dict[bytes, bytes]]) -> list[httpx.Response]:
     """What the whole app answers to POSTs of a path, a body and headers."""
     settings = Settings(models={"vision": ModelSettings(task="vision", source="x")})
-    app = make_app(SimpleNamespace(settings=settings, service=lambda *_: adverts))  # type: ignore[arg-type]
+    graph: Any = SimpleNamespace(settings=settings, models={}, services={}, service=lambda *_: adverts)
+    app = make_app(graph)
 
     async def scenario() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -98,11 +100,11 @@ def nested(times: int, opening: str, closing: str) -> bytes:
 def test_a_layout_that_is_nested_too_deeply_is_refused(opening: str, closing: str) -> None:
     adverts = Adverts()
     each = opening.count("[") + opening.count("{")
-    fits = (jobs.MAX_LAYOUT_DEPTH - 1) // each
+    fits = (MAX_DEPTH - 2) // each  # beside the body and the layout itself
     bodies = [nested(times, opening, closing) for times in (fits, fits + 1, 1000 // each, 20_000)]
     answers = asked(adverts, *((URL, body, {b"Content-Type": b"application/json"}) for body in bodies))
-    assert [answer.status_code for answer in answers] == [200, 400, 400, 422]
-    assert all("layout" in answer.json()["error"]["message"] for answer in answers[1:3])
+    assert [answer.status_code for answer in answers] == [200, 400, 400, 400]
+    assert all("nested" in answer.json()["error"]["message"] for answer in answers[1:])
     assert len(adverts.calls) == 1
 
 
