@@ -62,13 +62,14 @@ def load_model(
     folder: Path,
     precision: Precision,
     progress: LoadProgress,
-    probe: Probe,
+    probe: Probe | None = None,
     quantise: bool = False,
     placement: Placement = Placement(),
 ) -> tuple[Model, Facts]:
     """Load a model at the asked precision.
 
-    `load(dtype=..., **kwargs)` is a bound `from_pretrained`, `probe` the output of what it loads for some example.
+    `load(dtype=..., **kwargs)` is a bound `from_pretrained`, `probe` the output of what it loads for some example:
+    weights that the checkpoint lacks are let go where it does not depend on them, and never without a probe.
     With `quantise`, int8 and int4 go through bitsandbytes while loading; where that fails the model is loaded in plain
     precision and the reason is in the facts. Without it int8 means torch's dynamic quantisation of the linear layers
     (CPU only). With a `placement` accelerate spreads the model over devices.
@@ -100,7 +101,7 @@ def load_model(
     return model, _facts(model, wanted, reason)
 
 
-def _complete(load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe, **options: Any) -> Model:
+def _complete(load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe | None, **options: Any) -> Model:
     """The model that `load` loads, ready to run. Raises CheckpointError where the checkpoint lacks a part of it."""
     try:
         with _watched(folder, progress), reports() as found:
