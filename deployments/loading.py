@@ -101,7 +101,9 @@ def load_model(
     return model, _facts(model, wanted, reason)
 
 
-def _complete(load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe | None, **options: Any) -> Model:
+def _complete(
+    load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe | None, **options: Any
+) -> Model:
     """The model that `load` loads, ready to run. Raises CheckpointError where the checkpoint lacks a part of it."""
     try:
         with _watched(folder, progress), reports() as found:

@@ -28,6 +28,7 @@ from deployments.progress import LoadEvent, LoadProgress
 from deployments.sources import ROOT
 from deployments.spec import ModelSpec
 from tests import checkpoints
+from tests.rounding import Rounding
 
 CROSS = ROOT / "demo/rerank/checkpoint"
 SPEC = ModelSpec("m", "rerank", str(CROSS), threads=1)
@@ -89,14 +90,14 @@ def test_auto_takes_at_most_60_percent_of_the_bytes_and_shows_its_figures() -> N
 
 
 def test_a_choice_is_remembered_and_forgotten_with_its_file(empty_cache: Path) -> None:
-    first, events = load()
+    first, events = load(engine=Rounding)
     assert measured(events)
-    again, events = load()
+    again, events = load(engine=Rounding)
     assert not measured(events)
     assert again.facts == first.facts
     [file] = empty_cache.glob("choice-*.json")
     file.write_text("{broken", encoding="utf-8")
-    anew, events = load()
+    anew, events = load(engine=Rounding)
     assert measured(events)
     assert anew.facts.quality["verdict"] == "kept"
     assert not choosing._is_choice([])
@@ -104,15 +105,15 @@ def test_a_choice_is_remembered_and_forgotten_with_its_file(empty_cache: Path) -
 
 
 def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load()
-    assert measured(load(replace(SPEC, threads=2))[1])
+    load(engine=Rounding)
+    assert measured(load(replace(SPEC, threads=2), Rounding)[1])
     monkeypatch.setattr(cache, "processor", lambda: "another")
-    assert measured(load()[1])
+    assert measured(load(engine=Rounding)[1])
 
 
 def test_replicas_that_start_together_measure_once() -> None:
     script = (
-        "from tests.unit.test_choosing import *; measuring.TIMED_S = 0.02; engine, events = load(); "
+        "from tests.unit.test_choosing import *; measuring.TIMED_S = 0.02; engine, events = load(engine=Rounding); "
         "print(measured(events), engine.facts)"
     )
     replicas = [
@@ -177,16 +178,16 @@ def test_next_words_are_compared_by_their_best_word() -> None:
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
 def test_a_figure_that_is_no_number_refuses_and_says_so(figure: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = Reranker.agreement
+    usual = Rounding.agreement
 
-    def agreement(original: list[Scores], answers: list[Scores]) -> dict[str, float]:
-        return usual(original, answers) | ({} if answers is original else {"spearman": figure})
+    def agreement(original: list[list[float]], answers: list[list[float]]) -> dict[str, float]:
+        return usual(original, answers) | ({} if answers is original else {"other": figure})
 
-    monkeypatch.setattr(Reranker, "agreement", agreement)
-    engine, _ = load()
+    monkeypatch.setattr(Rounding, "agreement", agreement)
+    engine, _ = load(engine=Rounding)
     assert (engine.facts.runtime, engine.facts.precision) == ("torch", "fp32")
-    assert engine.facts.quality["metrics"]["spearman"] is None
-    assert "spearman is not a number" in engine.facts.fallback_reason
+    assert engine.facts.quality["metrics"]["other"] is None
+    assert "other is not a number" in engine.facts.fallback_reason
     json.dumps(asdict(engine.facts), allow_nan=False)
 
 
@@ -213,7 +214,7 @@ def test_the_gate_tells_orders_apart_where_scores_are_all_one() -> None:
 def test_another_engine_under_the_same_name_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's own engine may change while model and machine stay the same."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    code = "from deployments.engines.reranker import Reranker\n\nclass Own(Reranker):\n    runtimes = ('torch',)\n"
+    code = "from tests.rounding import Rounding\n\nclass Own(Rounding):\n    pass\n"
     seen = []
     for version in ("", "# changed\n", "# changed\n"):
         (tmp_path / "own_engine.py").write_text(code + version, encoding="utf-8")
@@ -226,13 +227,13 @@ def test_another_engine_under_the_same_name_is_measured_anew(tmp_path: Path, mon
 def test_other_weights_in_files_of_the_same_size_and_time_are_measured_anew(tmp_path: Path) -> None:
     """As where an installer sets all times to the same."""
     folder = checkpoints.copy(CROSS, tmp_path / "cross")
-    assert measured(load(folder=folder)[1])
+    assert measured(load(engine=Rounding, folder=folder)[1])
     shard = sorted(folder.glob("*.safetensors"))[0]
     before, content = shard.stat(), bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert measured(load(folder=folder)[1])
+    assert measured(load(engine=Rounding, folder=folder)[1])
 
 
 def test_figures_are_those_of_their_definitions() -> None:
