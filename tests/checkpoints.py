@@ -13,6 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen3Config,
@@ -161,11 +163,13 @@ LAYOUT = ("modules.json", "config_sentence_transformers.json", "README.md")
 
 
 def with_prompts(folder: Path, prompts: dict[str, str], default: str | None = None, pooled: bool = True) -> Path:
-    """MiniLM that wants a text before its texts, which its pooling may leave out."""
-    copy(MINILM, folder)
+    """A small BERT in MiniLM's layout that wants a text before its texts, which its pooling may leave out."""
+    copy(MINILM, folder, "*.safetensors")
+    torch.manual_seed(5)
+    BertModel(BertConfig(**TINY, vocab_size=30522)).save_pretrained(folder)
     told = {"prompts": prompts, "default_prompt_name": default}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(told), encoding="utf-8")
-    edit(folder / "1_Pooling/config.json", include_prompt=pooled)
+    edit(folder / "1_Pooling/config.json", include_prompt=pooled, word_embedding_dimension=TINY["hidden_size"])
     return folder
 
 
