@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test test-fast lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
+.PHONY: serve stop test test-fast config-reference lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -18,6 +18,9 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(BIN)/pytest tests/unit --numprocesses 2 $(ARGS)
+
+config-reference: $(INSTALLED)
+	$(BIN)/python -m docs.config_reference
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
