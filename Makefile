@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
+.PHONY: serve stop test test-fast config-reference lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -15,6 +15,12 @@ stop: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses 2 $(ARGS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/pytest tests/unit --numprocesses 2 $(ARGS)
+
+config-reference: $(INSTALLED)
+	$(BIN)/python -m docs.config_reference
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -41,24 +41,31 @@ def _known_task(task: str) -> str:
 
 
 class Autoscaling(Strict):
-    """How many replicas a model has, by the items waiting and running for each.
+    """How many replicas a model has, by the items that wait and run.
 
-    With `min_replicas: 0` it sleeps while nobody asks for it, and the first who does waits until it is loaded.
+    With `min_replicas: 0` the model sleeps while nobody asks for it. The next request waits until it is loaded.
     """
 
-    min_replicas: int = Field(1, ge=0, le=MOST_REPLICAS)
-    max_replicas: int = Field(1, ge=1, le=MOST_REPLICAS)
-    target_ongoing_requests: float = Field(16, ge=0.01, le=1e6)
-    look_back_period_s: float = Field(10, ge=1, le=3600, description="seconds that the items are averaged over")
-    upscale_delay_s: float = Field(10, ge=0, le=DAY_S)
-    downscale_delay_s: float = Field(300, ge=0, le=DAY_S)
+    min_replicas: int = Field(1, ge=0, le=MOST_REPLICAS, description="Fewest replicas. 0: the model may sleep.")
+    max_replicas: int = Field(1, ge=1, le=MOST_REPLICAS, description="Most replicas.")
+    target_ongoing_requests: float = Field(
+        16, ge=0.01, le=1e6, description="Items, waiting or running, that one replica should have."
+    )
+    look_back_period_s: float = Field(10, ge=1, le=3600, description="Seconds that the items are averaged over.")
+    upscale_delay_s: float = Field(
+        10, ge=0, le=DAY_S, description="Seconds that load must stay high before a replica is added."
+    )
+    downscale_delay_s: float = Field(
+        300, ge=0, le=DAY_S, description="Seconds that load must stay low before a replica is removed."
+    )
     downscale_to_zero_delay_s: float | None = Field(
-        None, ge=0, le=DAY_S, description="for the last; left out: the same"
+        None, ge=0, le=DAY_S, description="The same for the last replica. Left out: `downscale_delay_s`."
     )
     policy: str | None = Field(
         None,
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        description="MODULE:FUNCTION of your own that says how many are wanted, from Serve's AutoscalingContext",
+        description="`MODULE:FUNCTION` of your own, which gets Serve's `AutoscalingContext` and returns the number of "
+        "replicas. Left out: `deployments.scaling:by_items`.",
     )
 
     @model_validator(mode="after")
@@ -69,42 +76,64 @@ class Autoscaling(Strict):
 
 
 class ModelSettings(Strict):
+    """One model. Its name may have 64 letters, digits, dots, dashes and underscores."""
+
     task: Annotated[str, AfterValidator(_known_task)] = Field(
-        description="next_word, vision, embedding, rerank, or MODULE:CLASS of your own engine"
+        description="`next_word`, `vision`, `embedding`, `rerank`, or `MODULE:CLASS` of an engine of your own."
     )
     source: str = Field(
-        min_length=1, max_length=1000, description="folder, package:IMPORT_NAME/FOLDER, or hub id with revision"
+        min_length=1,
+        max_length=1000,
+        description="A folder, `package:IMPORT_NAME/FOLDER`, or a hub id. Relative folders start at the project root.",
     )
-    revision: str | None = Field(None, min_length=1, max_length=255, description="commit or tag on the hub")
-    precision: Precision = "auto"
-    runtime: Runtime = "auto"
+    revision: str | None = Field(
+        None, min_length=1, max_length=255, description="Commit or tag on the hub. Required for a hub id."
+    )
+    precision: Precision = Field("auto", description="Number format of the weights. `auto` is measured.")
+    runtime: Runtime = Field(
+        "auto", description="`openvino` runs embedding and rerank models on a CPU. `auto` is measured."
+    )
     num_gpus: GpuShare | None = Field(
-        None, description="share of a GPU per replica; left out: what `gpus` says of it, else 0, the CPU"
+        None, description="Share of a GPU per replica. 0: the CPU. Left out: worked out if `gpus` is set, else 0."
     )
-    num_cpus: Cpus = Field(0.1, description="CPUs that Ray books per replica, for placement only")
-    threads: int | None = Field(None, ge=1, le=MOST_CPUS, description="CPU threads for one batch; left out: all cores")
-    autoscaling: Autoscaling = Autoscaling()
+    num_cpus: Cpus = Field(0.1, description="CPUs that Ray books per replica, for placement only.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_CPUS,
+        description="Most CPU threads of a replica. Left out: all cores. Each batch takes the free ones "
+        "that make it faster.",
+    )
+    autoscaling: Autoscaling = Field(Autoscaling(), description="How many replicas the model has.")
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
-        None, description="vision: how to spread the model over the GPUs that num_gpus books"
+        None, description="Vision: how accelerate spreads the model over the GPUs that `num_gpus` books."
     )
-    max_memory: dict[int | str, str] | None = Field(None, description="vision: of each GPU, as 0: 10GiB, and of cpu")
+    max_memory: dict[int | str, str] | None = Field(
+        None, description="Vision: memory to use of each GPU by its number, and of `cpu`, such as `0: 10GiB`."
+    )
     prefix_cache_mb: float = Field(
         256,
         ge=0,
         le=10**6,
-        description="for prompts read before, of next_word and vision: what begins alike is read once",
+        description="Next word and vision: memory for prompts that were read before, so that a prompt which begins "
+        "alike is read only from where it differs.",
     )
     token_ids: bool = Field(
-        True, description="embedding: takes token ids, too; false where clients send those of another tokenizer"
+        True,
+        description="Embedding: whether `input` may be token ids. Set it to false if clients send ids of another "
+        "tokenizer.",
     )
-    max_batch_items: int = Field(32, ge=1, le=10_000)
-    max_batch_tokens: int = Field(16384, ge=1, le=10**8, description="padded tokens in one batch: items times longest")
+    max_batch_items: int = Field(32, ge=1, le=10_000, description="Most items in one batch.")
+    max_batch_tokens: int = Field(
+        16384, ge=1, le=10**8, description="Most padded tokens in one batch: its items times the longest of them."
+    )
     max_queue: int = Field(
         1024,
         ge=1,
         le=MOST_WAITING,
-        description="turns of what waits or runs, per ingress replica; over it 429, but for a tenant's share. A short "
-        "item takes one turn, and one more for every 64 tokens or so",
+        description="Turns of all items that wait or run, per ingress replica. Over it: 429, except within a tenant's "
+        "fair share. An item takes 1 turn, plus 1 for every 256 bytes (about 64 tokens) that the model reads of its "
+        "text.",
     )
 
     @field_validator("source")

@@ -41,10 +41,12 @@ def _runtime_env(env: dict[str, Any]) -> dict[str, Any]:
 class HttpOptions(Strict):
     """Where Dure listens."""
 
-    host: Annotated[str, AfterValidator(addresses.to_listen_on)] = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=addresses.MOST_PORT)
+    host: Annotated[str, AfterValidator(addresses.to_listen_on)] = Field(
+        "127.0.0.1", description="IPv4 address or name. Required for a deploy into a cluster, such as `0.0.0.0`."
+    )
+    port: int = Field(8000, ge=1, le=addresses.MOST_PORT, description="Port of the endpoint.")
     keep_alive_timeout_s: int = Field(
-        90, ge=1, le=3600, description="after which a connection that nobody uses is closed"
+        90, ge=1, le=3600, description="Seconds after which an idle connection is closed."
     )
     root_path: Annotated[
         None, BeforeValidator(refused("Dure answers at the root of its host; let the proxy in front strip a prefix"))
@@ -59,11 +61,13 @@ class HttpOptions(Strict):
 
 
 class DeploymentOptions(Strict):
-    """What may be said of one deployment: of a model, a service or the ingress."""
+    """Options of one deployment: a model, a service or the ingress."""
 
-    name: str
-    max_replicas_per_node: int | None = Field(None, ge=1, le=MOST_PER_NODE)
-    logging_config: dict[str, Any] | None = None
+    name: str = Field(description="Name of a model, of a service, or `ingress`.")
+    max_replicas_per_node: int | None = Field(
+        None, ge=1, le=MOST_PER_NODE, description="Most replicas of it on one machine."
+    )
+    logging_config: dict[str, Any] | None = Field(None, description="Ray Serve's logging options for it.")
     num_replicas: FromArgs = None
     autoscaling_config: FromArgs = None
     ray_actor_options: FromArgs = None
@@ -73,18 +77,24 @@ class DeploymentOptions(Strict):
 
 
 class ApplicationOptions(Strict):
-    """The one application, and in `args` the settings of Dure."""
+    """The one application of the file."""
 
-    name: Annotated[str, AfterValidator(always("dure", "the commands look for the application under this name"))]
+    name: Annotated[str, AfterValidator(always("dure", "the commands look for the application under this name"))] = (
+        Field(description="Always `dure`.")
+    )
     route_prefix: Annotated[
         str,
         AfterValidator(always("/", "Dure answers at the root of its host; let a proxy in front strip a prefix")),
-    ] = "/"
-    import_path: Annotated[str, AfterValidator(always("serve.app:build", "it is what builds Dure"))]
-    args: Settings
-    runtime_env: Annotated[dict[str, Any], AfterValidator(_runtime_env)] = Field({})
-    logging_config: dict[str, Any] | None = None
-    deployments: list[DeploymentOptions] = Field([])
+    ] = Field("/", description="Always `/`.")
+    import_path: Annotated[str, AfterValidator(always("serve.app:build", "it is what builds Dure"))] = Field(
+        description="Always `serve.app:build`."
+    )
+    args: Settings = Field(description="Dure's own settings.")
+    runtime_env: Annotated[dict[str, Any], AfterValidator(_runtime_env)] = Field(
+        {}, description="Ray's runtime environment, such as the `working_dir` with an engine of your own."
+    )
+    logging_config: dict[str, Any] | None = Field(None, description="Ray Serve's logging options of the application.")
+    deployments: list[DeploymentOptions] = Field([], description="Options of single deployments.")
     autoscaling_policy: Annotated[
         None, BeforeValidator(refused("set one for each model: args.models.NAME.autoscaling.policy"))
     ] = None
@@ -105,12 +115,16 @@ class ApplicationOptions(Strict):
 
 
 class FileOptions(Strict):
-    """A whole config file."""
+    """The top level of a config file. Keys that begin with `x-` may hold YAML anchors."""
 
-    proxy_location: Literal["EveryNode", "HeadOnly"] = "EveryNode"
-    http_options: HttpOptions = HttpOptions()
-    logging_config: dict[str, Any] | None = None
-    applications: list[ApplicationOptions]
+    proxy_location: Literal["EveryNode", "HeadOnly"] = Field(
+        "EveryNode", description="Which machines of a cluster take requests."
+    )
+    http_options: HttpOptions = Field(HttpOptions(), description="Where Dure listens.")
+    logging_config: dict[str, Any] | None = Field(
+        None, description="Ray Serve's logging options, such as `encoding: JSON` and `logs_dir`."
+    )
+    applications: list[ApplicationOptions] = Field(description="A list of one.")
     grpc_options: Annotated[None, BeforeValidator(refused("Dure has no gRPC"))] = None
     controller_options: Annotated[
         None, BeforeValidator(refused("set it in the environment of `dure serve` or `ray start`"))

@@ -1,4 +1,4 @@
-"""What a config file may say. A file is a Ray Serve config; `args` of its application is what stands here."""
+"""The settings of Dure: `applications[0].args` of a config file, which is a Ray Serve config."""
 
 import os
 from typing import Annotated
@@ -28,19 +28,27 @@ def _as_gpus(text: str) -> str:
 
 
 class Limits(Strict):
-    """What one request may hold; over it 413 or 400."""
+    """Bounds on the size of requests. 1 MB is 2^20 bytes."""
 
-    max_body_mb: float = Field(25, ge=0.001, le=2000)  # between replicas travel at most 2 GiB
+    max_body_mb: float = Field(  # replicas send each other at most 2 GiB
+        25, ge=0.001, le=2000, description="Largest body of a request. Over it: 413."
+    )
     max_bodies_mb: float = Field(
         256,
         ge=0.001,
         le=10**6,
-        description="bodies of all requests that one ingress replica holds at once; over it 503",
+        description="Request bodies that one ingress replica holds at a time, all together. Over it: 503.",
     )
-    max_text_chars: int = Field(200_000, ge=1, le=10**9)
-    max_list_items: int = Field(2048, ge=1, le=10**6)
-    max_image_mb: float = Field(20, ge=0.001, le=2000)
-    max_image_megapixels: float = Field(50, ge=0.001, le=1000)
+    max_text_chars: int = Field(
+        200_000, ge=1, le=10**9, description="Characters of one text, or token ids of one list. Over it: 413."
+    )
+    max_list_items: int = Field(
+        2048, ge=1, le=10**6, description="Entries of `input`, `documents` or `items`. Over it: 400."
+    )
+    max_image_mb: float = Field(20, ge=0.001, le=2000, description="Largest image file. Over it: 413.")
+    max_image_megapixels: float = Field(
+        50, ge=0.001, le=1000, description="Pixels of one image, in millions. Over it: 413. Models take at most 50."
+    )
 
     @property
     def max_body_bytes(self) -> int:
@@ -66,12 +74,14 @@ class Limits(Strict):
 
 
 class ServiceSettings(Strict):
-    """A composed service: its deployment's size, and its lane's in the whole cluster."""
+    """A composed service: the size of its deployment, and of its lane in the whole cluster."""
 
-    replicas: int = Field(1, ge=1, le=MOST_REPLICAS)
-    num_cpus: Cpus = 0.1
-    max_concurrent: int = Field(4, ge=1, le=MOST_WAITING, description="requests that run at once")
-    max_queue: int = Field(20, ge=1, le=MOST_WAITING, description="requests that wait; over it 429")
+    replicas: int = Field(1, ge=1, le=MOST_REPLICAS, description="Replicas of the service.")
+    num_cpus: Cpus = Field(0.1, description="CPUs that Ray books per replica, for placement only.")
+    max_concurrent: int = Field(
+        4, ge=1, le=MOST_WAITING, description="Requests that run at a time, in the whole cluster."
+    )
+    max_queue: int = Field(20, ge=1, le=MOST_WAITING, description="Requests that may wait. Over it: 429.")
 
     @property
     def most(self) -> int:
@@ -80,15 +90,18 @@ class ServiceSettings(Strict):
 
 
 class AdvertSettings(ServiceSettings):
-    """The service that checks adverts and keeps the record of them; its lane is that of the two stages."""
+    """The service that checks adverts and keeps a record of them. Its lane holds calls of the two stages."""
 
-    max_concurrent: int = Field(16, ge=1, le=MOST_WAITING, description="stages that run at once")
-    max_queue: int = Field(64, ge=1, le=MOST_WAITING, description="stages that wait; over it 429")
+    max_concurrent: int = Field(
+        16, ge=1, le=MOST_WAITING, description="Stages that run at a time, in the whole cluster."
+    )
+    max_queue: int = Field(64, ge=1, le=MOST_WAITING, description="Stages that may wait. Over it: 429.")
     lease_s: float = Field(
         30,
         ge=1,
         le=DAY_S,
-        description="a stage whose lease is not renewed for this long fails; renewed four times per lease",
+        description="A running stage whose lease is not renewed for this long fails. A live call renews it every "
+        "second, or four times per lease if that is more often.",
     )
 
 
@@ -96,117 +109,152 @@ Days = Annotated[float, Field(gt=0, le=36_500)]
 
 
 class StoreSettings(Strict):
-    """Where the record of adverts is kept."""
+    """Where the record of adverts is kept, and for how long."""
 
     url: Annotated[str, AfterValidator(addresses.of_a_database)] | None = Field(
-        None, description="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME; left out: dure.sqlite3 in .dure"
+        None,
+        description="`sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`. Left out: `dure.sqlite3` in the "
+        "state folder.",
     )
     assets: str | None = Field(
         None,
-        description="folder of the image files, or a URL that fsspec knows, as s3://BUCKET/PREFIX; else .dure/assets",
+        description="Folder of the image files, or an fsspec URL such as `s3://BUCKET/PREFIX`. Left out: `assets` in "
+        "the state folder.",
     )
-    retention_days: Days | None = Field(None, description="after which a job is deleted; left out: never")
-    tenant_retention_days: dict[str, Days] = Field({}, description="the same for single tenants")
+    retention_days: Days | None = Field(
+        None, description="Jobs older than this many days are deleted. Left out: they are kept."
+    )
+    tenant_retention_days: dict[str, Days] = Field({}, description="The same for single tenants, by name.")
 
 
 class WebhookSettings(Strict):
-    """Who hears of a finished stage."""
+    """Where events are delivered. Without it, events are recorded as `no_webhook`."""
 
-    url: Annotated[str, AfterValidator(addresses.of_a_webhook)]
-    secret: str = Field(min_length=16, description="signs what is sent: X-Dure-Signature")
-    timeout_s: float = Field(10, ge=0.1, le=600)
-    max_attempts: int = Field(10, ge=1, le=100, description="after which an event is dead until it is asked for again")
-    first_retry_s: float = Field(1, ge=0.01, le=DAY_S, description="doubled with each attempt")
-    longest_retry_s: float = Field(600, ge=0.01, le=7 * DAY_S)
+    url: Annotated[str, AfterValidator(addresses.of_a_webhook)] = Field(
+        description="http or https URL that events are posted to."
+    )
+    secret: str = Field(min_length=16, description="Key of the signature in `X-Dure-Signature`, from 16 characters.")
+    timeout_s: float = Field(10, ge=0.1, le=600, description="Seconds that one delivery may take.")
+    max_attempts: int = Field(
+        10, ge=1, le=100, description="Attempts after which an event is `dead` until it is redelivered by hand."
+    )
+    first_retry_s: float = Field(
+        1, ge=0.01, le=DAY_S, description="Seconds before the second attempt. Doubled for each one after it."
+    )
+    longest_retry_s: float = Field(600, ge=0.01, le=7 * DAY_S, description="Most seconds between two attempts.")
 
 
 class FetchSettings(Strict):
-    """Images from other servers, named by `render_asset_url`."""
+    """Images on other servers, as named by `render_asset_url`."""
 
     hosts: list[Annotated[str, StringConstraints(to_lower=True), AfterValidator(addresses.of_images)]] = Field(
-        [], description="hosts, HOST or HOST:PORT, that may be fetched from; none: fetching is off"
+        [], description="Hosts that images may be fetched from, as HOST or HOST:PORT. Empty: fetching is off."
     )
-    private_addresses: bool = Field(False, description="may these hosts be in a private network?")
-    timeout_s: float = Field(10, ge=0.1, le=600)
+    private_addresses: bool = Field(False, description="Whether these hosts may have addresses in private networks.")
+    timeout_s: float = Field(10, ge=0.1, le=600, description="Seconds that fetching one image may take.")
 
 
 class TenantSettings(Strict):
-    weight: float = Field(1, ge=0.001, le=1000, description="turns for one of another tenant's")
+    """One tenant, by the name that its requests carry in `X-Tenant-ID` or `tenant_id`."""
+
+    weight: float = Field(
+        1, ge=0.001, le=1000, description="Turns that the tenant gets for each turn of a tenant whose weight is 1."
+    )
 
 
 class IngressSettings(Strict):
-    replicas: int = Field(1, ge=1, le=MOST_REPLICAS)
-    num_cpus: Cpus = 0.1
-    cors_origins: list[str] = Field([], description="pages of these origins may call from a browser")
+    """The deployment that takes the requests."""
+
+    replicas: int = Field(1, ge=1, le=MOST_REPLICAS, description="Replicas of the ingress.")
+    num_cpus: Cpus = Field(0.1, description="CPUs that Ray books per replica, for placement only.")
+    cors_origins: list[str] = Field(
+        [], description="Origins whose pages may call from a browser, over HTTP and WebSocket. `*` allows all."
+    )
 
 
 class CacheSettings(Strict):
-    """Where predictions are kept. With Redis, all ingresses share them."""
+    """Cache of next-word predictions. With Redis, all ingress replicas share it."""
 
     url: Annotated[str, AfterValidator(addresses.of_a_cache)] = Field(
-        "memory://", description="memory://, redis://HOST:PORT/DB, rediss:// or unix://"
+        "memory://", description="`memory://`, `redis://HOST:PORT/DB`, `rediss://...` or `unix://...`."
     )
-    ttl_s: float = Field(60, ge=0, le=30 * DAY_S, description="how long a prediction is kept; 0: no cache")
-    max_mb: float = Field(64, gt=0, le=10**6, description="what memory:// may hold, per ingress replica")
-    timeout_s: float = Field(0.1, ge=0.001, le=60, description="for one answer of Redis; a slower one is done without")
+    ttl_s: float = Field(60, ge=0, le=30 * DAY_S, description="Seconds that a prediction is kept. 0 switches it off.")
+    max_mb: float = Field(64, gt=0, le=10**6, description="Size of a `memory://` cache, per ingress replica.")
+    timeout_s: float = Field(
+        0.1, ge=0.001, le=60, description="Seconds to wait for Redis. If it takes longer, the model is asked instead."
+    )
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class GuardSettings(Strict):
-    """Over which share in use a machine is given no new work: 503 until it has fallen; null switches one off."""
+    """Load at which no new requests are admitted: 503 until it has fallen by 0.05. Sampled every 3 s.
 
-    memory: Share | None = 0.9
+    Each is a fraction of what the machine, or the container, has. `null` switches one off.
+    """
+
+    memory: Share | None = Field(0.9, description="Memory in use.")
     cpu: Share | None = Field(
-        0.9, description="left out: off where a model runs on the CPU, which takes all of it by design"
+        0.9, description="CPU time in use. Left out, it is off if a model runs on the CPU, as models use all of it."
     )
     gpu_memory: Share | None = Field(
-        None, description="where others use the GPUs, too: models alone keep to their shares, and may fill a GPU"
+        None,
+        description="Memory in use on the GPUs. Set it if other programs use them, too; models keep to their shares "
+        "and may fill a GPU.",
     )
 
 
 class WebSocketSettings(Strict):
-    """Bounds on clients that type."""
+    """Bounds on WebSocket clients."""
 
     max_connections: int = Field(  # an ingress replica has 4096 in all
-        3000, ge=1, le=4096, description="per ingress replica; over it a client is told to come back"
+        3000, ge=1, le=4096, description="Connections per ingress replica. Over it: close code 1013."
     )
     max_messages_per_s: float = Field(
-        50, ge=0.1, le=10_000, description="of one connection; a client that goes on faster is disconnected"
+        50, ge=0.1, le=10_000, description="Messages per second on one connection. Over it: close code 1008."
     )
-    max_mb_per_s: float = Field(4, ge=0.001, le=1000, description="of one connection's messages; the same")
+    max_mb_per_s: float = Field(
+        4, ge=0.001, le=1000, description="MB per second on one connection. Over it: close code 1008."
+    )
 
 
 class Settings(Strict):
-    """`applications[0].args` of a config file."""
+    """Everything under `applications[0].args`."""
 
     models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], ModelSettings] = Field(
-        min_length=1
+        min_length=1, description="The models by name, at least one. The first with a task is its default."
     )
     gpus: Annotated[str, AfterValidator(_as_gpus)] | None = Field(
         None,
-        description="of the machine, or of each node that has some, as 1x24GiB; a model without num_gpus gets the "
-        "least share that will do; left out: it runs on the CPU",
+        description="GPUs of the machine, or of each node that has some, such as `1x24GiB`. A model without `num_gpus` "
+        "then gets the smallest share that `dure plan` works out. Left out, such a model runs on the CPU.",
     )
-    ingress: IngressSettings = IngressSettings()
-    search: ServiceSettings = ServiceSettings()
-    adverts: AdvertSettings = AdvertSettings()
-    store: StoreSettings = StoreSettings()
-    webhook: WebhookSettings | None = None
-    fetch: FetchSettings = FetchSettings()
-    limits: Limits = Limits()
-    cache: CacheSettings = CacheSettings()
-    websocket: WebSocketSettings = WebSocketSettings()
-    guard: GuardSettings = GuardSettings()
-    tenants: dict[str, TenantSettings] = Field({}, description="by name; others have a weight of 1")
+    ingress: IngressSettings = Field(IngressSettings(), description="The deployment that takes the requests.")
+    search: ServiceSettings = Field(ServiceSettings(), description="The search service.")
+    adverts: AdvertSettings = Field(AdvertSettings(), description="The service of adverts on record.")
+    store: StoreSettings = Field(StoreSettings(), description="Where adverts are recorded.")
+    webhook: WebhookSettings | None = Field(None, description="Where events are delivered. Left out: nowhere.")
+    fetch: FetchSettings = Field(FetchSettings(), description="Images on other servers.")
+    limits: Limits = Field(Limits(), description="Bounds on requests.")
+    cache: CacheSettings = Field(CacheSettings(), description="The cache of predictions.")
+    websocket: WebSocketSettings = Field(WebSocketSettings(), description="Bounds on WebSocket clients.")
+    guard: GuardSettings = Field(GuardSettings(), description="Load at which no new requests are admitted.")
+    tenants: dict[str, TenantSettings] = Field(
+        {}, description="Tenants by name. One that is not listed has a weight of 1."
+    )
     request_timeout_s: float = Field(
-        120, ge=0.1, le=DAY_S, description="a request's deadline; over it 504. X-Request-Timeout may ask for less"
+        120,
+        ge=0.1,
+        le=DAY_S,
+        description="Deadline of a request, in seconds. Over it: 504. `X-Request-Timeout` may ask for less.",
     )
     load_wait_s: float = Field(
-        60, ge=0, le=DAY_S, description="how long a request waits for a model that is loading; over it 503"
+        60, ge=0, le=DAY_S, description="Seconds that a request waits for a model that is loading. Over it: 503."
     )
-    drain_s: float = Field(30, ge=0, le=DAY_S, description="how long a replica that stops may finish its requests")
+    drain_s: float = Field(
+        30, ge=0, le=DAY_S, description="Seconds that a stopping replica has to finish its requests."
+    )
 
     def service(self, name: str) -> ServiceSettings:
         """Of the service with that name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -134,10 +133,3 @@ def _mark(process: psutil.Process) -> str:
         return process.environ().get("DURE_OWNER", "") if process.status() != psutil.STATUS_ZOMBIE else ""
     except (psutil.Error, OSError):
         return ""
-
-
-def curls(markdown: str) -> list[str]:
-    """The shell commands of a document's ```bash blocks, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", markdown, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]

@@ -1,4 +1,4 @@
-"""An engine of a user's own, as the README shows it, with handles for tests to make it slow, fail or die."""
+"""An engine of a user's own, as CONTRIBUTING shows it, with handles for tests to make it slow, fail or die."""
 
 from __future__ import annotations
 
