@@ -136,7 +136,7 @@ class Database:
         await self.engine.dispose()
 
     async def _tried(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
-        deadline = time.monotonic() + self.patience_s
+        deadline: float | None = None
         pause_s = FIRST_PAUSE_S
         while True:
             try:
@@ -147,6 +147,7 @@ class Database:
                     raise DiskFull from error
                 if not _passes(error):
                     raise
+                deadline = deadline or time.monotonic() + self.patience_s  # it was there until now
                 if time.monotonic() + pause_s > deadline:
                     logger.error("the database does not answer: %s", error)
                     raise Unavailable from error

@@ -19,7 +19,7 @@ from serve.caller import Caller
 from serve.errors import DureError
 from serve.lanes import admission, client
 from serve.lanes import lane as lane_module
-from serve.lanes import tickets as tickets_module
+from serve.lanes import pace as pace_module
 from serve.lanes.admission import Admission, Held, Holding
 from serve.lanes.lane import Asked, Entry, Lane
 from serve.lanes.tickets import FOR_TICKETS, HELD_S, LONGEST_S, MAX_WAIT_S, VALID_S, Refused, Tickets
@@ -166,7 +166,7 @@ def test_tickets_are_worth_the_same_however_many_tenants_there_are(
     """Four times what can be borne for 10 minutes; all come back at their time."""
     now, service_s, draw = 1000.0, 2.0, random.Random(0)
     monkeypatch.setattr(lane_module, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(tickets_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(monotonic=lambda: now))
 
     async def scenario(lane: Lane) -> None:
         nonlocal now
