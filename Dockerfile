@@ -30,7 +30,7 @@ COPY serve serve
 RUN pip install --no-cache-dir --no-deps --editable . \
     && python -m compileall -q deployments serve
 
-# What serve/environment.py asks for wherever Ray starts.
+# What serve/operate/environment.py asks for wherever Ray starts.
 ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT=1 \
     RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER=1s \

@@ -26,6 +26,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
 
 demo: $(INSTALLED)
 	$(BIN)/python -m demo.next_word.make

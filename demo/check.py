@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from demo.adverts import check as adverts
 from demo.next_word import check as next_word
 from demo.rerank import check as rerank
-from deployments.engines import load_engine
-from deployments.items import Pair, Prompt, Question
-from deployments.progress import LoadProgress
-from deployments.sources import ROOT
+from deployments.checkpoints.sources import ROOT
+from deployments.engine_loading import load_engine
+from deployments.load_progress import LoadProgress
+from deployments.messages import Pair, Prompt, Question
 from deployments.spec import ModelSpec
 
 BATCH = 8

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.progress import LoadEvent, LoadProgress
+from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.spec import first_line
 
 INLINE = False

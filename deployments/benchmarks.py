@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import torch
 
-from deployments import choosing
-from deployments.engines import engine_class, load_engine
+from deployments.checkpoints.sources import resolve
+from deployments.engine_loading import load_engine
+from deployments.engines.registry import engine_class
+from deployments.load_progress import LoadProgress
+from deployments.precision import choosing
 from deployments.process import hold_to
-from deployments.progress import LoadProgress
-from deployments.sources import resolve
 from deployments.spec import Facts, ModelSpec
 
 ROUNDS = 5

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deployments.footprint import CONTEXT_BYTES, footprint
+from deployments.checkpoints.footprint import CONTEXT_BYTES, footprint
+from deployments.checkpoints.sources import resolve
 from deployments.metrics import GPU_MEMORY, GPU_OVER_SHARE, GPU_PLANNED, GPU_SHARE
-from deployments.sources import resolve
 from deployments.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")

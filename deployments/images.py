@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # or all formats are loaded
 
-from deployments.items import MAX_ASPECT
+from deployments.messages import MAX_ASPECT
 from deployments.spec import ItemError
 from deployments.tiff_tags import count_numbers
 

@@ -71,6 +71,13 @@ class GpuMemory:
         torch.cuda.empty_cache()
 
 
+def gpu_count() -> int:
+    """GPUs of this machine that torch can use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def gpu_free_bytes() -> int:
     """What tensors of this process may still take: what is free on its GPU, with what torch has set aside and not used,
     and no more than is left of what the process is held to.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from deployments import cache
+from deployments import disk_cache
 from deployments.spec import ModelSpec
 
 
@@ -13,7 +13,7 @@ def hold_to(spec: ModelSpec) -> None:
     """Let this process use what a replica of the model may; best called before torch is imported."""
     if not spec.gpu_share:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # from an actor that books no GPU, Ray hides none
-    use_threads(spec.threads or cache.cores())
+    use_threads(spec.threads or disk_cache.cores())
     keep_to_share(spec.gpu_share)
 
 
@@ -33,7 +33,7 @@ def keep_to_share(share: float) -> None:
         return
     import torch
 
-    from deployments.footprint import CONTEXT_BYTES
+    from deployments.checkpoints.footprint import CONTEXT_BYTES
 
     if torch.cuda.is_available():
         own = CONTEXT_BYTES / torch.cuda.get_device_properties(0).total_memory

@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 from ray import serve
 
-from deployments.answers import Piece
 from deployments.gpu_share import LOOK_S, GpuShare, GpuUse, planned_bytes
-from deployments.items import Requests
-from deployments.live import Live, reason
+from deployments.load_progress import LoadEvent, LoadProgress
+from deployments.loaded_model import Live, reason
 from deployments.loopback import keep_to_loopback
+from deployments.messages import Piece, Requests
 from deployments.metrics import LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
-from deployments.progress import LoadEvent, LoadProgress
 from deployments.scaling import BACKLOG, ITEMS, Backlogs
 from deployments.spec import ModelSpec, Order
 

@@ -72,15 +72,6 @@ class ItemError(Exception):
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Stands in the place of the result of an item that was refused or that failed, so that its neighbours live."""
-
-    reason: str
-    kind: Literal["invalid", "too_large", "failed", "late"] = "invalid"
-    field: str | None = None
-
-
-@dataclass(frozen=True)
 class Facts:
     """What became of a model once it was loaded."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serve.serve_options import FileOptions
+from serve.config.serve_options import FileOptions
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- tables, written by `make config-reference` -->", "<!-- end of the tables -->"

@@ -33,8 +33,8 @@ from demo.adverts.cases import Case
 from demo.adverts.check import heldout
 from loadtests import servers
 from loadtests.report import machine
-from serve.adverts import Judgement, Validation
-from serve.store import schema
+from serve.services.adverts.verdicts import Judgement, Validation
+from serve.store import migrate
 from tests.hook import Hook, hook_on
 from tests.postgres import Postgres, postgres
 
@@ -267,7 +267,7 @@ def _store(name: str) -> Iterator[Store]:
         else:
             server = stack.enter_context(postgres(servers.free_port()))
             store = Store(name, server.database(), lambda: _restart(server))
-        schema.migrate(store.url)
+        migrate.migrate(store.url)
         yield store
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from deployments.batching.once import parallel
-from deployments.engines import load_engine
-from deployments.progress import LoadProgress
+from deployments.engine_loading import load_engine
+from deployments.load_progress import LoadProgress
 from deployments.spec import ModelSpec
 from loadtests.load import Measure, Workload
 

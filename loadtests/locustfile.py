@@ -23,7 +23,7 @@ from loadtests.fresh import DRAW, case, copy, form, sentence
 from loadtests.shapes import SHAPES, people
 from loadtests.typing_socket import TypingSocket
 from loadtests.visitor import TRIES, Visitor, table
-from serve.adverts import Judgement, Validation
+from serve.services.adverts.verdicts import Judgement, Validation
 
 TENANT = "loadtest"
 RUN_S = 120

@@ -22,10 +22,10 @@ from typing import Any
 import httpx
 import torch
 
-from deployments.engines import load_engine
+from deployments.engine_loading import load_engine
 from deployments.engines.predictor import Predictor
-from deployments.items import Prompt
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import Prompt
 from deployments.spec import ModelSpec, Precision
 from loadtests import servers
 from loadtests.check import WrongAnswers

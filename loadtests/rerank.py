@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from deployments.items import Pair
-from deployments.sources import resolve
+from deployments.checkpoints.sources import resolve
+from deployments.messages import Pair
 from loadtests import servers
 from loadtests.bare import Bare
 from loadtests.check import RerankCheck

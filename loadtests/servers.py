@@ -20,8 +20,8 @@ import httpx
 import psutil
 import yaml
 
-from serve.environment import first_free
-from serve.processes import MARK, Owner
+from serve.operate.environment import first_free
+from serve.operate.processes import MARK, Owner
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / ".dure/bench"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
 from deployments.spec import Facts, ModelSpec
 
 BATCH_S = 0.1

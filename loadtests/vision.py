@@ -26,17 +26,17 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from deployments.engines import load_engine
+from deployments.checkpoints.loading import plain_precision
+from deployments.engine_loading import load_engine
 from deployments.engines.vision import CONVERSATION, Vision
-from deployments.items import Answer, Question
-from deployments.loading import plain_precision
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import Answer, Question
 from deployments.spec import ModelSpec, Precision
 from loadtests import servers
 from loadtests.llava import SHAPES, SIDE, write_checkpoint
 from loadtests.load import texts
 from loadtests.report import machine
-from serve.adverts import Validation, validation_prompt
+from serve.services.adverts.verdicts import Validation, validation_prompt
 
 CLIENTS = 8
 PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "int4")

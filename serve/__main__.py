@@ -8,10 +8,10 @@ import signal
 def main() -> None:
     """Run the command that sys.argv names, and exit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported there is nothing to clear up
-    from serve import cli
+    from serve.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    main.main()
 
 
 if __name__ == "__main__":

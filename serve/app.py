@@ -10,14 +10,14 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.replica import ModelReplica
+from serve.board.reporter import Reporter
+from serve.board.reports import CONSTRUCTOR_TRIES
+from serve.config.model import Autoscaling, ModelSettings
+from serve.config.settings import Settings
 from serve.ingress import Ingress
-from serve.model_settings import Autoscaling, ModelSettings
-from serve.plan import with_shares
-from serve.reporter import Reporter
-from serve.services.adverts import MAX_FOLLOWERS, Adverts
+from serve.planning.plan import with_shares
+from serve.services.adverts.service import MAX_FOLLOWERS, Adverts
 from serve.services.search import Search
-from serve.settings import Settings
-from serve.watch import CONSTRUCTOR_TRIES
 
 HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 10

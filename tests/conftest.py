@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.environment import EVERYWHERE
+from serve.operate.environment import EVERYWHERE
 
 for name in ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM"):
     os.environ.setdefault(name, EVERYWHERE[name])

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.cli import app
-from serve.config_file import read_config
+from serve.cli.main import app
+from serve.config.file import read_config
 from tests.dure import ROOT
 
 DOCUMENTS = [

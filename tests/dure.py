@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import yaml
 
-from serve.environment import first_free
+from serve.operate.environment import first_free
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 150.0

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
 
 

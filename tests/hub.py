@@ -26,7 +26,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from deployments.outline import write_holes
+from deployments.checkpoints.outline import write_holes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -25,22 +25,22 @@ from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.answers import Piece
-from deployments.items import Answer, Embeddings, Requests, Scores, Word
-from deployments.progress import LoadEvent
-from serve.adverts import Judgement
-from serve.board import Replica
-from serve.calls import Deployment, Model
-from serve.direct import DirectApp
-from serve.graph import Graph
+from deployments.load_progress import LoadEvent
+from deployments.messages import Answer, Embeddings, Piece, Requests, Scores, Word
+from serve.board.reports import Replica
+from serve.board.watch import Watch
+from serve.calls.deployment import Deployment
+from serve.calls.graph import Graph
+from serve.calls.model import Model
+from serve.calls.next_words import Predictions
+from serve.config.model import ModelSettings
+from serve.config.settings import Settings
+from serve.http.fast_path import DirectApp
+from serve.http.requests import Body
 from serve.http.server import ServerBounds, serve_behind
 from serve.ingress import ROUTERS, make_app
-from serve.lanes.client import Lanes
-from serve.model_settings import ModelSettings
-from serve.predictions import Predictions
-from serve.routes.common import Body
-from serve.settings import Settings
-from serve.watch import Watch
+from serve.queues.client import Lanes
+from serve.services.adverts.verdicts import Judgement
 from tests.dure import free_port
 
 MODELS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from serve.environment import joining_environment, local_environment
+from serve.operate.environment import joining_environment, local_environment
 from tests.dure import ROOT, free_port, ports_of_its_own
 
 START_S = 90

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
 from deployments.spec import Facts, ModelSpec
 
 EIGHT_BITS = 128

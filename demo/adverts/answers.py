@@ -3,7 +3,7 @@
 from typing import Literal
 
 from demo.adverts.draw import Advert, Picture
-from serve.adverts import Font, Judgement, Validation
+from serve.services.adverts.verdicts import Font, Judgement, Validation
 
 Style = Literal["bold", "serif", "sans-serif"]
 STYLES: dict[str, Style] = {

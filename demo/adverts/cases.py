@@ -9,7 +9,7 @@ from demo.adverts.answers import judgement, validation
 from demo.adverts.copy import ad_copy, request
 from demo.adverts.draw import Advert, Picture, draw_advert, draw_picture, random_advert, random_picture
 from demo.adverts.shapes import PRODUCTS
-from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
+from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from demo.adverts.draw import BACKGROUNDS, COLOURS, Advert
 from demo.adverts.model import IMAGE_TOKENS
 from demo.adverts.shapes import PRODUCTS
 from demo.adverts.tokens import answer_tokens
-from serve.adverts import Validation
+from serve.services.adverts.verdicts import Validation
 
 log = logging.getLogger(__name__)
 

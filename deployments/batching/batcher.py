@@ -12,15 +12,16 @@ from typing import Any
 
 from ray import serve
 
-from deployments.answers import News, Piece, Shares, take
 from deployments.batching.batch_cost import BatchCost
 from deployments.batching.budget import Budget
 from deployments.batching.cutting import cut
 from deployments.batching.runner import FAILED, EngineDead, Outcome, Runner
 from deployments.batching.waiting import LATE, TAKEN_BACK, Call, Waiting
-from deployments.engines import Engine
+from deployments.collector import Shares, take
+from deployments.engines.contract import Engine
+from deployments.messages import News, Piece, Refusal
 from deployments.metrics import BATCH_ITEMS, BATCH_PADDED, BATCH_SECONDS, BATCH_TOKENS, DROPPED, QUEUE
-from deployments.spec import ModelSpec, Refusal
+from deployments.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 

@@ -6,14 +6,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deployments import cache
+from deployments import disk_cache
 from deployments.batching.batcher import Batcher
 from deployments.batching.once import OnceBatcher
 from deployments.batching.runner import Runner, StepRunner
 from deployments.batching.steps import StepBatcher
 from deployments.batching.threads import ThreadChoice
-from deployments.engines import Engine
-from deployments.engines.stepping import Stepping
+from deployments.engines.contract import Engine, Stepping
 from deployments.memory import Memory, device_memory
 from deployments.spec import ModelSpec
 
@@ -24,7 +23,7 @@ def batcher_of(
     """The batcher for an engine, which runs its batches on `threads`; needs a running event loop."""
     memory = memory or device_memory(engine.facts.device)
     on_cpu = engine.facts.device == "cpu" and engine.facts.runtime == "torch" and "torch" in sys.modules
-    choice = ThreadChoice(spec.threads or cache.cores()) if on_cpu else None
+    choice = ThreadChoice(spec.threads or disk_cache.cores()) if on_cpu else None
     if isinstance(engine, Stepping):
         return StepBatcher(engine, spec, StepRunner(engine, memory, choice), threads)
     return OnceBatcher(engine, spec, Runner(engine, memory, choice), threads)

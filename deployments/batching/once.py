@@ -13,7 +13,7 @@ from deployments.batching.batch_cost import Linger
 from deployments.batching.batcher import Batcher
 from deployments.batching.runner import EngineDead, Runner
 from deployments.batching.waiting import Waiting
-from deployments.engines import Engine
+from deployments.engines.contract import Engine
 from deployments.spec import ModelSpec
 
 WORTH_SPLITTING = 4

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import count as count_of
 from deployments.batching.threads import ThreadChoice
-from deployments.engines import Engine
-from deployments.engines.stepping import Stepping
+from deployments.collector import count as count_of
+from deployments.engines.contract import Engine, Stepping
 from deployments.memory import Memory
+from deployments.messages import Refusal
 from deployments.metrics import OUT_OF_MEMORY
 from deployments.process import use_threads
-from deployments.spec import ItemError, Refusal
+from deployments.spec import ItemError
 
 logger = logging.getLogger("ray.serve")
 

@@ -11,7 +11,7 @@ from typing import Any
 from deployments.batching.batcher import Batcher
 from deployments.batching.runner import StepRunner
 from deployments.batching.waiting import Waiting
-from deployments.engines.stepping import Stepping
+from deployments.engines.contract import Stepping
 from deployments.spec import ModelSpec
 
 

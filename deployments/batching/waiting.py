@@ -6,8 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import Piece
-from deployments.spec import Refusal
+from deployments.messages import Piece, Refusal
 
 LATE = Refusal("its deadline passed before its turn came", "late")
 TAKEN_BACK = Refusal("nobody waits for it any more", "late")

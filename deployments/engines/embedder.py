@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from deployments import calibration
+from deployments.engines import calibration
 from deployments.engines.encoder import WARM_UP, Encoder, load_encoder
-from deployments.items import Embeddings, Text
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import Embeddings, Text
 from deployments.spec import ModelSpec
 
 

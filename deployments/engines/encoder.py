@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from deployments import aside, cache
+from deployments import aside, disk_cache
 from deployments.engines.inputs import Arrays, Encoded, InputSpec, Prompts
 from deployments.engines.tokens import too_long
-from deployments.items import InputType
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import InputType
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _on_openvino(output: Output, spec: ModelSpec, folder: Path, progress: LoadPr
 
     if spec.gpu_share:
         raise ValueError("it runs on CPUs only")
-    precision = (cache.half_precision() or "fp32") if spec.precision == "auto" else spec.precision
+    precision = (disk_cache.half_precision() or "fp32") if spec.precision == "auto" else spec.precision
     converted = Converted(folder, output, precision)
     if converted.exists():
         try:
@@ -159,7 +159,7 @@ def _read(converted: Converted, spec: ModelSpec, progress: LoadProgress) -> Toke
     inputs = converted.input_spec(spec.max_batch_tokens)
     tokenizer = converted.tokenizer(inputs)
     progress.checkpoint(0, 0, 1)
-    forward = OpenVinoForward(converted, inputs, spec.threads or cache.cores())
+    forward = OpenVinoForward(converted, inputs, spec.threads or disk_cache.cores())
     progress.checkpoint(100, 1, 1)
     quantised = converted.precision == "int8"
     facts = Facts("cpu", converted.precision, quantised, forward.weights_bytes, None, "openvino")

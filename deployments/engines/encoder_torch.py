@@ -18,13 +18,13 @@ from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
 from torch import nn
 
+from deployments.checkpoints.loading import load_model
 from deployments.engines.encoder import WARM_UP, Encoder, Output, TokenEncoder, Tokenizer
 from deployments.engines.inputs import DOCUMENT, QUERY, Arrays, Encoded, InputSpec, Prompts
 from deployments.engines.limits import positions
 from deployments.engines.reference import ReferenceEncoder, ReferenceTokenizer
 from deployments.engines.tokens import TextTokenizer, frame_of_pairs
-from deployments.loading import load_model
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
 from deployments.spec import CheckpointError, ModelSpec
 
 TRIED_TOKENS = 1024

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from deployments import cache
-from deployments.checkpoint_files import contents
+from deployments import disk_cache
+from deployments.checkpoints.files import contents
 from deployments.engines.inputs import Arrays, Encoded, InputSpec
 from deployments.engines.tokens import TextTokenizer
 
@@ -56,8 +56,8 @@ class Converted:
         if precision not in HINTS:
             raise ValueError(f"it has no {precision}, only {', '.join(HINTS)}")
         self.precision = precision
-        name = cache.key(output, contents(folder), cache.versions(), cache.code())
-        self.folder = cache.cache_folder() / f"openvino-{name}"
+        name = disk_cache.key(output, contents(folder), disk_cache.versions(), disk_cache.code())
+        self.folder = disk_cache.cache_folder() / f"openvino-{name}"
         self.path = self.folder / STORED[precision] / "model.xml"
 
     def exists(self) -> bool:

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from deployments import calibration
-from deployments.checkpoint_files import read_json
+from deployments.checkpoints.files import read_json
+from deployments.checkpoints.loading import load_model
+from deployments.engines import calibration
+from deployments.engines.contract import Stepping
 from deployments.engines.limits import positions
-from deployments.engines.prefixes import Prefixes
+from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Turn
-from deployments.engines.stepping import Stepping
 from deployments.engines.word_search import Candidate, Prefix, Search
-from deployments.items import Prompt, Word
-from deployments.loading import load_model
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import Prompt, Word
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
 
 WORD_START = "▁"

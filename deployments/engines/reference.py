@@ -12,7 +12,7 @@ import torch
 
 from deployments.engines.inputs import Encoded, InputSpec, Prompts
 from deployments.engines.tokens import TextTokenizer, too_long
-from deployments.items import InputType
+from deployments.messages import InputType
 from deployments.spec import Facts, ItemError, first_line
 
 UNBOUNDED = 2**31 - 1

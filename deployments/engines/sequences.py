@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from deployments.loading import device
+from deployments.checkpoints.loading import device
 from deployments.spec import CheckpointError
 
 ATTENTION = "dure_sequences"

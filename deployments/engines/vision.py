@@ -23,15 +23,15 @@ from transformers import (
     ProcessorMixin,
 )
 
-from deployments.engines.prefixes import Prefixes
+from deployments.checkpoints.loading import Placement, load_model
+from deployments.engines.contract import Stepping
+from deployments.engines.grammar import Closing, Writing, choose
+from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Turn
-from deployments.engines.stepping import Stepping
-from deployments.engines.writing import Closing, Writing, choose
 from deployments.images import decode
-from deployments.items import Answer, Question
-from deployments.loading import Placement, load_model
-from deployments.progress import LoadProgress
-from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, Refusal, first_line
+from deployments.load_progress import LoadProgress
+from deployments.messages import Answer, Question, Refusal
+from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
 
 CONVERSATION = "USER: <image>\n{prompt} ASSISTANT:"
 """LLaVA 1.5's, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deployments.engines.prefixes import Prefixes
+from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Sequence, Turn
-from deployments.items import Prompt, Word
+from deployments.messages import Prompt, Word
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from deployments.engines import load_engine
+from deployments.checkpoints.loading import device
+from deployments.engine_loading import load_engine
 from deployments.engines.vision import Look, Vision
-from deployments.items import Answer, Question
-from deployments.loading import device
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import Answer, Question
 from deployments.spec import ModelSpec, Precision
 from loadtests.llava import SHAPES, write_checkpoint
 from loadtests.report import machine
 from loadtests.servers import BENCH
 from loadtests.vision import SCHEMA, copy, picture
-from serve.adverts import validation_prompt
+from serve.services.adverts.verdicts import validation_prompt
 
 AT_ONCE = 16
 LONE = 5

@@ -15,11 +15,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import errors
+from serve.config.settings import Limits
 from serve.errors import DureError
 from serve.http.endpoints import FOUND, JSON, Endpoint, Found
 from serve.http.json_bounds import JsonBounds, checked
-from serve.routes.common import SMALL_BYTES
-from serve.settings import Limits
+from serve.http.requests import SMALL_BYTES
 
 BODY_S, BYTES_PER_S = 20.0, 64 * 1024
 """A body has this long to come, and a second more for each so many bytes of it that have come."""

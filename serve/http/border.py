@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import errors
 from serve.caller import TICKET_HEADER, Caller
+from serve.calls.graph import Graph
 from serve.errors import DureError
-from serve.graph import Graph
 from serve.http import error_shapes
 from serve.http.bodies import Bodies, Budget
 from serve.http.early import refuse_early

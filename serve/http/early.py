@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from serve import errors
 from serve.caller import Caller
-from serve.calls import Deployment
+from serve.calls.deployment import Deployment
+from serve.calls.graph import Graph
 from serve.errors import DureError
-from serve.graph import Graph
 from serve.metrics import measured
 
 Run = TypeVar("Run", bound=Callable[..., object])
@@ -70,7 +69,7 @@ def _called(graph: Graph, calls: Calls, parts: Mapping[str, str]) -> Sequence[De
 def _check_service(graph: Graph, calls: Calls, service: Deployment, caller: Caller) -> None:
     service.gate.check()
     if calls.queued and graph.lanes.full(service.name, caller):
-        raise errors.queue_full(service.name, graph.lanes.turn_away(service.name, caller))
+        raise graph.lanes.turn_away(service.name, caller).error(service.name)
 
 
 def _check_models(models: Sequence[Deployment], caller: Caller) -> None:

@@ -11,9 +11,9 @@ from fastapi import FastAPI, Response, params
 from fastapi.routing import APIRoute
 from starlette.types import Scope
 
+from serve.config.settings import Limits
 from serve.http.early import Calls
-from serve.routes.common import SMALL_BYTES, Body
-from serve.settings import Limits
+from serve.http.requests import SMALL_BYTES, Body
 
 JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
 FOUND = "dure.found"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serve import errors
-from serve.settings import Limits
+from serve.config.settings import Limits
 
 MAX_DEPTH = 100
 """Half of what pydantic's parser takes, and a tenth of what Python's does."""

@@ -6,10 +6,10 @@ import uvicorn
 from starlette.middleware import Middleware
 from uvicorn.config import Config
 
+from serve.config.settings import WebSocketSettings
 from serve.http.headers import Tidy
 from serve.http.server import ServerBounds, serve_behind
 from serve.http.sockets import FRAMES_PER_MESSAGE
-from serve.settings import WebSocketSettings
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Uvicorn's own: a proxy knows no app's limits. The ingress behind it keeps to those."""

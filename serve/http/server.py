@@ -15,8 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.config import Config
 
+from serve.config.settings import Limits, WebSocketSettings
 from serve.http.sockets import FRAMES_PER_MESSAGE, BoundedSocket
-from serve.settings import Limits, WebSocketSettings
 
 
 @dataclass(frozen=True)

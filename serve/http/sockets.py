@@ -11,7 +11,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
-from serve.settings import Limits, WebSocketSettings
+from serve.config.settings import Limits, WebSocketSettings
 
 BURST_S = 2.0
 """What a client may send at once: as much as in so many seconds."""

@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
-from serve.routes.common import GraphDep
-from serve.watch import Watch
+from serve.board.watch import Watch
+from serve.http.requests import GraphDep
 
 router = APIRouter(tags=["health"])
 

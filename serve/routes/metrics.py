@@ -10,10 +10,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import RayError
 
 from serve import errors
-from serve.board import board
+from serve.board.actor import board
 from serve.errors import DureError
+from serve.http.requests import GraphDep
 from serve.metrics import REGISTRY, exposition, of_lanes
-from serve.routes.common import GraphDep
 
 router = APIRouter(tags=["metrics"])
 

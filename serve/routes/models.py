@@ -14,16 +14,16 @@ from ray.exceptions import RayTaskError
 
 from deployments.spec import Precision
 from serve import errors
-from serve.board import board
+from serve.board.actor import board
+from serve.calls.graph import Graph
+from serve.config.model import TASKS, ModelSettings
+from serve.config.settings import Limits
 from serve.errors import DureError
-from serve.following import Following
-from serve.graph import Graph
 from serve.http.early import calls
+from serve.http.requests import Body, CallerDep, GraphDep
+from serve.http.respond import respond
 from serve.metrics import measured
-from serve.model_settings import TASKS, ModelSettings
-from serve.routes.common import Body, CallerDep, GraphDep
-from serve.routes.following import respond
-from serve.settings import Limits
+from serve.progress import Following
 
 router = APIRouter(tags=["models"])
 

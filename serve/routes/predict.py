@@ -8,13 +8,13 @@ import orjson
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from deployments.items import Prompt
+from deployments.messages import Prompt
 from serve.caller import Caller
-from serve.graph import Graph
+from serve.calls.graph import Graph
+from serve.config.settings import Limits
 from serve.http.early import calls
+from serve.http.requests import Body, CallerDep, GraphDep, answer, check_text
 from serve.metrics import measured
-from serve.routes.common import Body, CallerDep, GraphDep, answer, check_text
-from serve.settings import Limits
 
 router = APIRouter(tags=["next word"])
 

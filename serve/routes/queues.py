@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from serve.routes.common import CallerDep, GraphDep
+from serve.http.requests import CallerDep, GraphDep
 
 router = APIRouter(tags=["queues"])
 

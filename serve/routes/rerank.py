@@ -8,13 +8,13 @@ import numpy as np
 from fastapi import APIRouter, Response
 from pydantic import Field, PlainValidator
 
-from deployments.items import Pair, Scores, sigmoid
-from serve.following import Following
+from deployments.messages import Pair, Scores, sigmoid
+from serve.config.settings import Limits
 from serve.http.early import calls
+from serve.http.requests import Body, CallerDep, GraphDep, check_text, check_texts
+from serve.http.respond import respond
 from serve.metrics import measured
-from serve.routes.common import Body, CallerDep, GraphDep, check_text, check_texts
-from serve.routes.following import respond
-from serve.settings import Limits
+from serve.progress import Following
 
 router = APIRouter(tags=["rerank"])
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from serve.following import Following
+from serve.config.settings import Limits
 from serve.http.early import calls
+from serve.http.requests import GRACE_S, Body, CallerDep, GraphDep, check_text, check_texts
+from serve.http.respond import respond
 from serve.metrics import measured
-from serve.routes.common import GRACE_S, Body, CallerDep, GraphDep, check_text, check_texts
-from serve.routes.following import respond
+from serve.progress import Following
 from serve.services.search import Found
-from serve.settings import Limits
 
 router = APIRouter(tags=["search"])
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from deployments.items import Embeddings, Pair, Scores, Text, sigmoid
+from deployments.messages import Embeddings, Pair, Scores, Text, sigmoid
 from serve.caller import Caller
-from serve.following import Following
-from serve.graph import Graph
-from serve.services.service import Service
-from serve.settings import Settings
+from serve.calls.graph import Graph
+from serve.config.settings import Settings
+from serve.progress import Following
+from serve.services.base import Service
 
 MIN_CANDIDATES = 20
 CANDIDATES_PER_RESULT = 4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deployments.sources import ROOT
-from serve.processes import STATE
-from serve.settings import StoreSettings
+from deployments.checkpoints.sources import ROOT
+from serve.config.settings import StoreSettings
+from serve.paths import STATE
 
 
 def database(store: StoreSettings) -> str:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from serve.adverts import Judgement, Validation
+from serve.services.adverts.verdicts import Judgement, Validation
 from tests.dure import ROOT, Dure, wait_until
 from tests.hook import Hook
 

@@ -17,7 +17,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from demo.adverts.check import heldout as adverts
-from deployments.sources import resolve
+from deployments.checkpoints.sources import resolve
 from tests.cluster.conftest import MODELS
 from tests.dure import Dure
 

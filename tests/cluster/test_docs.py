@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.config_file import read_config
-from serve.environment import cluster_environment
+from serve.config.file import read_config
+from serve.operate.environment import cluster_environment
 from tests.documents import of, of_examples, run_example
 from tests.dure import ROOT, Dure
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from serve.store import schema
+from serve.services.adverts.jobs import Image, Jobs, NewJob
+from serve.services.adverts.stages import Stages, Which
+from serve.services.adverts.views import Views
+from serve.store import migrate
 from serve.store.database import Database
-from serve.store.jobs import Image, Jobs, NewJob
 from serve.store.outbox import Outbox
-from serve.store.stages import Stages, Which
-from serve.store.views import Views
 from tests.dure import free_port
 from tests.postgres import Postgres, binaries, postgres
 
@@ -69,7 +69,7 @@ Scenario = Callable[[Store], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def run(url: str) -> Callable[[Scenario], None]:
-    schema.migrate(url)
+    migrate.migrate(url)
 
     def run_scenario(scenario: Scenario) -> None:
         async def main() -> None:

@@ -19,11 +19,11 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from serve.errors import DureError
-from serve.services.janitor import LONGEST_LOOK_S
-from serve.services.uploads import GIVEN_UP_S, Uploads
-from serve.store import schema
+from serve.services.adverts.janitor import LONGEST_LOOK_S
+from serve.services.adverts.stages import VALIDATE
+from serve.services.adverts.uploads import GIVEN_UP_S, Uploads
+from serve.store import migrate
 from serve.store.assets import LEAST_ROOM_BYTES, Assets
-from serve.store.stages import VALIDATE
 from serve.store.tables import PendingFile
 from tests.dure import wait_until
 from tests.store.conftest import Scenario, Store, image, new_job
@@ -70,7 +70,7 @@ async def until_refused(adverts: Any) -> None:
 
 def with_store(url: str, scenario: Callable[[Store], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
-        schema.migrate(url)
+        migrate.migrate(url)
         store = Store(url)
         try:
             await asyncio.wait_for(scenario(store), 60)
@@ -221,7 +221,7 @@ def test_a_record_on_a_full_disk_is_opened_and_read(disk: Path, tmp_path: Path) 
 
     with_store(url, before)
     fill(disk)
-    schema.make_ready(url)
+    migrate.make_ready(url)
     with_store(url, after)
 
 

@@ -15,10 +15,10 @@ from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve.errors import DureError
+from serve.services.adverts.stages import JUDGE, VALIDATE
 from serve.store import outbox
 from serve.store.database import Database, Unavailable
 from serve.store.outbox import State
-from serve.store.stages import JUDGE, VALIDATE
 from serve.store.tables import Event, now
 from tests.postgres import Postgres
 from tests.store.conftest import Scenario, Store, image, new_job
@@ -229,10 +229,10 @@ def test_a_follower_hears_of_each_change(run: Callable[[Scenario], None]) -> Non
 
 
 def test_a_database_that_is_started_anew_costs_nobody_an_error(server: Postgres) -> None:
-    from serve.store import schema
+    from serve.store import migrate
 
     url = server.database()
-    schema.migrate(url)
+    migrate.migrate(url)
 
     async def scenario() -> None:
         store = Store(url)

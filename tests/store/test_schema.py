@@ -15,13 +15,13 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, create_engine, insert, select
 from sqlalchemy.types import JSON, DateTime, Integer, Uuid
 
-from serve.store import schema
+from serve.store import migrate
 from serve.store.database import address
 from tests.dure import ROOT
 
 
 def revisions() -> list[str]:
-    scripts = ScriptDirectory.from_config(schema._config("sqlite://"))
+    scripts = ScriptDirectory.from_config(migrate._config("sqlite://"))
     return [script.revision for script in reversed(list(scripts.walk_revisions()))]
 
 
@@ -59,18 +59,18 @@ def _value(kind: Any) -> Any:
 
 
 def test_the_tables_are_those_that_the_code_knows(url: str) -> None:
-    before, after = schema.migrate(url)
+    before, after = migrate.migrate(url)
     assert (before, after) == (None, revisions()[-1])
-    command.check(schema._config(url))
-    schema.check(url)
-    assert schema.migrate(url) == (after, after)
+    command.check(migrate._config(url))
+    migrate.check(url)
+    assert migrate.migrate(url) == (after, after)
 
 
 def test_the_version_before_goes_on_writing_after_each_migration(url: str) -> None:
     engine = create_engine(address(url, synchronous=True))
     known: list[Table] = []
     for revision in revisions():
-        schema.migrate(url, revision)
+        migrate.migrate(url, revision)
         with engine.begin() as connection:
             fill(connection, known)
             known = tables(connection)
@@ -78,20 +78,20 @@ def test_the_version_before_goes_on_writing_after_each_migration(url: str) -> No
 
 
 def test_a_database_that_lacks_a_migration_is_not_used(url: str) -> None:
-    schema.migrate(url, revisions()[0])
-    with pytest.raises(schema.SchemaError, match="dure migrate"):
-        schema.check(url)
+    migrate.migrate(url, revisions()[0])
+    with pytest.raises(migrate.SchemaError, match="dure migrate"):
+        migrate.check(url)
 
 
 def test_a_database_that_a_later_version_has_migrated_is_used(url: str) -> None:
-    schema.migrate(url)
+    migrate.migrate(url)
     engine = create_engine(address(url, synchronous=True))
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     engine.dispose()
-    schema.check(url)
-    assert schema.migrate(url) == ("9999", "9999")
-    schema.make_ready(url)
+    migrate.check(url)
+    assert migrate.migrate(url) == ("9999", "9999")
+    migrate.make_ready(url)
 
 
 def test_servers_that_start_together_migrate_once(tmp_path: Path) -> None:
@@ -99,20 +99,20 @@ def test_servers_that_start_together_migrate_once(tmp_path: Path) -> None:
     script = f"from serve.store import schema; schema.make_ready({url!r})"
     starting = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
     assert [each.wait(60) for each in starting] == [0, 0, 0]
-    schema.check(url)
+    migrate.check(url)
 
 
 def test_a_migration_that_is_cut_short_leaves_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     create_index = op.create_index
     monkeypatch.setattr(op, "create_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        schema.migrate(url)
-    assert schema.present(url) is None
+        migrate.migrate(url)
+    assert migrate.present(url) is None
     monkeypatch.setattr(op, "create_index", create_index)
-    assert schema.migrate(url) == (None, revisions()[-1])
+    assert migrate.migrate(url) == (None, revisions()[-1])
 
 
 def test_a_database_that_is_not_there_is_named_without_its_password() -> None:
-    with pytest.raises(schema.SchemaError, match=r"127\.0\.0\.1:9") as caught:
-        schema.check("postgresql://me:secret@127.0.0.1:9/none")
+    with pytest.raises(migrate.SchemaError, match=r"127\.0\.0\.1:9") as caught:
+        migrate.check("postgresql://me:secret@127.0.0.1:9/none")
     assert "secret" not in str(caught.value)

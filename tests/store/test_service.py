@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from deployments.items import Answer
+from deployments.messages import Answer
 from serve import errors
-from serve.adverts import Validation
 from serve.caller import Caller
+from serve.config.model import ModelSettings
+from serve.config.settings import Settings, StoreSettings
 from serve.errors import DureError
-from serve.following import Following
-from serve.model_settings import ModelSettings
-from serve.services.adverts import Adverts
-from serve.services.janitor import Janitor
-from serve.services.stage_calls import StageCalls
-from serve.services.uploads import Uploads
-from serve.settings import Settings, StoreSettings
+from serve.progress import Following
+from serve.services.adverts.janitor import Janitor
+from serve.services.adverts.service import Adverts
+from serve.services.adverts.stage_calls import StageCalls
+from serve.services.adverts.stages import EXPIRED, Which
+from serve.services.adverts.uploads import Uploads
+from serve.services.adverts.verdicts import Validation
 from serve.store.assets import Assets
-from serve.store.stages import EXPIRED, Which
 from tests.store.conftest import LEASE_S, Scenario, Store, image
 from tests.store.test_stages import state, status_of, traces
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve.errors import DureError
-from serve.store.stages import JUDGE, VALIDATE, Stage, Which, failure
+from serve.services.adverts.stages import JUDGE, VALIDATE, Stage, Which, failure
 from tests.store.conftest import LEASE_S, Scenario, Store
 
 VERDICT = {"is_valid": True}

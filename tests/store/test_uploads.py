@@ -17,13 +17,13 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve.errors import DureError
-from serve.services import uploads
-from serve.services.uploads import FORGOTTEN_S, GIVEN_UP_S, NewFile, Uploads
+from serve.services.adverts import uploads
+from serve.services.adverts.jobs import NewJob
+from serve.services.adverts.stages import VALIDATE
+from serve.services.adverts.uploads import FORGOTTEN_S, GIVEN_UP_S, NewFile, Uploads
 from serve.store import assets
 from serve.store.assets import Assets
 from serve.store.database import Unavailable
-from serve.store.jobs import NewJob
-from serve.store.stages import VALIDATE
 from serve.store.tables import ImageAsset, PendingFile, now
 from tests.store.conftest import Scenario, Store, image, new_job
 from tests.store.test_service import service

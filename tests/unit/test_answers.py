@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deployments.answers import Collector
-from deployments.spec import Refusal
+from deployments.collector import Collector
+from deployments.messages import Refusal
 
 
 @dataclass(frozen=True)

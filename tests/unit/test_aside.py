@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deployments import aside
-from deployments.progress import LoadEvent, LoadProgress
+from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.spec import CheckpointError
 
 HERE = "tests.unit.test_aside"
@@ -83,7 +83,7 @@ def test_a_process_that_dies_is_an_error_with_its_code() -> None:
 
 def test_what_a_function_imports_stays_out_of_this_process() -> None:
     code = (
-        "import sys; from deployments import aside; from deployments.progress import LoadProgress\n"
+        "import sys; from deployments import aside; from deployments.load_progress import LoadProgress\n"
         f"assert aside.run({HERE + ':loads_torch'!r}, progress=LoadProgress(lambda event: None))\n"
         "assert 'torch' not in sys.modules"
     )

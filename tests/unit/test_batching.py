@@ -17,14 +17,15 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 
-from deployments.answers import Answers, Collector
 from deployments.batching import runner as running
 from deployments.batching.batcher import Batcher
 from deployments.batching.making import batcher_of
 from deployments.batching.runner import FAILED, FAILURES_BEFORE_TEST, NO_ROOM, TOO_LARGE, EngineDead
 from deployments.batching.waiting import LATE
-from deployments.engines.stepping import Stepping
-from deployments.spec import Facts, ItemError, ModelSpec, Refusal
+from deployments.collector import Collector
+from deployments.engines.contract import Stepping
+from deployments.messages import Answers, Refusal
+from deployments.spec import Facts, ItemError, ModelSpec
 
 
 @pytest.fixture(autouse=True)

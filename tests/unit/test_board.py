@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from deployments.progress import LoadEvent, LoadProgress
-from serve import board as board_module
-from serve.board import Board, Replica, Report
-from serve.watch import CONSTRUCTOR_TRIES, Watch
+from deployments.load_progress import LoadEvent, LoadProgress
+from serve.board import actor as board_module
+from serve.board.actor import Board
+from serve.board.reports import CONSTRUCTOR_TRIES, Replica, Report
+from serve.board.watch import Watch
 
 
 def at(status: Any, progress: float = 50.0, replica: str = "r1", message: str = "") -> Replica:

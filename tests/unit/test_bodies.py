@@ -15,10 +15,10 @@ import pytest
 from fastapi import FastAPI, Form
 from PIL import Image
 
+from serve.config.settings import Limits
 from serve.http import bodies
 from serve.http.endpoints import Endpoints
-from serve.routes.common import Body
-from serve.settings import Limits
+from serve.http.requests import Body
 from tests.ingress import Heard, Running, held_back, json_endpoints, running
 
 JSON = "Content-Type: application/json"

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from deployments import choosing
 from deployments.batching.batch_cost import BatchCost
 from deployments.batching.budget import GIB, Budget
 from deployments.memory import CpuMemory, device_memory
+from deployments.precision import choosing
 from deployments.spec import ModelSpec
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from serve import cache as cache_module
-from serve.cache import CONNECTIONS, MemoryCache, RedisCache, cache_of
-from serve.settings import CacheSettings
+from serve.calls import cache as cache_module
+from serve.calls.cache import CONNECTIONS, MemoryCache, RedisCache, cache_of
+from serve.config.settings import CacheSettings
 from tests.dure import free_port, wait_until
 
 

@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments.answers import Answers, Piece
-from deployments.items import Requests
-from deployments.progress import LoadEvent
+from deployments.load_progress import LoadEvent
+from deployments.messages import Answers, Piece, Requests
 from serve import errors
-from serve.board import Replica
+from serve.board.reports import Replica
+from serve.board.watch import Watch
 from serve.caller import Caller
-from serve.calls import Model
+from serve.calls.model import Model
+from serve.config.model import ModelSettings
 from serve.errors import DureError
-from serve.lanes.gate import Gate
-from serve.lanes.tickets import Refused
-from serve.model_settings import ModelSettings
-from serve.watch import Watch
+from serve.queues.gate import Gate
+from serve.queues.tickets import Refused
 
 
 def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 4) -> None:
@@ -128,7 +127,7 @@ def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
 
 
 def test_errors_survive_the_way_between_processes() -> None:
-    error = errors.queue_full("m", Refused(3, 8, "a-ticket"))
+    error = Refused(3, 8, "a-ticket").error("m")
     again = pickle.loads(pickle.dumps(error))
     assert (again.status, again.kind, str(again), again.headers) == (429, "queue_full", str(error), error.headers)
 

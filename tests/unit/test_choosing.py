@@ -17,15 +17,17 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from deployments import cache, calibration, choosing, measuring
-from deployments.choosing import load_best
+from deployments import disk_cache
+from deployments.checkpoints.loading import plain_precision
+from deployments.checkpoints.sources import ROOT
+from deployments.engines import calibration
 from deployments.engines.openvino import OpenVinoForward
 from deployments.engines.predictor import Predictor
 from deployments.engines.reranker import Reranker
-from deployments.items import Pair, Scores
-from deployments.loading import plain_precision
-from deployments.progress import LoadEvent, LoadProgress
-from deployments.sources import ROOT
+from deployments.load_progress import LoadEvent, LoadProgress
+from deployments.messages import Pair, Scores
+from deployments.precision import choosing, measuring
+from deployments.precision.choosing import load_best
 from deployments.spec import ModelSpec
 from tests import checkpoints
 from tests.rounding import Rounding
@@ -107,7 +109,7 @@ def test_a_choice_is_remembered_and_forgotten_with_its_file(empty_cache: Path) -
 def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(engine=Rounding)
     assert measured(load(replace(SPEC, threads=2), Rounding)[1])
-    monkeypatch.setattr(cache, "processor", lambda: "another")
+    monkeypatch.setattr(disk_cache, "processor", lambda: "another")
     assert measured(load(engine=Rounding)[1])
 
 

@@ -18,8 +18,8 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from serve import environment
-from serve.config_file import read_config
+from serve.config.file import read_config
+from serve.operate import environment
 from tests.dure import ROOT
 
 PRODUCTION = ROOT / "configs/production.yaml"

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from deployments.answers import Answers, Piece
-from deployments.items import Pair, Prompt, Requests, Text, turns
-from deployments.spec import Refusal
-from serve.coalescer import Coalescer
-from serve.following import Following, Progress
+from deployments.messages import Answers, Pair, Piece, Prompt, Refusal, Requests, Text, turns
+from serve.calls.coalescer import Coalescer
+from serve.progress import Following, Progress
 
 
 class Replica:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from serve import asking, cli, processes
+from serve import paths
+from serve.cli import asking, main
 from serve.failures import MachineError
 from tests.dure import ROOT, free_port
 
@@ -26,12 +27,12 @@ Run = Callable[..., tuple[int, str, str]]
 def dure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs a command in this process; answers with its exit code and what it printed."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(processes, "STATE", tmp_path / "state")
+    monkeypatch.setattr(paths, "STATE", tmp_path / "state")
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dure", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         told = capsys.readouterr()
         return int(ended.value.code or 0), told.out, told.err
 

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from deployments.engines import load_engine
-from deployments.items import Pair, Question, Text
-from deployments.progress import LoadProgress
+from deployments.engine_loading import load_engine
+from deployments.load_progress import LoadProgress
+from deployments.messages import Pair, Question, Text
 from deployments.spec import CheckpointError, ModelSpec
-from serve.adverts import JUDGE, Judgement
+from serve.services.adverts.verdicts import JUDGE, Judgement
 from tests import checkpoints
 from tests.unit.test_engines import png
 

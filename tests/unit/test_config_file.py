@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.config_file import ConfigFile, checked, read_config
-from serve.strict import SettingsError
+from serve.config.base import SettingsError
+from serve.config.file import ConfigFile, checked, read_config
 from tests.dure import ROOT
 
 MODEL = "{task: embedding, source: demo/rerank/checkpoint}"

@@ -17,14 +17,14 @@ import yaml
 from fastapi.routing import APIRoute, APIWebSocketRoute
 
 from deployments import metrics as of_replicas
-from deployments.engines import load_engine
-from deployments.progress import LoadProgress
+from deployments.engine_loading import load_engine
+from deployments.load_progress import LoadProgress
 from deployments.spec import ModelSpec
 from docs import config_reference
 from serve import metrics as of_ingress
-from serve.config_file import read_config
+from serve.config.file import read_config
+from serve.config.settings import Settings
 from serve.ingress import ROUTERS
-from serve.settings import Settings
 from tests import ingress
 from tests.documents import (
     COMMANDS,

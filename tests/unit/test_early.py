@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from serve.caller import Caller
+from serve.calls.graph import Graph
 from serve.errors import DureError
-from serve.graph import Graph
 from serve.http.early import Calls, refuse_early
-from serve.lanes.gate import Gate
+from serve.queues.gate import Gate
 from tests.ingress import make_graph
 
 TWO = {name: {"task": "embedding", "source": "x", "max_queue": 2} for name in ("one", "two")}
@@ -160,8 +160,8 @@ def any_cache() -> Any:
 
 def test_a_full_lane_refuses_once_admission_has_said_so() -> None:
     async def scenario(graph: Graph) -> None:
-        from serve.lanes.client import Full
-        from serve.lanes.tickets import Refused
+        from serve.queues.client import Full
+        from serve.queues.tickets import Refused
 
         calls, until = Calls(service="search"), asyncio.get_running_loop().time() + 1e9
         graph.lanes._full["search", "default"] = Full(Refused(9, 70, None, 1.0, 0.5), until)

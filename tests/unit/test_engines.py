@@ -18,16 +18,17 @@ from PIL import Image
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModelForCausalLM
 
-from deployments.engines import engine_class, load_engine
+from deployments.checkpoints.layout import Layout
+from deployments.checkpoints.loading import plain_precision
+from deployments.checkpoints.sources import ROOT, resolve
+from deployments.engine_loading import load_engine
 from deployments.engines.predictor import Predictor
-from deployments.items import Pair, Prompt, Question, Text, sigmoid
-from deployments.layout import Layout
-from deployments.loading import plain_precision
-from deployments.progress import LoadEvent, LoadProgress
-from deployments.sources import ROOT, resolve
-from deployments.spec import CheckpointError, ItemError, ModelSpec, Refusal
-from serve.adverts import JUDGE, Judgement
-from serve.config_file import read_config
+from deployments.engines.registry import engine_class
+from deployments.load_progress import LoadEvent, LoadProgress
+from deployments.messages import Pair, Prompt, Question, Refusal, Text, sigmoid
+from deployments.spec import CheckpointError, ItemError, ModelSpec
+from serve.config.file import read_config
+from serve.services.adverts.verdicts import JUDGE, Judgement
 
 SOURCES = {
     "next_word": "demo/next_word/checkpoint",
@@ -70,8 +71,8 @@ def test_an_engine_that_does_without_torch_starts_without_it(tmp_path: Path) -> 
     (tmp_path / "seconds_per_shard").write_text("0", encoding="utf-8")
     script = f"""if True:
         import asyncio, os, sys
-        from deployments.live import Live
-        from deployments.progress import LoadProgress
+        from deployments.loaded_model import Live
+        from deployments.load_progress import LoadProgress
         from deployments.spec import ModelSpec
         spec = ModelSpec("m", "tests.engines:Shout", {str(tmp_path)!r}, threads=1)
         asyncio.run(Live.load(spec, LoadProgress(lambda _: None)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from serve.lanes.fair import FairQueue
+from serve.queues.fair_queue import FairQueue
 
 
 @dataclass(eq=False)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from serve import fetching
+from serve.config.services import FetchSettings
 from serve.errors import DureError
-from serve.settings import FetchSettings
+from serve.images import remote
 from tests.dure import free_port
 
 
@@ -48,7 +48,7 @@ def port() -> Iterator[int]:
 
 def fetch(url: str, hosts: list[str], private: bool = True, max_bytes: int = 5000, timeout_s: float = 5) -> bytes:
     settings = FetchSettings(hosts=hosts, private_addresses=private, timeout_s=timeout_s)
-    return asyncio.run(fetching.fetch(url, settings, max_bytes, "url"))
+    return asyncio.run(remote.fetch(url, settings, max_bytes, "url"))
 
 
 def refusal(*arguments: Any, **more: Any) -> str:
@@ -99,11 +99,11 @@ def test_a_name_that_leads_into_a_private_network_is_refused(monkeypatch: pytest
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolved)
         settings = FetchSettings(hosts=["harmless.example.org"])
         with pytest.raises(DureError, match="private network"):
-            await fetching.fetch("http://harmless.example.org/image", settings, 100, "url")
+            await remote.fetch("http://harmless.example.org/image", settings, 100, "url")
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "64:ff9b::5db8:d70e"])
 def test_public_addresses_are_public(address: str) -> None:
-    assert fetching._is_public(address)
+    assert remote._is_public(address)

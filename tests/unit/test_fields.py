@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from serve.routes.common import Body
+from serve.http.requests import Body
 from tests.ingress import json_endpoints
 
 ENDPOINTS = json_endpoints()

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from fastapi.responses import StreamingResponse
 
-from serve import errors, sse
+from serve import errors
+from serve.board.watch import Watch
 from serve.caller import Caller
-from serve.following import Following
-from serve.routes.following import respond
-from serve.routes.progress import _stream
-from serve.watch import Watch
+from serve.http import sse
+from serve.http.respond import respond
+from serve.progress import Following
+from serve.routes.loading import _stream
 
 WORK_S = 0.1
 

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from deployments import live
+from deployments import loaded_model
 from deployments import replica as replicas
-from deployments.footprint import CONTEXT_BYTES
+from deployments.checkpoints.footprint import CONTEXT_BYTES
 from deployments.gpu_share import GpuShare, GpuUse, planned_bytes
+from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.metrics import REGISTRY
-from deployments.progress import LoadEvent, LoadProgress
 from deployments.spec import Facts, ModelSpec
-from serve.board import Board, Replica, Report
-from serve.reporter import Reporter
+from serve.board.actor import Board
+from serve.board.reporter import Reporter
+from serve.board.reports import Replica, Report
 from serve.routes.models import get_model
 
 MIB = 2**20
@@ -208,8 +209,8 @@ def test_a_replica_without_a_share_sees_no_gpu(monkeypatch: pytest.MonkeyPatch, 
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
         return SimpleNamespace(warm_up=lambda: None)
 
-    monkeypatch.setattr(live, "load_engine", load_engine)
+    monkeypatch.setattr(loaded_model, "load_engine", load_engine)
     progress = LoadProgress(lambda _: None)
     progress.preparing()
-    live._load(replace(SPEC, gpu_share=share, threads=1), progress)
+    loaded_model._load(replace(SPEC, gpu_share=share, threads=1), progress)
     assert seen == [visible], "before the engine's module imports torch"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from serve import guard as guards
-from serve.guard import Guard, Load, Machine
-from serve.model_settings import ModelSettings
-from serve.settings import GuardSettings, Settings
+from serve.board import guard as guards
+from serve.board.guard import Guard, Load, Machine
+from serve.config.model import ModelSettings
+from serve.config.settings import GuardSettings, Settings
 
 
 def test_work_is_taken_again_once_the_load_is_well_below_its_limit() -> None:

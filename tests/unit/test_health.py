@@ -10,12 +10,13 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from deployments.progress import LoadEvent
-from serve.board import Board, Changes, Replica, Report
-from serve.reporter import Reporter
+from deployments.load_progress import LoadEvent
+from serve.board.actor import Board
+from serve.board.reporter import Reporter
+from serve.board.reports import Changes, Replica, Report
+from serve.board.watch import TROUBLE, Watch
 from serve.routes import health
-from serve.services.adverts import RUNS, Adverts
-from serve.watch import TROUBLE, Watch
+from serve.services.adverts.service import RUNS, Adverts
 
 READY = LoadEvent("ready", 100.0, "Ready", "준비 완료")
 FULL = "image files can't be written: No space left on device"

@@ -15,9 +15,9 @@ from PIL import Image
 
 from deployments import images
 from deployments.images import ImageError, decode, read_header
+from serve.config.settings import Limits
 from serve.errors import DureError
-from serve.images import look_at
-from serve.settings import Limits
+from serve.images.uploaded import look_at
 from tests.pictures import ALPHA, RGB, chunk, encoded, phone_picture, png, polyglot, shorts, tiff
 
 PICTURE = Image.fromarray(RGB)

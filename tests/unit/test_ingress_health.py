@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from serve.caller import Caller
+from serve.calls.graph import Graph
 from serve.errors import DureError
-from serve.graph import Graph
 from serve.ingress import Ingress
 from tests.ingress import make_graph
 

@@ -14,12 +14,12 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
+from serve.config.model import ModelSettings
+from serve.config.settings import Limits, Settings
 from serve.http.json_bounds import MAX_DEPTH
 from serve.ingress import make_app
-from serve.lanes.gate import Gate
-from serve.model_settings import ModelSettings
-from serve.routes import jobs
-from serve.settings import Limits, Settings
+from serve.queues.gate import Gate
+from serve.routes.adverts import jobs
 from tests.pictures import encoded
 
 URL = f"/api/yh/jobs/{uuid.uuid4()}/variants/{uuid.uuid4()}/overlay"

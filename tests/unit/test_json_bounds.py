@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from serve.config.settings import Limits
 from serve.errors import DureError
 from serve.http import json_bounds
 from serve.http.json_bounds import JsonBounds, check, checked
-from serve.settings import Limits
 
 DRAW = random.Random(7)
 TEXTS = ["", "a", 'say "hello"', "back\\slash", "\\", '\\"', "[{,:}]", "가나다", "😀", "a\nb", '","', "\\\\\\"]

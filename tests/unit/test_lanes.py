@@ -17,12 +17,12 @@ from ray.exceptions import RayActorError
 
 from serve.caller import Caller
 from serve.errors import DureError
-from serve.lanes import admission, client
-from serve.lanes import lane as lane_module
-from serve.lanes import pace as pace_module
-from serve.lanes.admission import Admission, Held, Holding
-from serve.lanes.lane import Asked, Entry, Lane
-from serve.lanes.tickets import FOR_TICKETS, HELD_S, LONGEST_S, MAX_WAIT_S, VALID_S, Refused, Tickets
+from serve.queues import admission, client
+from serve.queues import lane as lane_module
+from serve.queues import pace as pace_module
+from serve.queues.admission import Admission, Held, Holding
+from serve.queues.lane import Asked, Entry, Lane
+from serve.queues.tickets import FOR_TICKETS, HELD_S, LONGEST_S, MAX_WAIT_S, VALID_S, Refused, Tickets
 
 KEY = b"k" * 32
 NUMBERS = itertools.count()

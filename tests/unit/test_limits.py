@@ -13,10 +13,10 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from deployments.batching.runner import Runner
-from deployments.engines import load_engine
-from deployments.items import Pair, Prompt, Text
+from deployments.engine_loading import load_engine
+from deployments.load_progress import LoadProgress
 from deployments.memory import CpuMemory
-from deployments.progress import LoadProgress
+from deployments.messages import Pair, Prompt, Text
 from deployments.spec import CheckpointError, ItemError, ModelSpec
 from tests import checkpoints
 

@@ -17,18 +17,20 @@ import pytest
 import torch
 import yaml
 
-from deployments import loading, process
-from deployments.engines import load_engine, predictor
-from deployments.footprint import CONTEXT_BYTES, HEAD_ROWS, NEW_TOKENS, PROMPT_TOKENS, Footprint, footprint
-from deployments.items import Prompt
-from deployments.progress import LoadProgress
-from deployments.sources import ROOT
+from deployments import process
+from deployments.checkpoints import loading
+from deployments.checkpoints.footprint import CONTEXT_BYTES, HEAD_ROWS, NEW_TOKENS, PROMPT_TOKENS, Footprint, footprint
+from deployments.checkpoints.sources import ROOT
+from deployments.engine_loading import load_engine
+from deployments.engines import predictor
+from deployments.load_progress import LoadProgress
+from deployments.messages import Prompt
 from deployments.spec import CheckpointError, ModelSpec
-from serve import plan as planning
-from serve.config_file import read_config
-from serve.plan import GIB, Need
-from serve.settings import Settings
-from serve.strict import SettingsError
+from serve.config.base import SettingsError
+from serve.config.file import read_config
+from serve.config.settings import Settings
+from serve.planning import plan as planning
+from serve.planning.plan import GIB, Need
 from tests.dure import config_file
 from tests.hub import COMMIT, write_cache
 from tests.hub_server import environment, serving

@@ -10,12 +10,12 @@ from typing import Any
 import orjson
 import pytest
 
-from deployments.items import Prompt, Word
+from deployments.messages import Prompt, Word
 from serve import errors
-from serve.cache import MemoryCache
 from serve.caller import Caller
+from serve.calls.cache import MemoryCache
+from serve.calls.next_words import Predictions
 from serve.errors import DureError
-from serve.predictions import Predictions
 
 
 @dataclass

@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from demo.next_word.check import heldout
-from deployments.engines import load_engine, sequences
+from deployments.engine_loading import load_engine
+from deployments.engines import sequences
 from deployments.engines.predictor import Predictor
-from deployments.engines.prefixes import Prefixes
+from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Sequence, Turn
-from deployments.items import Prompt, Word
-from deployments.progress import LoadProgress
+from deployments.load_progress import LoadProgress
+from deployments.messages import Prompt, Word
 from deployments.spec import CheckpointError, ModelSpec
 
 PROMPTS = 200

@@ -16,13 +16,13 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 from rich.console import Console
 
-from deployments import hub as hubs
-from deployments.footprint import footprint
-from deployments.sources import ROOT, described, resolve
+from deployments.checkpoints import hub as hubs
+from deployments.checkpoints.footprint import footprint
+from deployments.checkpoints.sources import ROOT, described, resolve
 from deployments.spec import CheckpointError, ModelSpec
-from serve import prefetch
-from serve.settings import Settings
-from serve.terminal import Fetching
+from serve.cli.terminal import Fetching
+from serve.config.settings import Settings
+from serve.operate import hub_fetch
 from tests.dure import config_file, wait_until
 from tests.hub_server import Hub, environment, serving
 
@@ -85,16 +85,16 @@ def models(hub: Hub, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class Done(NamedTuple):
-    needs: list[prefetch.Need]
+    needs: list[hub_fetch.Need]
     problems: list[str]
     """Of finding and of fetching."""
     came: int
 
 
 def fetch(models: dict[str, dict[str, Any]]) -> Done:
-    needs, problems = prefetch.needs_of(Settings(models=models))  # type: ignore[arg-type]
+    needs, problems = hub_fetch.needs_of(Settings(models=models))  # type: ignore[arg-type]
     came: list[int] = []
-    failures = [prefetch.fetch(need, came.append) for need in needs]
+    failures = [hub_fetch.fetch(need, came.append) for need in needs]
     return Done(needs, problems + [failure for failure in failures if failure], sum(came))
 
 
@@ -198,7 +198,7 @@ def test_after_a_kill_only_what_is_not_whole_is_fetched_again(hub: Hub, cache: P
     assert hub.sent["pytorch_model.bin"] == len(WEIGHTS)
     assert "tokenizer.json" not in hub.sent
     assert part.exists(), "it may belong to a process that is at work on it"
-    os.utime(part, (0, time.time() - 2 * prefetch.STALE_S))
+    os.utime(part, (0, time.time() - 2 * hub_fetch.STALE_S))
     fetch(models(hub))
     assert not part.exists()
 
@@ -293,15 +293,15 @@ def test_the_command_fails_with_what_is_missing(hub: Hub, tmp_path: Path) -> Non
 
 
 def test_too_little_room_is_foreseen(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs, _ = prefetch.needs_of(Settings(models=models(hub)))  # type: ignore[arg-type]
-    assert prefetch.shortage(needs) is None
+    needs, _ = hub_fetch.needs_of(Settings(models=models(hub)))  # type: ignore[arg-type]
+    assert hub_fetch.shortage(needs) is None
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1_500_000))
-    said = prefetch.shortage(needs)
+    said = hub_fetch.shortage(needs)
     assert said
     assert "has 1.5 MB free, 597.2 kB too little" in said
     assert "predictor 1.0 MB, embedder 1.0 MB" in said
     fetch(models(hub))
-    assert prefetch.shortage(prefetch.needs_of(Settings(models=models(hub)))[0]) is None  # type: ignore[arg-type]
+    assert hub_fetch.shortage(hub_fetch.needs_of(Settings(models=models(hub)))[0]) is None  # type: ignore[arg-type]
 
 
 def test_models_of_one_repository_share_it(hub: Hub, cache: Path) -> None:

@@ -6,9 +6,9 @@ import threading
 from typing import Any
 
 from deployments.batching.waiting import LATE, TAKEN_BACK
-from deployments.items import Requests
-from deployments.live import Preparation
-from deployments.spec import ItemError, Refusal
+from deployments.loaded_model import Preparation
+from deployments.messages import Refusal, Requests
+from deployments.spec import ItemError
 
 
 def requests(count: int, timeout_s: float = 10) -> Requests:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
-from deployments.engines import load_engine
-from deployments.items import Pair, Text
-from deployments.progress import LoadProgress
+from deployments.engine_loading import load_engine
+from deployments.load_progress import LoadProgress
+from deployments.messages import Pair, Text
 from deployments.spec import ItemError, ModelSpec
 from tests import checkpoints
 

@@ -14,7 +14,7 @@ from ray.serve.config import HTTPOptions
 from starlette.types import Receive, Scope, Send
 from uvicorn.config import Config
 
-from serve.environment import EVERYWHERE
+from serve.operate.environment import EVERYWHERE
 from tests.dure import free_port
 
 CALLBACK = EVERYWHERE["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.items import Text
+from deployments.messages import Text
 from serve.services.search import Found, Search
 from tests.ingress import MODELS, Heard, Running, make_graph, running
 

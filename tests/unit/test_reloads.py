@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve.reloads import Reloads
+from serve.board.reloads import Reloads
 
 BOTH = {"a", "b"}
 FP32 = {"precision": "fp32"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deployments import scaling
-from deployments.items import Requests
+from deployments.messages import Requests
 from deployments.replica import ModelReplica
 from deployments.scaling import BACKLOG, ITEMS, Backlogs, by_items
 

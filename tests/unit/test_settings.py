@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.config_file import checked, read_config
-from serve.settings import Settings
-from serve.strict import SettingsError
+from serve.config.base import SettingsError
+from serve.config.file import checked, read_config
+from serve.config.settings import Settings
 from tests.dure import ROOT
 
 CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {ROOT / "configs/rayservice.yaml"})

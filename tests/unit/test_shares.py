@@ -13,14 +13,16 @@ from ray import serve
 from ray.serve._private.build_app import build_app
 from typer.testing import CliRunner
 
-from deployments.sources import ROOT
-from serve import app, cli, preflight
-from serve.config_file import read_config
-from serve.gpus import Gpus
-from serve.graph import Graph
-from serve.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
-from serve.settings import Settings
-from serve.strict import SettingsError
+from deployments.checkpoints.sources import ROOT
+from serve import app
+from serve.calls.graph import Graph
+from serve.cli import main
+from serve.config.base import SettingsError
+from serve.config.file import read_config
+from serve.config.gpus import Gpus
+from serve.config.settings import Settings
+from serve.operate import preflight
+from serve.planning.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
 from tests.unit.test_settings import written
 
 GPUS = "1x24GiB"
@@ -71,7 +73,7 @@ def test_large_shares_are_started_before_small_ones_take_their_places(monkeypatc
     assert [deployment.name for deployment in built.deployments] == ["b", "d", "a", "c", "ingress"]
     context = SimpleNamespace(deployment="ingress", replica_id=SimpleNamespace(unique_id="1"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr("serve.graph.Model", lambda name, *_: SimpleNamespace(name=name, task="rerank"))
+    monkeypatch.setattr("serve.calls.graph.Model", lambda name, *_: SimpleNamespace(name=name, task="rerank"))
     handles: Any = dict.fromkeys(["b", "d", "a", "c"])
     graph = Graph.of(config, handles, {})
     assert list(graph.models) == ["a", "b", "c", "d"], "of models with a task the config's first is asked by default"
@@ -120,7 +122,7 @@ def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monk
     monkeypatch.setenv("COLUMNS", "200")
     own = {"task": "tests.engines:Shout", "source": "tests", "num_gpus": 0.8}
     file = written(tmp_path, args__models={"own": own, "reranker": RERANKER | {"num_gpus": 0.25}})
-    run = CliRunner().invoke(cli.app, ["plan", "--config", str(file), "--gpus", "2x24GiB"])
+    run = CliRunner().invoke(main.app, ["plan", "--config", str(file), "--gpus", "2x24GiB"])
     assert run.exit_code == 0, run.output
     assert "[own 80%]" in run.output
     assert "[reranker 25%]" in run.output
@@ -130,7 +132,7 @@ def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monk
 
 
 def test_a_plan_names_the_models_that_use_no_gpu() -> None:
-    run = CliRunner().invoke(cli.app, ["plan", "--config", str(ROOT / "configs/local.yaml"), "--gpus", "1x24GiB"])
+    run = CliRunner().invoke(main.app, ["plan", "--config", str(ROOT / "configs/local.yaml"), "--gpus", "1x24GiB"])
     assert run.exit_code == 0
     assert "On the CPU, without num_gpus or gpus: predictor, vision, embedder, reranker" in run.output
 
@@ -189,7 +191,7 @@ def test_a_plan_is_for_the_gpus_of_the_config_unless_told_otherwise() -> None:
 def test_a_plan_marks_what_it_has_worked_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     file = written(tmp_path, args__gpus=GPUS, args__models={"a": RERANKER, "b": RERANKER | {"num_gpus": 0.25}})
-    printed = CliRunner().invoke(cli.app, ["plan", "--config", str(file)]).output
+    printed = CliRunner().invoke(main.app, ["plan", "--config", str(file)]).output
     assert "[a ~" in printed
     assert "[b 25%]" in printed
     assert printed.count("~") == 2

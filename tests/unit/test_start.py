@@ -21,11 +21,12 @@ import pytest
 from ray.serve.schema import ApplicationStatusOverview
 from rich.console import Console
 
-from serve import cluster, environment, preflight, processes, runner
+from serve import paths as places
+from serve.cli.terminal import Loading
+from serve.config.base import SettingsError
+from serve.config.settings import Settings
 from serve.failures import CONFIG, LONGEST, MACHINE, MachineError, one_line
-from serve.settings import Settings
-from serve.strict import SettingsError
-from serve.terminal import Loading
+from serve.operate import cluster, cluster_process, environment, preflight, processes
 from tests.dure import ROOT, free_port
 
 RAISED = """\x1b[36mray::ServeReplica:dure:m.initialize()\x1b[39m (pid=1, ip=127.0.0.1)
@@ -175,18 +176,18 @@ def test_replicas_that_could_never_start_are_seen_before(
 )
 def test_code_that_is_missing_is_seen_before_the_cluster_starts(model: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        runner.check_code(settings(a=model))
+        cluster_process.check_code(settings(a=model))
     assert said in str(caught.value)
 
 
 def test_code_that_is_there_is_taken() -> None:
-    runner.check_code(settings(a={"autoscaling": {"policy": "tests.engines:pairs"}}, b={"task": "rerank"}))
+    cluster_process.check_code(settings(a={"autoscaling": {"policy": "tests.engines:pairs"}}, b={"task": "rerank"}))
 
 
 def test_the_runner_says_what_is_wrong_with_a_config(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("applications: 1", encoding="utf-8")
-    command = [sys.executable, "-m", "serve.runner"]
+    command = [sys.executable, "-m", "serve.operate.cluster_process"]
     run = subprocess.run(
         [*command, str(path)], cwd=ROOT, capture_output=True, timeout=60, encoding="utf-8", check=False
     )
@@ -284,7 +285,7 @@ def test_ports_beside_the_endpoint_are_free_and_none_is_taken_twice() -> None:
 def test_a_state_folder_that_can_not_be_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     paths = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "nowhere": Path("/proc/nowhere")}
-    monkeypatch.setattr(processes, "STATE", paths[kind])
+    monkeypatch.setattr(places, "STATE", paths[kind])
     with pytest.raises(MachineError, match=rf"^{paths[kind]} can't be used for logs and sockets: .*DURE_STATE"):
         processes.make_state()
 

@@ -12,14 +12,14 @@ from llguidance import LLMatcher
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LogitsProcessor
 
-from deployments.engines import load_engine
+from deployments.checkpoints.sources import resolve
+from deployments.engine_loading import load_engine
 from deployments.engines.vision import Look, Vision
 from deployments.images import decode
-from deployments.items import Answer, Question
-from deployments.progress import LoadProgress
-from deployments.sources import resolve
-from deployments.spec import ItemError, ModelSpec, Refusal
-from serve.adverts import JUDGE, Judgement, Validation, validation_prompt
+from deployments.load_progress import LoadProgress
+from deployments.messages import Answer, Question, Refusal
+from deployments.spec import ItemError, ModelSpec
+from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
 from tests.dure import ROOT
 from tests.pictures import encoded, polyglot
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve import errors
+from serve.board.watch import Watch
 from serve.caller import Caller
-from serve.lanes.tickets import Refused
-from serve.routes import ws
-from serve.settings import Limits, Settings
-from serve.watch import Watch
+from serve.config.settings import Limits, Settings
+from serve.queues.tickets import Refused
+from serve.routes import predict_ws
 
 
 class Predictions:
@@ -26,14 +25,14 @@ class Predictions:
     async def of(self, model: Any, prompt: Any, caller: Caller) -> bytes:
         self.tickets.append(caller.ticket)
         if caller.ticket is None:
-            raise errors.queue_full("predictor", Refused(128, 3, "my-ticket"))
+            raise Refused(128, 3, "my-ticket").error("predictor")
         return b"[]"
 
 
 def test_who_is_refused_is_told_of_the_ticket_and_may_bring_it() -> None:
     predictions = Predictions()
     app = FastAPI()
-    app.include_router(ws.router)
+    app.include_router(predict_ws.router)
     app.state.graph = SimpleNamespace(
         settings=Settings.model_construct(limits=Limits(), request_timeout_s=5),
         watch=Watch(),

@@ -1,0 +1,127 @@
+"""What lies in a checkpoint, from its files' headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+from deployments.checkpoints.files import encoder_folder, is_static, read_json
+from deployments.load_progress import LoadProgress
+from deployments.spec import CheckpointError
+
+
+class Layout:
+    """Which shard holds which tensor, and how many bytes each takes up, from the files' headers alone.
+
+    Of weights that lie there twice, those that transformers loads: safetensors before pickles, one file before several.
+    """
+
+    def __init__(
+        self, shards: list[str], tensors: dict[str, tuple[str, int]], shapes: dict[str, list[int]], values: int
+    ) -> None:
+        self.shards = shards
+        self.tensors = tensors
+        self.shapes = shapes
+        """Of each tensor; empty for pickles, which have no header."""
+        self.values = values
+        """Weights in all tensors together."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Layout:
+        """Raises CheckpointError where there are no weights, or an index names a shard that is missing or damaged."""
+        static, folder = is_static(folder), encoder_folder(folder)
+        if not static and not (folder / "config.json").is_file():
+            raise CheckpointError(f"there is no config.json in {folder}")
+        where: dict[str, str]
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            index = folder / f"{name}.index.json"
+            if (folder / name).is_file():
+                where = {}
+            elif index.is_file():
+                where = _weight_map(index)
+            else:
+                continue
+            shards = sorted(set(where.values())) or [name]
+            missing = [shard for shard in shards if PurePath(shard).name != shard or not (folder / shard).is_file()]
+            if missing:
+                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in {index.name}")
+            if name.endswith(".bin"):
+                known = {tensor: (shard, 1) for tensor, shard in where.items()}
+                return cls(shards, known, {}, _pickled_values(folder, shards))
+            headers = {shard: tensors(folder / shard) for shard in shards}
+            sizes = {t: (shard, _bytes(tensor)) for shard in shards for t, tensor in headers[shard].items()}
+            shapes = {t: tensor["shape"] for header in headers.values() for t, tensor in header.items()}
+            return cls(shards, sizes, shapes, sum(map(math.prod, shapes.values())))
+        raise CheckpointError(f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
+
+    def follow(self, parameters: Iterable[tuple[str, Any]], progress: LoadProgress) -> Iterator[tuple[str, Any]]:
+        """Hand on the loader's parameters one by one, reporting the bytes of those it has done with.
+
+        A parameter is done when the next is asked for. Its checkpoint tensors are those collected in its mapping.
+        """
+        pairs = list(parameters)
+        left = {shard: sum(1 for where, _ in self.tensors.values() if where == shard) for shard in self.shards}
+        total = sum(size for _, size in self.tensors.values())
+        done = 0
+        reported = (-1, -1)
+        for number, (name, mapping) in enumerate(pairs, 1):
+            sources = self._sources(name, mapping)
+            yield name, mapping
+            for source in sources:
+                shard, size = self.tensors[source]
+                done += size
+                left[shard] -= 1
+            percent = 100 * (done / total if total else number / len(pairs))
+            if number == len(pairs):  # tensors that the model has no use for are never asked for
+                percent, left = 100, dict.fromkeys(left, 0)
+            complete = sum(1 for count in left.values() if count <= 0)
+            if (int(percent), complete) != reported:
+                reported = (int(percent), complete)
+                progress.checkpoint(percent, complete, len(self.shards))
+
+    def _sources(self, name: str, mapping: Any) -> list[str]:
+        """The names in the checkpoint of the tensors that make up a parameter."""
+        names = {name, *(key for keys in getattr(mapping, "layer_targets", {}).values() for key in keys)}
+        return [key for key in names if key in self.tensors]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor, by the index of a checkpoint in shards."""
+    listed = read_json(index)
+    where = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise CheckpointError(f"{index} is damaged: it has no weight_map of tensors and files")
+    return where
+
+
+def _pickled_values(folder: Path, shards: list[str]) -> int:
+    """About how many weights are in files of torch, by their size: of 16 bits, where the config says so, or 32."""
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    config = folder / "config.json"
+    return size // (2 if config.is_file() and b"float16" in config.read_bytes() else 4)
+
+
+def _bytes(tensor: dict[str, Any]) -> int:
+    begin, end = tensor["data_offsets"]
+    return int(end - begin)
+
+
+def tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """What a safetensors file's header (8 bytes of length, then JSON) says of each tensor."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        size = sum(map(_bytes, header.values()))
+        if path.stat().st_size < 8 + length + size:
+            raise ValueError("it is cut short")
+        return header
+    except (ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

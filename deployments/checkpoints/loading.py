@@ -1,0 +1,190 @@
+"""from_pretrained with progress, precision, fallback and errors that name the file at fault."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from deployments import disk_cache
+from deployments.checkpoints.completeness import Probe, reports, require
+from deployments.checkpoints.layout import Layout
+from deployments.load_progress import LoadProgress
+from deployments.spec import CheckpointError, Facts, Precision, first_line
+
+logger = logging.getLogger("ray.serve")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's layers go, as accelerate understands it; all on one device where `device_map` is None."""
+
+    device_map: str | None = None
+    max_memory: dict[int | str, str] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `from_pretrained`."""
+        if self.device_map is None:
+            return {}
+        return {"device_map": self.device_map} | ({"max_memory": self.max_memory} if self.max_memory else {})
+
+
+def device() -> torch.device:
+    """The GPU that the scheduler gave this process, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def plain_precision() -> Precision:
+    """What `auto` means: half precision where the hardware multiplies it fast, else fp32."""
+    if torch.cuda.is_available():
+        return "fp16"
+    return disk_cache.half_precision() or "fp32"
+
+
+def load_model(
+    load: Callable[..., Model],
+    folder: Path,
+    precision: Precision,
+    progress: LoadProgress,
+    probe: Probe | None = None,
+    quantise: bool = False,
+    placement: Placement = Placement(),
+) -> tuple[Model, Facts]:
+    """Load a model at the asked precision.
+
+    `load(dtype=..., **kwargs)` is a bound `from_pretrained`, `probe` the output of what it loads for some example:
+    weights that the checkpoint lacks are let go where it does not depend on them, and never without a probe.
+    With `quantise`, int8 and int4 go through bitsandbytes while loading; where that fails the model is loaded in plain
+    precision and the reason is in the facts. Without it int8 means torch's dynamic quantisation of the linear layers
+    (CPU only). With a `placement` accelerate spreads the model over devices.
+
+    Raises CheckpointError for files that are missing or damaged, and weights that are missing or don't fit.
+    """
+    loading = partial(_complete, load, folder, progress, probe)
+    wanted = plain_precision() if precision == "auto" else precision
+    reason = None
+    if wanted in ("int8", "int4"):
+        try:
+            if quantise:
+                quantised = _bitsandbytes(wanted)
+                model = loading(dtype=DTYPES[plain_precision()], quantization_config=quantised, **placement.options)
+                return model, _facts(model, wanted)
+            if wanted == "int4" or device().type != "cpu":
+                raise ValueError(f"{wanted} is not available for this kind of model on {device().type}")
+            model = _quantise_dynamically(loading(dtype=torch.float32))
+            return model, _facts(model, wanted)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever the quantiser trips over, the model is still wanted
+            reason = f"{wanted} failed ({type(error).__name__}: {error}), so {plain_precision()} is served"
+            logger.warning(reason)
+            wanted = plain_precision()
+    model = loading(dtype=DTYPES[wanted], **placement.options)
+    if placement.device_map is None:
+        model = model.to(device())
+    return model, _facts(model, wanted, reason)
+
+
+def _complete(
+    load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe | None, **options: Any
+) -> Model:
+    """The model that `load` loads, ready to run. Raises CheckpointError where the checkpoint lacks a part of it."""
+    try:
+        with _watched(folder, progress), reports() as found:
+            model = load(**options)
+    except (ValueError, RuntimeError) as error:
+        of_checkpoint = (
+            "state_dict" in str(error) if isinstance(error, RuntimeError) else "quantization_config" not in options
+        )
+        if not of_checkpoint:
+            raise
+        raise _unreadable(folder, error) from error
+    model.eval()
+    require(model, found, folder, probe)
+    return model
+
+
+def _bitsandbytes(precision: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        # It says at every multiplication that it goes through fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[plain_precision()])
+
+
+def _quantise_dynamically(model: nn.Module) -> Any:
+    import warnings
+
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own deprecation, on every call
+        return quantize_dynamic(  # type: ignore[no-untyped-call]
+            model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
+        )
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes that the weights take up, with the scales of those that bitsandbytes has quantised and with the linear
+    layers that torch has, which keep theirs outside `parameters`.
+    """
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    total = sum(tensor.nbytes + _scales_bytes(tensor) for tensor in tensors)
+    for module in model.modules():
+        packed = getattr(module, "_packed_params", None)
+        if packed is not None and hasattr(module, "weight") and callable(module.weight):
+            weight = module.weight()
+            total += weight.numel() * weight.element_size()
+    return total
+
+
+def _scales_bytes(tensor: Any) -> int:
+    """Of a tensor of bitsandbytes: one for each row in 8 bit, one for each block in 4 bit."""
+    scales = (getattr(tensor, "SCB", None), getattr(getattr(tensor, "quant_state", None), "absmax", None))
+    return sum(each.nbytes for each in scales if each is not None)
+
+
+def _facts(model: nn.Module, precision: str, reason: str | None = None) -> Facts:
+    return Facts(device().type, precision, precision in ("int8", "int4"), weights_bytes(model), reason)
+
+
+@contextmanager
+def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
+    """Report what transformers' loader reads from `folder`, and say which file is at fault when it fails."""
+    layout = Layout.read(folder)
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") == "Loading weights":
+            return layout.follow(args[0], progress)
+        return factory(*args, **kwargs)
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    try:
+        progress.checkpoint(0, 0, len(layout.shards))
+        yield
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError, UnpicklingError) as error:
+        raise _unreadable(folder, error) from error
+    finally:
+        transformers_logging.set_tqdm_hook(previous)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the checkpoint in {folder} can't be read: {first_line(error)}")

@@ -1,0 +1,97 @@
+"""Results of many requests on their way back, as arrays where the engine made arrays.
+
+An engine answers a batch with a list, one result per item, or with a dataclass of arrays whose first axis is the item.
+A caller's requests may run in several batches: each comes back as a `Piece` when it is done, and `Collector` puts the
+pieces together again without touching single items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from deployments.messages import Answers, Refusal
+
+
+class Shares:
+    """Rows of a batch, or of a piece of one, by whom they belong to."""
+
+    def __init__(self) -> None:
+        self.of: dict[Any, tuple[list[int], list[int]]] = {}
+        """Places there, and rows here."""
+
+    def add(self, owner: Any, place: int, row: int) -> None:
+        places, rows = self.of.setdefault(owner, ([], []))
+        places.append(place)
+        rows.append(row)
+
+
+class Collector:
+    """Gathers the results of `count` requests as they come in pieces."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.left = count
+        self.refusals: dict[int, Refusal] = {}
+        self._results: Any = None
+
+    def put(self, places: Sequence[int], results: Any, rows: Sequence[int]) -> None:
+        """`results[rows]` are the results of the requests at `places`."""
+        self.left -= len(places)
+        if not is_dataclass(results):
+            self._put_list(places, results, rows)
+            return
+        into, out = _index(places), _index(rows)
+        if self._results is None:
+            if isinstance(into, slice) and len(places) == self.count:
+                self._results = _each(results, lambda array: array[out])
+                return
+            self._results = _each(results, lambda array: np.zeros((self.count, *array.shape[1:]), array.dtype))
+        for each in fields(results):
+            getattr(self._results, each.name)[into] = getattr(results, each.name)[out]
+
+    def refuse(self, place: int, refusal: Refusal) -> None:
+        """There is no result for the request at `place`."""
+        self.left -= 1
+        self.refusals[place] = refusal
+
+    def answers(self) -> Answers:
+        """What has been gathered, once nothing is `left`."""
+        return Answers([None] * self.count if self._results is None else self._results, self.refusals)
+
+    def _put_list(self, places: Sequence[int], results: Sequence[Any], rows: Sequence[int]) -> None:
+        if self._results is None:
+            self._results = [None] * self.count
+        for place, row in zip(places, rows, strict=True):
+            if isinstance(results[row], Refusal):
+                self.refusals[place] = results[row]
+            else:
+                self._results[place] = results[row]
+
+
+def count(results: Any) -> int:
+    """How many items these results of an engine are of."""
+    return len(getattr(results, fields(results)[0].name) if is_dataclass(results) else results)
+
+
+def take(results: Any, rows: Sequence[int]) -> Any:
+    """These rows of an engine's results."""
+    if is_dataclass(results):
+        picked = _index(rows)
+        return _each(results, lambda array: array[picked])
+    return [results[row] for row in rows]
+
+
+def _index(places: Sequence[int]) -> slice | list[int]:
+    """What picks these places out of an array; a slice, which copies nothing, where they follow each other."""
+    if places and all(place == places[0] + number for number, place in enumerate(places)):
+        return slice(places[0], places[0] + len(places))
+    return list(places)
+
+
+def _each(results: Any, change: Any) -> Any:
+    """The same dataclass with `change` applied to each of its arrays."""
+    return type(results)(**{field.name: change(getattr(results, field.name)) for field in fields(results)})

@@ -1,0 +1,25 @@
+"""Loads the engine of a spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.checkpoints.files import check
+from deployments.checkpoints.sources import resolve
+from deployments.engines.contract import Engine
+from deployments.engines.registry import ENGINES, engine_class
+from deployments.load_progress import LoadProgress
+from deployments.precision.choosing import load_best
+from deployments.spec import ModelSpec
+
+
+def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
+    """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
+    engine = engine_class(spec.task)
+    folder = resolve(spec.source, spec.revision)
+    if spec.task in ENGINES:
+        check(folder)
+    if not hasattr(engine, "calibration"):
+        return engine.load(spec, folder, progress)
+    loaded: Engine[Any, Any, Any] = load_best(engine, spec, folder, progress)
+    return loaded

@@ -1,0 +1,160 @@
+"""One small actor that knows how every replica is; replicas report to it, ingresses listen to it.
+
+A process's report carries all that it has to say of its model and is repeated every second, so no order of arrival
+can leave the board wrong, one that starts anew is complete within a second, and a process that falls silent is known to
+be gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections import defaultdict, deque
+from dataclasses import replace
+from typing import Any
+
+from deployments.load_progress import LoadEvent
+from deployments.spec import Order
+from serve.actors import only
+from serve.board.reloads import Reload, Reloads
+from serve.board.reports import BEAT_S, DIED, HISTORY, LISTEN_S, SILENCE_S, Changes, Key, Replica, Report
+
+logger = logging.getLogger("ray.serve")
+
+NAME = "dure-board"
+LEARN_S = 2.5 * BEAT_S
+"""In which all have said how they are to a board that follows one that has died."""
+
+
+class Board:
+    def __init__(self) -> None:
+        self.epoch, self.started = uuid.uuid4().hex, time.monotonic()
+        self.sequence = 0
+        self.stops = 0
+        self.replicas: dict[Key, Replica] = {}
+        self.reports: dict[Key, Report] = {}
+        self.heard: dict[Key, float] = {}
+        self.history: deque[tuple[Key, Replica | None]] = deque(maxlen=HISTORY)
+        self.changed = asyncio.Event()
+        self.measured: dict[Key, tuple[float, Any]] = {}
+        self.reloads: defaultdict[str, Reloads] = defaultdict(Reloads)
+        self.sweeping: asyncio.Task[None] | None = None
+
+    async def report(self, report: Report) -> Order | None:
+        """Take note of how a process is; answers with what it is to reload, if it is its turn."""
+        key = (report.model, report.process)
+        self.heard[key] = time.monotonic()
+        known = self.reports.get(key)
+        if known is None or report.step > known.step:
+            self._take(report, known.states if known else {})
+        if self.sweeping is None:
+            self.sweeping = asyncio.create_task(self._sweep())
+        if not report.serves:
+            return None
+        return self.reloads[report.model].ready(report.process, self.reports[key].order, self._serving(report.model))
+
+    async def standing(self, model: str, deploy: str) -> Order | None:
+        """What a replica that starts now has to load instead of what its config says."""
+        return self.reloads[model].started(deploy)
+
+    async def order(self, model: str, changes: dict[str, Any]) -> Order:
+        """Have all replicas of a model reload, one after the other. Raises ValueError while they do already."""
+        reports = [report for report in self.reports.values() if report.model == model]
+        deploy = reports[-1].deploy if reports else ""
+        return self.reloads[model].order(deploy, changes, max((report.begun for report in reports), default=0))
+
+    async def reload(self, model: str) -> tuple[Reload | None, int]:
+        """How the model's last order is getting on, and the number of the last change until now."""
+        return self.reloads[model].latest, self.sequence
+
+    async def stop(self) -> None:
+        """The application is about to stop: tell all who listen."""
+        self.stops += 1
+        self._wake()
+
+    async def measure(self, model: str, replica: str, families: Any) -> None:
+        """Take a process's metrics: prometheus_client's families as it collected them."""
+        self.measured[model, replica] = (time.monotonic(), families)
+
+    async def metrics(self) -> dict[Key, Any]:
+        now = time.monotonic()
+        self.measured = {key: value for key, value in self.measured.items() if now - value[0] < SILENCE_S}
+        return {key: families for key, (_, families) in self.measured.items()}
+
+    async def listen(self, epoch: str, since: int, stops: int = 0) -> Changes:
+        """What has changed since a sequence number of this epoch; waits a few seconds for something to change.
+
+        `stops` is what the listener knows of them.
+        """
+        if epoch and epoch != self.epoch:  # one before has died, and not all have said yet how they are
+            await asyncio.sleep(self.started + LEARN_S - time.monotonic())
+        if epoch != self.epoch or self.sequence - since > len(self.history):
+            return Changes(self.epoch, self.sequence, True, list(self.replicas.items()), self.stops)
+        if since == self.sequence and stops == self.stops:
+            changed = self.changed
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), LISTEN_S)
+        missed = self.sequence - since
+        states = list(self.history)[len(self.history) - missed :]
+        return Changes(self.epoch, self.sequence, False, states, self.stops)
+
+    def _serving(self, model: str) -> set[str]:
+        """The model's replicas that are ready."""
+        return {report.process for report in self.reports.values() if report.model == model and report.serves}
+
+    def _take(self, report: Report, before: dict[str, Replica]) -> None:
+        self.reports[report.model, report.process] = report
+        for name in before.keys() - report.states.keys():
+            last = before[name]
+            if last.event.status not in ("ready", "failed"):  # the report that it was ready has been overtaken
+                self._note((report.model, name), replace(last, event=last.event.as_ready()))
+            self._note((report.model, name), None)
+        for name, state in report.states.items():
+            if before.get(name) != state:
+                if state.event.status == "ready" and (name not in before or before[name].event != state.event):
+                    self._forget_failures(report.model)
+                self._note((report.model, name), state)
+        if report.refused:
+            self.reloads[report.model].refused(*report.refused)
+
+    def _note(self, key: Key, state: Replica | None) -> None:
+        if state is None:
+            self.replicas.pop(key, None)
+        else:
+            self.replicas[key] = state
+        self.sequence += 1
+        self.history.append((key, state))
+        self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def _forget_failures(self, model: str) -> None:
+        for key, state in list(self.replicas.items()):
+            if key[0] == model and state.event.status == "failed":
+                self._note(key, None)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for key, heard in list(self.heard.items()):
+                if time.monotonic() - heard > SILENCE_S:
+                    del self.heard[key]
+                    self._bury(self.reports.pop(key))
+
+    def _bury(self, report: Report) -> None:
+        for name, state in report.states.items():
+            if state.event.status == "ready":
+                self._note((report.model, name), None)
+            elif state.event.status != "failed":
+                event = LoadEvent("failed", state.event.progress, f"Failed: {DIED}", f"실패: {DIED}")
+                self._note((report.model, name), replace(state, event=event))
+
+
+def board() -> Any:
+    """The cluster's board, started where there is none."""
+    return only(Board, NAME)

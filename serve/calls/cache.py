@@ -1,0 +1,134 @@
+"""Where answers are kept for a minute: in this process, or in Redis for all of them.
+
+A cache may forget at any time and is asked for nothing that a model could not answer. So nothing here raises: what
+can't be had is computed, and what can't be kept is let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
+
+from serve.config.settings import CacheSettings
+from serve.metrics import CACHE
+
+logger = logging.getLogger("ray.serve")
+
+ENTRY_BYTES = 250
+"""What an entry takes beside its key and value: the objects that hold them and a place in the dictionary."""
+REST_S = 1.0
+"""A Redis that failed is left alone for so long, so that no request but the first waits for it to time out."""
+CONNECTIONS = 64
+PREFIX = "dure:"
+
+
+class Cache(Protocol):
+    async def get(self, key: str) -> bytes | None:
+        """The value, unless it was never kept or is no longer known."""
+
+    async def set(self, key: str, value: bytes) -> None:
+        """Keep the value for as long as the cache keeps things."""
+
+
+def cache_of(settings: CacheSettings) -> Cache | None:
+    """The cache that a config asks for; None where it wants none."""
+    if not settings.ttl_s:
+        return None
+    if settings.url.startswith("memory:"):
+        return MemoryCache(settings.ttl_s, int(settings.max_mb * 2**20))
+    return RedisCache(settings.url, settings.ttl_s, settings.timeout_s)
+
+
+class MemoryCache:
+    """Holds `max_bytes`; the oldest entries go first."""
+
+    def __init__(self, ttl_s: float, max_bytes: int) -> None:
+        self.ttl_s = ttl_s
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._entries: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        """Until when each is good, and its value; in the order in which they run out."""
+
+    async def get(self, key: str) -> bytes | None:
+        until, value = self._entries.get(key, (0.0, b""))
+        return value if until > time.monotonic() else None
+
+    async def set(self, key: str, value: bytes) -> None:
+        now = time.monotonic()
+        self._drop(key)
+        self._entries[key] = (now + self.ttl_s, value)
+        self.nbytes += _size(key, value)
+        while self._entries:
+            oldest = next(iter(self._entries))
+            if self.nbytes <= self.max_bytes and self._entries[oldest][0] > now:
+                break
+            self._drop(oldest)
+
+    def _drop(self, key: str) -> None:
+        if key in self._entries:
+            self.nbytes -= _size(key, self._entries.pop(key)[1])
+
+
+class RedisCache:
+    """A Redis that may be slow, full or gone: then it answers nothing and is tried again a second later.
+
+    A value is kept behind its key's hash, which is compared when it comes back: an answer that got onto the wrong
+    connection, or was written there by somebody else, is no answer.
+    """
+
+    def __init__(self, url: str, ttl_s: float, timeout_s: float) -> None:
+        self.ttl_ms = max(1, int(ttl_s * 1000))
+        self.rests_until = 0.0
+        self.redis: Redis = Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            max_connections=CONNECTIONS,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    async def get(self, key: str) -> bytes | None:
+        kept = await self._ask(lambda: self.redis.get(PREFIX + key))
+        seal = _seal(key)
+        return kept[len(seal) :] if isinstance(kept, bytes) and kept.startswith(seal) else None
+
+    async def set(self, key: str, value: bytes) -> None:
+        await self._ask(lambda: self.redis.set(PREFIX + key, _seal(key) + value, px=self.ttl_ms))
+
+    async def _ask(self, command: Callable[[], Awaitable[object]]) -> object:
+        if time.monotonic() < self.rests_until:
+            return None
+        # Shielded: a command whose caller leaves in the middle would leave its answer to the next one.
+        return await asyncio.shield(self._answer(command))
+
+    async def _answer(self, command: Callable[[], Awaitable[object]]) -> object:
+        try:
+            return await command()
+        except MaxConnectionsError:  # a rush, which says nothing of Redis
+            pass
+        except ResponseError as error:  # it is there, but refuses this: its memory is full
+            CACHE.labels("error").inc()
+            logger.warning("Redis refuses: %s", error)
+        except (RedisError, OSError, TimeoutError) as error:
+            CACHE.labels("error").inc()
+            logger.warning("Redis can't be used and is tried again in %g s: %r", REST_S, error)
+            self.rests_until = time.monotonic() + REST_S
+        return None
+
+
+def _size(key: str, value: bytes) -> int:
+    return len(key) + len(value) + ENTRY_BYTES
+
+
+def _seal(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

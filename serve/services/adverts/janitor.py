@@ -1,0 +1,112 @@
+"""What is to be done now and then: end leases that are over, sweep up what was cut short, and delete what is old."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+import time
+import uuid
+from collections.abc import Callable
+
+from serve.config.settings import Settings
+from serve.errors import DureError
+from serve.services.adverts.jobs import Jobs
+from serve.services.adverts.stages import Stages
+from serve.services.adverts.uploads import Uploads
+from serve.store.database import DiskFull
+from serve.store.outbox import Outbox
+from serve.store.tables import now
+
+logger = logging.getLogger("ray.serve")
+
+TIDY_EVERY_S = 300.0
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 5.0
+"""Between two rounds: shorter where a file could not be written, so that it is soon told."""
+AT_ONCE = 100
+
+
+class Janitor:
+    def __init__(
+        self,
+        stages: Stages,
+        jobs: Jobs,
+        outbox: Outbox,
+        uploads: Uploads,
+        settings: Settings,
+        report: Callable[[str], object],
+    ) -> None:
+        """`report` hears what stands in the way of writing files each time that it is looked for; empty for nothing."""
+        self.stages, self.jobs, self.outbox, self.uploads = stages, jobs, outbox, uploads
+        self.assets = uploads.assets
+        self.settings = settings
+        self.report = report
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; needs a running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def delete(self, tenant_id: str, job_id: uuid.UUID | None = None) -> int:
+        """Delete a tenant's jobs that there are now, or one of them, and their uploads; how many jobs there were."""
+        with contextlib.suppress(DiskFull):  # then deleting jobs may make room
+            await self.uploads.drop(tenant_id, job_id)
+        count = await self._delete_jobs(tenant_id, job_id, now())
+        await self.uploads.drop(tenant_id, job_id)
+        return count
+
+    async def _delete_jobs(self, tenant_id: str, job_id: uuid.UUID | None, before: datetime.datetime) -> int:
+        """Files go first, so that what is cut short can be begun again, and a full disk has room for it; and once more
+        when the rows are gone, for those that came in between."""
+        count = 0
+        while jobs := await self.jobs.of_tenant(tenant_id, job_id, before, AT_ONCE):
+            for job in jobs:
+                await self.assets.delete(str(job))
+            await self.jobs.forget(jobs)
+            for job in jobs:
+                await self.assets.delete(str(job))
+            count += len(jobs)
+        return count
+
+    async def _run(self) -> None:
+        tidied_at = -TIDY_EVERY_S
+        while True:
+            self.uploads.troubled.clear()
+            try:
+                self.report(await self.assets.problem() or await self.jobs.database.problem())
+                if ended := await self.stages.expire():
+                    logger.warning("%d stages have failed: their calls died", ended)
+                if time.monotonic() - tidied_at > TIDY_EVERY_S:
+                    tidied_at = time.monotonic()
+                    await self._tidy()
+            except DureError as error:
+                logger.warning("leases, uploads and old jobs wait: %s", error)
+            except Exception:
+                logger.exception("leases, uploads and old jobs wait")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
+                    await self.uploads.troubled.wait()
+                    await asyncio.sleep(SHORTEST_LOOK_S)
+
+    async def _tidy(self) -> None:
+        await self.jobs.database.hold_room()
+        if swept := await self.uploads.sweep():
+            logger.info("%d uploads were cut short; their files are deleted", swept)
+        if ended := await self.outbox.set_aside(self.settings.webhook is not None):
+            logger.warning("%d events are not delivered: there was no webhook when they happened", ended)
+        await self._delete_old()
+
+    async def _delete_old(self) -> None:
+        store = self.settings.store
+        periods = [days for days in (store.retention_days, *store.tenant_retention_days.values()) if days is not None]
+        if not periods:
+            return
+        for tenant_id in await self.jobs.tenants(_ago(min(periods))):
+            days = store.tenant_retention_days.get(tenant_id, store.retention_days)
+            if days is not None and (count := await self._delete_jobs(tenant_id, None, _ago(days))):
+                logger.info("%d jobs of tenant %s were over %g days old and are deleted", count, tenant_id, days)
+
+
+def _ago(days: float) -> datetime.datetime:
+    return now() - datetime.timedelta(days=days)

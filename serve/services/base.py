@@ -1,0 +1,20 @@
+"""What composed services have in common: any of their calls can be followed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from serve.progress import followed
+
+
+class Service:
+    async def followed(self, method: str, *arguments: Any, **known: Any) -> AsyncIterator[Any]:
+        """The Progress of a call, and at last its result."""
+        call = getattr(self, method)
+        async with contextlib.aclosing(
+            followed(lambda following: call(*arguments, **known, following=following))
+        ) as progress:
+            async for each in progress:
+                yield each
