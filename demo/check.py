@@ -20,7 +20,7 @@ from deployments.checkpoints.sources import ROOT
 from deployments.engine_loading import load_engine
 from deployments.load_progress import LoadProgress
 from deployments.messages import Pair, Prompt, Question
-from deployments.spec import ModelSpec
+from serve.config.tasks import model_spec
 
 BATCH = 8
 
@@ -29,7 +29,7 @@ def engine(name: str) -> Any:
     """The engine of a model as configs/local.yaml serves it."""
     config = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
     settings = config["applications"][0]["args"]["models"][name]
-    return load_engine(ModelSpec(name, settings["task"], settings["source"]), LoadProgress(lambda _: None))
+    return load_engine(model_spec(name, settings["task"], settings["source"]), LoadProgress(lambda _: None))
 
 
 def predictor(engine: Any) -> next_word.Predict:

@@ -87,7 +87,7 @@ def batch_sizes(spec: ModelSpec, sizes: list[int]) -> BatchSizes:
 def precisions(spec: ModelSpec) -> dict[str, Any]:
     """All candidates beside the original, and which is chosen. Raises ValueError where there is nothing to choose."""
     folder = resolve(spec.source, spec.revision)
-    return choosing.measure(engine_class(spec.task), spec, folder, LoadProgress(lambda _: None))
+    return choosing.measure(engine_class(spec), spec, folder, LoadProgress(lambda _: None))
 
 
 def _time(engine: Any, batch: list[Any]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from deployments.checkpoints.files import check
 from deployments.checkpoints.sources import resolve
 from deployments.engines.contract import Engine
-from deployments.engines.registry import ENGINES, engine_class
+from deployments.engines.registry import engine_class
 from deployments.load_progress import LoadProgress
 from deployments.precision.choosing import load_best
 from deployments.spec import ModelSpec
@@ -15,9 +15,9 @@ from deployments.spec import ModelSpec
 
 def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
     """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
-    engine = engine_class(spec.task)
+    engine = engine_class(spec)
     folder = resolve(spec.source, spec.revision)
-    if spec.task in ENGINES:
+    if getattr(engine, "checks_files", False):
         check(folder)
     if not hasattr(engine, "calibration"):
         return engine.load(spec, folder, progress)

@@ -100,6 +100,8 @@ class GpuShare:
 
 def planned_bytes(spec: ModelSpec) -> int | None:
     """What `dure plan` says that a replica takes; None for a model of a kind that it does not know."""
+    if not spec.footprint:
+        return None
     try:
         return footprint(spec, resolve(spec.source, spec.revision, download=False)).total
     except Exception as error:  # a config of another kind may lack anything; the model serves all the same

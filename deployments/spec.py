@@ -15,7 +15,7 @@ class ModelSpec:
 
     name: str
     task: str
-    """`next_word`, `vision`, `embedding`, `rerank`, or `MODULE:CLASS` of an engine outside Dure."""
+    """What the model is for, or `MODULE:CLASS` of an engine outside Dure."""
     source: str
     """A folder below the project's root, an absolute folder, `package:IMPORT_NAME/FOLDER` or a hub id."""
     revision: str | None = None
@@ -32,6 +32,11 @@ class ModelSpec:
     """How a model is spread over several GPUs, as accelerate understands it; None: it has one device."""
     max_memory: dict[int | str, str] | None = None
     """Of each GPU, and of the `cpu`, that it may be spread over."""
+    engine: str = ""
+    """MODULE:CLASS of the engine. If empty, `task` is that."""
+    footprint: str = ""
+    """MODULE:FUNCTION that works out the GPU memory of a replica, from this spec and the checkpoint's folder. Empty if
+    nothing is known about it."""
     prefix_cache_mb: float = 256
     """For what was read of prompts that others may begin with."""
     max_batch_items: int = 32

@@ -15,8 +15,8 @@ import torch
 from deployments.batching.once import parallel
 from deployments.engine_loading import load_engine
 from deployments.load_progress import LoadProgress
-from deployments.spec import ModelSpec
 from loadtests.load import Measure, Workload
+from serve.config.tasks import model_spec
 
 Draw = Callable[[int], list[Any]]
 """A set of requests from a seed."""
@@ -35,7 +35,7 @@ class Bare:
     def __init__(self, task: str, source: str, precision: str, runtime: str) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         self.engine = load_engine(
-            ModelSpec(name="bare", task=task, source=source, precision=precision, runtime=runtime),
+            model_spec(name="bare", task=task, source=source, precision=precision, runtime=runtime),
             LoadProgress(lambda event: None),
         )
         self.engine.warm_up()

@@ -26,13 +26,14 @@ from deployments.engine_loading import load_engine
 from deployments.engines.predictor import Predictor
 from deployments.load_progress import LoadProgress
 from deployments.messages import Prompt
-from deployments.spec import ModelSpec, Precision
+from deployments.spec import Precision
 from loadtests import servers
 from loadtests.check import WrongAnswers
 from loadtests.load import Measure, Workload, load
 from loadtests.next_word import write_checkpoint
 from loadtests.peers.full_passes import FullPasses
 from loadtests.report import Report, Result, machine
+from serve.config.tasks import model_spec
 
 FOLDER = servers.BENCH / "next-word"
 PRECISION: Precision = "bf16"
@@ -92,7 +93,7 @@ def main() -> None:
                 report.add(workload, Result("full passes", dtype, _one_by_one(peer, workload, number)))
     report.finish()
     del peer
-    spec = ModelSpec("m", "next_word", DURE["source"], precision=PRECISION)
+    spec = model_spec("m", "next_word", DURE["source"], precision=PRECISION)
     engine = load_engine(spec, LoadProgress(lambda event: None))
     assert isinstance(engine, Predictor)
     _limits(engine, workloads)

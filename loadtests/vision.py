@@ -31,11 +31,12 @@ from deployments.engine_loading import load_engine
 from deployments.engines.vision import CONVERSATION, Vision
 from deployments.load_progress import LoadProgress
 from deployments.messages import Answer, Question
-from deployments.spec import ModelSpec, Precision
+from deployments.spec import Precision
 from loadtests import servers
 from loadtests.llava import SHAPES, SIDE, write_checkpoint
 from loadtests.load import texts
 from loadtests.report import machine
+from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import Validation, validation_prompt
 
 CLIENTS = 8
@@ -99,7 +100,7 @@ def copy() -> str:
 def _engine(source: str, precision: Precision, questions: int) -> int:
     """Load the engine alone and have it answer; tokens of an answer."""
     started = time.perf_counter()
-    engine = load_engine(ModelSpec("m", "vision", source, precision=precision), LoadProgress(lambda _: None))
+    engine = load_engine(model_spec("m", "vision", source, precision=precision), LoadProgress(lambda _: None))
     assert isinstance(engine, Vision)
     loaded_s = time.perf_counter() - started
     asked = [Question(picture(), validation_prompt(copy()), SCHEMA) for _ in range(questions)]

@@ -1,6 +1,7 @@
 """Builds the ingress graph that a config file describes: `import_path: serve.app:build`."""
 
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` to validate what it passes.
+import importlib
 import uuid
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,7 @@ from serve.config.model import Autoscaling, ModelSettings
 from serve.config.settings import Settings
 from serve.ingress import Ingress
 from serve.planning.plan import with_shares
-from serve.services.adverts.service import MAX_FOLLOWERS, Adverts
-from serve.services.search import Search
+from serve.services.base import Service
 
 HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 10
@@ -34,26 +34,7 @@ def build(settings: Settings) -> Application:
     deploy = uuid.uuid4().hex
     largest_first = sorted(settings.models.items(), key=lambda item: -item[1].gpu_share)  # Serve starts them in order
     models = {name: _model(name, model, settings, deploy) for name, model in largest_first}
-    services: dict[str, Application] = {}
-    if "search" in settings.services:
-        search = serve.deployment(Search).options(
-            name="search",
-            num_replicas=settings.search.replicas,
-            ray_actor_options={"num_cpus": settings.search.num_cpus},
-            max_ongoing_requests=2 * settings.search.most,
-            **_lifecycle(settings),
-        )
-        services["search"] = search.bind(settings, models)
-    if settings.keeps_record:
-        adverts = serve.deployment(Adverts).options(
-            name="adverts",
-            num_replicas=settings.adverts.replicas,
-            ray_actor_options={"num_cpus": settings.adverts.num_cpus},
-            max_ongoing_requests=2 * settings.adverts.most + MAX_FOLLOWERS,
-            max_constructor_retry_count=CONSTRUCTOR_TRIES,
-            **_lifecycle(settings),
-        )
-        services["adverts"] = adverts.bind(settings, models)
+    services = {name: _service(name, settings, models) for name in settings.active_services}
     return (
         serve.deployment(Ingress)
         .options(
@@ -65,6 +46,25 @@ def build(settings: Settings) -> Application:
         )
         .bind(settings, models, services)
     )
+
+
+def _service(name: str, settings: Settings, models: dict[str, Application]) -> Application:
+    known, service = settings.service(name), _class_at(settings.entry(name).deployment)
+    deployment = serve.deployment(service).options(
+        name=name,
+        num_replicas=known.replicas,
+        ray_actor_options={"num_cpus": known.num_cpus},
+        max_ongoing_requests=2 * known.most + service.max_streams,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+        **_lifecycle(settings),
+    )
+    return deployment.bind(settings, models)
+
+
+def _class_at(path: str) -> type[Service]:
+    module, _, name = path.partition(":")
+    found: type[Service] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> Application:

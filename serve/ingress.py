@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -14,38 +15,32 @@ from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
 from serve.calls.graph import Graph
+from serve.config.services import SERVICES
 from serve.config.settings import Settings
 from serve.errors import DureError
 from serve.http.error_shapes import of_validation, response, sent_path
 from serve.http.fast_path import DirectApp
 from serve.http.server import ServerBounds, serve_behind
-from serve.routes import embeddings, health, loading, metrics, models, predict, predict_ws, queues, rerank, search
-from serve.routes.adverts import job_events, jobs, stages, vision
+from serve.routes import embeddings, health, loading, metrics, models, predict, predict_ws, queues, rerank
+from serve.routes.adverts import vision
 
-ROUTERS = (
-    health,
-    models,
-    loading,
-    predict,
-    embeddings,
-    rerank,
-    search,
-    vision,
-    jobs,
-    stages,
-    job_events,
-    predict_ws,
-    queues,
-    metrics,
-)
+ROUTES = (health, models, loading, predict, embeddings, rerank, vision, predict_ws, queues, metrics)
+"""Those that no service brings along."""
+
+
+def routers(settings: Settings) -> list[APIRouter]:
+    """Of all endpoints, those of services too."""
+    entries = (*SERVICES.values(), *(own.entry for own in settings.services.values()))
+    modules = [importlib.import_module(path) for entry in entries for path in entry.routes]
+    return [module.router for module in (*ROUTES, *modules)]
 
 
 def make_app(graph: Graph) -> DirectApp:
     """All routes over a graph."""
     app = DirectApp(title="Dure", description="Many models from few GPUs behind one endpoint.")
     app.state.graph = graph
-    for module in ROUTERS:
-        app.include_router(module.router)
+    for router in routers(graph.settings):
+        app.include_router(router)
     app.add_exception_handler(DureError, _dure_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -38,7 +38,7 @@ from serve.config.settings import Settings
 from serve.http.fast_path import DirectApp
 from serve.http.requests import Body
 from serve.http.server import ServerBounds, serve_behind
-from serve.ingress import ROUTERS, make_app
+from serve.ingress import make_app, routers
 from serve.queues.client import Lanes
 from serve.services.adverts.verdicts import Judgement
 from tests.dure import free_port
@@ -279,7 +279,12 @@ def held_back(server: Running, model: str) -> Iterator[None]:
 
 def json_endpoints() -> list[tuple[str, type[Body]]]:
     """Every endpoint that takes JSON, with its model; the part of a path that names a model is filled in."""
-    routes = [route for module in ROUTERS for route in module.router.routes if isinstance(route, APIRoute)]
+    routes = [
+        route
+        for router in routers(Settings.model_validate({"models": MODELS}))
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    ]
     return [
         (route.path.replace("{name}", "shout"), parameter.annotation)
         for route in routes

@@ -6,6 +6,7 @@ the prefixes that are kept; what the largest batch computes in between; and what
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,31 @@ INT4_BYTES = 0.5 + 4 / 64
 SINGLE = 4
 PLAIN_BYTES = {"fp32": SINGLE, "fp16": HALF, "bf16": HALF, "auto": HALF}
 """Of a weight that is not quantised, and of all that is computed; what bitsandbytes quantises is computed in 16 bit."""
-PROMPT_TOKENS = {"next_word": 128, "vision": 256}
-"""Of text, at most or as a rule."""
 CANDIDATES, GROWN_TOKENS = 50, 9
 """Of next words at the largest `top_k` that the API takes: what may grow side by side, and the tokens of each that are
 read until it has its last one (MAX_FIRST_TOKENS and MAX_WORD_TOKENS in engines/predictor.py)."""
 HEAD_ROWS = 256
 """Of candidates, whose words' probabilities are worked out at once (engines/predictor.py)."""
-NEW_TOKENS = {"next_word": CANDIDATES * GROWN_TOKENS, "vision": 512}
 ROOM_TOKENS = 64
 """That a sequence is given beyond what it has read."""
 LAYER_WIDTHS, INNER_WIDTHS = 8, 2
 """Rows of a layer that live at once, in widths of the model and of its inner layer: the residual, the normed input,
 queries, keys, values, attention's result and its projection, the sum; gate and up projection."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kind of model does with an item, as far as it takes memory."""
+
+    prompt_tokens: int = 0
+    """Tokens of text that it reads, at most or as a rule."""
+    new_tokens: int = 0
+    """Tokens that it writes; 0 for models that keep no keys and values."""
+    candidates: int = 0
+    """Continuations that grow side by side on the same positions; 0 for a model that writes a single one."""
+    sees_images: bool = False
+    quantises: bool = False
+    """Do int8 and int4 go through bitsandbytes?"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,29 @@ class Footprint:
         return self.weights + self.cache + self.activations + self.context
 
 
+def next_word(spec: ModelSpec, folder: Path) -> Footprint:
+    """Of a replica that predicts words. Raises CheckpointError where config or headers can't be read."""
+    return _footprint(spec, folder, Work(128, CANDIDATES * GROWN_TOKENS, CANDIDATES))
+
+
+def vision(spec: ModelSpec, folder: Path) -> Footprint:
+    """Of a replica that answers questions about images. Raises CheckpointError as above."""
+    return _footprint(spec, folder, Work(256, 512, sees_images=True, quantises=True))
+
+
+def encoder(spec: ModelSpec, folder: Path) -> Footprint:
+    """Of a replica that embeds texts or scores pairs. Raises CheckpointError as above."""
+    return _footprint(spec, folder, Work())
+
+
 def footprint(spec: ModelSpec, folder: Path) -> Footprint:
-    """What one replica takes. Raises CheckpointError where config or headers can't be read."""
+    """What one replica takes, by the function that its spec names. Raises CheckpointError as above."""
+    module, _, name = spec.footprint.partition(":")
+    found: Footprint = getattr(importlib.import_module(module), name)(spec, folder)
+    return found
+
+
+def _footprint(spec: ModelSpec, folder: Path, work: Work) -> Footprint:
     from transformers import AutoConfig  # here, because a config that says all shares is served without it
 
     try:
@@ -66,20 +100,20 @@ def footprint(spec: ModelSpec, folder: Path) -> Footprint:
         raise CheckpointError(f"the config in {folder} can't be read: {error}") from error
     text = getattr(config, "text_config", config)
     value = PLAIN_BYTES.get(spec.precision, HALF)
-    weights = _weights(spec, folder, value)
+    weights = _weights(spec, folder, value, work)
     try:
-        activations = _activations(spec, text, value)
-        if spec.task == "vision":
+        activations = _activations(spec, text, value, work)
+        if work.sees_images:
             activations += _tower(spec, config.vision_config, value)
-        cache = _cache(spec, config, text, value)
+        cache = _cache(spec, config, text, value, work)
     except AttributeError as error:
         raise CheckpointError(f"the config in {folder} is of no kind that is known here: {error}") from error
     return Footprint(round((1 + SLACK) * weights), cache, round((1 + SLACK) * activations))
 
 
-def _weights(spec: ModelSpec, folder: Path, plain: int) -> int:
+def _weights(spec: ModelSpec, folder: Path, plain: int, work: Work) -> int:
     layout = Layout.read(folder)
-    if spec.task != "vision" or spec.precision not in ("int8", "int4"):
+    if not work.quantises or spec.precision not in ("int8", "int4"):
         return plain * layout.values
     if not layout.shapes:
         return round(layout.values * (1 if spec.precision == "int8" else INT4_BYTES))
@@ -101,30 +135,31 @@ def _quantised(shape: list[int], precision: str) -> float:
     return values + INT8_ROW_BYTES * shape[0] if precision == "int8" else INT4_BYTES * values
 
 
-def _cache(spec: ModelSpec, config: Any, text: Any, value: int) -> int:
+def _cache(spec: ModelSpec, config: Any, text: Any, value: int, work: Work) -> int:
     """Keys and values of as many sequences as may be on their way, at their longest."""
-    if spec.task not in NEW_TOKENS:
+    if not work.new_tokens:
         return 0
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     of_token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width * value
-    read, new = getattr(config, "image_seq_length", 0) + PROMPT_TOKENS[spec.task], NEW_TOKENS[spec.task]
-    if spec.task == "next_word":  # candidates share positions
+    read, new = getattr(config, "image_seq_length", 0) + work.prompt_tokens, work.new_tokens
+    if work.candidates:  # they share positions
         tokens = min(read, text.max_position_embeddings) + new
     else:
         tokens = min(read + new, text.max_position_embeddings)
     return int(spec.max_batch_items * (tokens + ROOM_TOKENS) * of_token + spec.prefix_cache_mb * 2**20)
 
 
-def _activations(spec: ModelSpec, text: Any, value: int) -> int:
+def _activations(spec: ModelSpec, text: Any, value: int, work: Work) -> int:
     """Of the largest batch, or step, and of its words' scores: as the model has them, in float32 and what is made of
     them.
     """
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * text.hidden_size
     layer = spec.max_batch_tokens * (LAYER_WIDTHS * text.hidden_size + INNER_WIDTHS * inner) * value
     items = spec.max_batch_items
-    begun, grown = 2 * items, min(CANDIDATES * items, HEAD_ROWS)  # of a first token more is worked out than of others
-    rows = {"next_word": max(begun, grown), "vision": items}.get(spec.task, 0)
+    rows = items if work.new_tokens else 0
+    if work.candidates:
+        rows = max(2 * items, min(work.candidates * items, HEAD_ROWS))  # a first token takes twice as much
     return int(layer + rows * text.vocab_size * (value + 2 * SINGLE))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from deployments.load_progress import LoadProgress
 from deployments.spec import Facts, ModelSpec
@@ -23,6 +23,8 @@ class Engine(Protocol[Request, Item, Result]):
     """
 
     facts: Facts
+    checks_files: ClassVar[bool] = False
+    """Is the checkpoint's folder checked for missing and damaged files before `load`?"""
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Engine[Request, Item, Result]:

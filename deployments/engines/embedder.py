@@ -18,6 +18,7 @@ class Embedder:
     """One item is one text's token ids; a batch's vectors are those that sentence-transformers' `encode` makes."""
 
     runtimes = ("openvino", "torch")
+    checks_files = True
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder

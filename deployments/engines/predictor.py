@@ -55,6 +55,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
     """
 
     runtimes = ("torch",)
+    checks_files = True
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: Facts, prefix_bytes: int

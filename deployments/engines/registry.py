@@ -1,4 +1,4 @@
-"""Finds and loads the engine of a task."""
+"""Finds engines by their names."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import importlib
 from typing import Any
 
 from deployments.engines.contract import Engine
-from deployments.spec import CheckpointError, first_line
-
-ENGINES = {
-    "next_word": "deployments.engines.predictor:Predictor",
-    "vision": "deployments.engines.vision:Vision",
-    "embedding": "deployments.engines.embedder:Embedder",
-    "rerank": "deployments.engines.reranker:Reranker",
-}
+from deployments.spec import CheckpointError, ModelSpec, first_line
 
 
-def engine_class(task: str) -> type[Engine[Any, Any, Any]]:
-    """The engine of a task, or of `MODULE:CLASS`. Raises CheckpointError where there is none."""
+def engine_class(spec: ModelSpec) -> type[Engine[Any, Any, Any]]:
+    """The engine of a spec. Raises CheckpointError where there is none."""
+    path = spec.engine or spec.task
     try:
-        return engine_at(ENGINES.get(task, task))
-    except Exception as error:  # a module of a user's may fail in any way
-        raise CheckpointError(f"task {task!r}: no engine {ENGINES.get(task, task)!r} ({first_line(error)})") from error
+        return engine_at(path)
+    except Exception as error:  # a user's module may fail in any way
+        raise CheckpointError(f"task {spec.task!r}: no engine {path!r} ({first_line(error)})") from error
 
 
 def engine_at(path: str) -> type[Engine[Any, Any, Any]]:

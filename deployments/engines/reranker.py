@@ -21,6 +21,7 @@ class Reranker:
     """One item is a query and a document as one row of token ids; its result is the model's logit."""
 
     runtimes = ("openvino", "torch")
+    checks_files = True
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder

@@ -77,6 +77,8 @@ class Vision(Stepping[Question, Seen, Look]):
     What was read of the last prompts is kept: of the same image with other copy, only the copy is read.
     """
 
+    checks_files = True
+
     def __init__(
         self, model: LlavaForConditionalGeneration, processor: ProcessorMixin, facts: Facts, prefix_bytes: int
     ) -> None:

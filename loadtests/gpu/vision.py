@@ -20,11 +20,12 @@ from deployments.engine_loading import load_engine
 from deployments.engines.vision import Look, Vision
 from deployments.load_progress import LoadProgress
 from deployments.messages import Answer, Question
-from deployments.spec import ModelSpec, Precision
+from deployments.spec import Precision
 from loadtests.llava import SHAPES, write_checkpoint
 from loadtests.report import machine
 from loadtests.servers import BENCH
 from loadtests.vision import SCHEMA, copy, picture
+from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import validation_prompt
 
 AT_ONCE = 16
@@ -52,7 +53,7 @@ def main() -> None:
 
 def _measure(folder: Path, precision: Precision, bandwidth: float) -> None:
     started = time.perf_counter()
-    spec = ModelSpec("m", "vision", str(folder), precision=precision, prefix_cache_mb=0)
+    spec = model_spec("m", "vision", str(folder), precision=precision, prefix_cache_mb=0)
     engine = load_engine(spec, LoadProgress(lambda _: None))
     assert isinstance(engine, Vision)
     engine.warm_up()

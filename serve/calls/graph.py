@@ -20,7 +20,6 @@ from serve.calls.coalescer import Coalescer
 from serve.calls.deployment import Deployment
 from serve.calls.model import Model
 from serve.calls.next_words import Predictions
-from serve.config.services import NEEDS
 from serve.config.settings import Settings
 from serve.metrics import REGISTRY
 from serve.progress import Following
@@ -84,7 +83,9 @@ class Graph:
             for name, model in self.models.items():
                 model.gate.overload = partial(self._overload, [name])
             for name, service in self.services.items():
-                service.gate.overload = partial(self._overload, [self.model(task).name for task in NEEDS[name]])
+                service.gate.overload = partial(
+                    self._overload, [self.model(task).name for task in self.settings.entry(name).needs]
+                )
         self.lanes.start([each.gate for each in (*self.models.values(), *self.services.values())])
         self.reporter.open(*self.me, REGISTRY)
 

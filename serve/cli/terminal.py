@@ -20,19 +20,9 @@ from rich.progress import (
 )
 
 from serve.config.file import ConfigFile
+from serve.config.tasks import task_of
 
-ENDPOINTS = {
-    "next_word": ["POST /predict"],
-    "embedding": ["POST /v1/embeddings"],
-    "rerank": ["POST /v1/rerank"],
-    "vision": ["POST /v1/vision/validate", "POST /v1/vision/judge"],
-}
 ALWAYS = ["GET /health", "GET /v1/models", "GET /model/upload-stream", "GET /metrics", "GET /docs"]
-EXAMPLES = {
-    "next_word": ("/predict", '{"text": "오늘 날씨가"}'),
-    "embedding": ("/v1/embeddings", '{"input": "hello"}'),
-    "rerank": ("/v1/rerank", '{"query": "deposit", "documents": ["The deposit is due.", "It rains."]}'),
-}
 
 
 class Loading:
@@ -98,16 +88,13 @@ class Fetching:
 
 def print_ready(console: Console, config: ConfigFile) -> None:
     """The address, the endpoints, and a curl to try."""
-    tasks = list(dict.fromkeys(model.task for model in config.settings.models.values()))
-    endpoints = [endpoint for task in tasks for endpoint in ENDPOINTS.get(task, [])]
-    if {"embedding", "rerank"} <= set(tasks):
-        endpoints.append("POST /v1/search")
-    endpoints += [
-        f"POST /v1/models/{name}/run" for name, model in config.settings.models.items() if model.task not in ENDPOINTS
-    ]
+    settings = config.settings
+    tasks = {name: task_of(model.task) for name, model in settings.models.items()}
+    endpoints = [endpoint.format(name=name) for name, task in tasks.items() for endpoint in task.endpoints]
+    endpoints += [endpoint for name in settings.active_services for endpoint in settings.entry(name).endpoints]
     console.print(f"Ready: {config.url}", style="bold green", highlight=False)
-    for endpoint in endpoints + ALWAYS:
+    for endpoint in dict.fromkeys(endpoints + ALWAYS):
         console.print(f"  {endpoint}", highlight=False, markup=False)
-    path, body = next((EXAMPLES[task] for task in tasks if task in EXAMPLES), ("/v1/models", ""))
+    path, body = next((task.example for task in tasks.values() if task.example), ("/v1/models", ""))
     data = f" -H 'Content-Type: application/json' -d '{body}'" if body else ""
     console.print(f"Try:\n  curl {config.url}{path}{data}", highlight=False, markup=False, soft_wrap=True)

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from deployments.spec import ModelSpec, Precision, Runtime
 from serve.config.base import SettingsError, Strict, unknown_name
+from serve.config.tasks import TASKS, model_spec
 
-TASKS = ("next_word", "vision", "embedding", "rerank")
 DAY_S = 86_400.0
 MOST_REPLICAS = 1000
 MOST_CPUS = 1024
@@ -79,7 +79,7 @@ class ModelSettings(Strict):
     """One model. Its name may have 64 letters, digits, dots, dashes and underscores."""
 
     task: Annotated[str, AfterValidator(_known_task)] = Field(
-        description="`next_word`, `vision`, `embedding`, `rerank`, or `MODULE:CLASS` of an engine of your own."
+        description=f"{', '.join(f'`{task}`' for task in TASKS)}, or `MODULE:CLASS` of an engine of your own."
     )
     source: str = Field(
         min_length=1,
@@ -162,10 +162,10 @@ class ModelSettings(Strict):
 
     def spec(self, name: str) -> ModelSpec:
         """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces torch in fp32."""
-        return ModelSpec(
-            name=name,
-            task=self.task,
-            source=self.source,
+        return model_spec(
+            name,
+            self.task,
+            self.source,
             revision=self.revision,
             precision=self.precision if optimised() else "fp32",
             runtime=self.runtime if optimised() else "torch",

@@ -104,7 +104,7 @@ class ApplicationOptions(Strict):
 
     @model_validator(mode="after")
     def _known_deployments(self) -> ApplicationOptions:
-        known = ["ingress", *self.args.services, *self.args.models]
+        known = ["ingress", *self.args.active_services, *self.args.models]
         names = [each.name for each in self.deployments]
         for number, name in enumerate(names):
             if name not in known:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +17,34 @@ from serve.config import addresses
 from serve.config.base import Strict
 from serve.config.model import DAY_S, MOST_REPLICAS, MOST_WAITING, Cpus
 
-NEEDS = {"search": ("embedding", "rerank"), "adverts": ("vision",)}
-"""Tasks of the models that a service calls; without one of each there is no such service."""
+
+@dataclass(frozen=True)
+class ServiceEntry:
+    """A composed service, as the rest of Dure knows it."""
+
+    deployment: str
+    """MODULE:CLASS of its deployment."""
+    needs: tuple[str, ...]
+    """Tasks of the models that it calls. Without a model for each of them there is no such service."""
+    routes: tuple[str, ...]
+    """Modules whose `router` has its endpoints."""
+    endpoints: tuple[str, ...] = ()
+    """Shown once the server is ready."""
+
+
+SERVICES: Mapping[str, ServiceEntry] = MappingProxyType(
+    {
+        "search": ServiceEntry(
+            "serve.services.search:Search", ("embedding", "rerank"), ("serve.routes.search",), ("POST /v1/search",)
+        ),
+        "adverts": ServiceEntry(
+            "serve.services.adverts.service:Adverts",
+            ("vision",),
+            ("serve.routes.adverts.jobs", "serve.routes.adverts.stages", "serve.routes.adverts.job_events"),
+        ),
+    }
+)
+"""Dure's own. Settings of a service stand in the config under its name."""
 
 
 class ServiceSettings(Strict):
@@ -32,6 +61,22 @@ class ServiceSettings(Strict):
     def most(self) -> int:
         """Requests that may wait or run."""
         return self.max_concurrent + self.max_queue
+
+
+class OwnService(ServiceSettings):
+    """A service of your own."""
+
+    service: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="`MODULE:CLASS`, a subclass of `serve.services.base.Service`.",
+    )
+    needs: list[str] = Field([], description="Tasks of the models that it calls.")
+    routes: list[str] = Field([], description="Modules whose `router` has its endpoints.")
+    options: dict[str, Any] = Field({}, description="Settings that only the service itself reads.")
+
+    @property
+    def entry(self) -> ServiceEntry:
+        return ServiceEntry(self.service, tuple(self.needs), tuple(self.routes))
 
 
 class AdvertSettings(ServiceSettings):

@@ -14,8 +14,18 @@ from serve.config import addresses
 from serve.config.base import Strict
 from serve.config.gpus import Gpus
 from serve.config.model import DAY_S, MOST_REPLICAS, Cpus, ModelSettings
-from serve.config.services import NEEDS, AdvertSettings, FetchSettings, ServiceSettings, WebhookSettings
+from serve.config.services import (
+    SERVICES,
+    AdvertSettings,
+    FetchSettings,
+    OwnService,
+    ServiceEntry,
+    ServiceSettings,
+    WebhookSettings,
+)
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Of models and services."""
 ESCAPED_BYTES, OTHER_BYTES = 12, 4096
 """Of JSON that a character may take, as \\ud83d\\ude00 does, and that all but a request's text may."""
 
@@ -161,7 +171,7 @@ class WebSocketSettings(Strict):
 class Settings(Strict):
     """Everything under `applications[0].args`."""
 
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], ModelSettings] = Field(
+    models: dict[Annotated[str, Field(pattern=NAME)], ModelSettings] = Field(
         min_length=1, description="The models by name, at least one. The first with a task is its default."
     )
     gpus: Annotated[str, AfterValidator(_as_gpus)] | None = Field(
@@ -172,6 +182,9 @@ class Settings(Strict):
     ingress: IngressSettings = Field(IngressSettings(), description="The deployment that takes the requests.")
     search: ServiceSettings = Field(ServiceSettings(), description="The search service.")
     adverts: AdvertSettings = Field(AdvertSettings(), description="The service of adverts on record.")
+    services: dict[Annotated[str, Field(pattern=NAME)], OwnService] = Field(
+        {}, description="Services of your own, by name."
+    )
     store: StoreSettings = Field(StoreSettings(), description="Where adverts are recorded.")
     webhook: WebhookSettings | None = Field(None, description="Where events are delivered. Left out: nowhere.")
     fetch: FetchSettings = Field(FetchSettings(), description="Images on other servers.")
@@ -196,20 +209,26 @@ class Settings(Strict):
     )
 
     def service(self, name: str) -> ServiceSettings:
-        """Of the service with that name."""
-        of: dict[str, ServiceSettings] = {"search": self.search, "adverts": self.adverts}
-        return of[name]
+        """The settings of a service, Dure's or one of your own."""
+        if own := self.services.get(name):
+            return own
+        found: ServiceSettings = getattr(self, name)
+        return found
+
+    def entry(self, name: str) -> ServiceEntry:
+        """What is known of a service, Dure's or one of your own."""
+        return self.services[name].entry if name in self.services else SERVICES[name]
 
     @property
-    def services(self) -> list[str]:
-        """The names of those that have the models they need."""
+    def active_services(self) -> list[str]:
+        """The services that have the models they need."""
         tasks = {model.task for model in self.models.values()}
-        return [name for name, needed in NEEDS.items() if tasks.issuperset(needed)]
+        return [name for name in (*SERVICES, *self.services) if tasks.issuperset(self.entry(name).needs)]
 
     @property
     def keeps_record(self) -> bool:
         """Are there adverts to check?"""
-        return "adverts" in self.services
+        return "adverts" in self.active_services
 
     @property
     def own_cores(self) -> bool:
@@ -247,7 +266,8 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _reserved_names(self) -> "Settings":
-        taken = sorted({"ingress", "search", "adverts"} & set(self.models))
-        if taken:
-            raise ValueError(f"models can't be named {', '.join(taken)}: deployments of Dure itself have that name")
+        own = {"ingress", *SERVICES}
+        for kind, names, taken in (("models", self.models, own | set(self.services)), ("services", self.services, own)):
+            if both := sorted(taken & set(names)):
+                raise ValueError(f"{kind} can't be named {', '.join(both)}: other deployments have that name")
         return self

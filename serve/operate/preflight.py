@@ -77,7 +77,7 @@ def check_cpus(settings: Settings) -> None:
     models = settings.models.values()
     booked = settings.ingress.num_cpus * settings.ingress.replicas
     booked += sum(model.num_cpus * model.autoscaling.min_replicas for model in models)
-    for name in settings.services:
+    for name in settings.active_services:
         booked += settings.service(name).num_cpus * settings.service(name).replicas
     most, have = max(booked, *(model.num_cpus for model in models)), environment.cpus()
     if most > have:

@@ -12,8 +12,9 @@ from deployments.checkpoints.sources import described
 from deployments.spec import CheckpointError, ModelSpec
 from serve.config.base import SettingsError
 from serve.config.gpus import GIB, Gpus
-from serve.config.model import TASKS, ModelSettings
+from serve.config.model import ModelSettings
 from serve.config.settings import Settings
+from serve.config.tasks import task_of
 from serve.planning.placement import TOLERANCE, Booking, Gpu, place
 
 STEP = 0.01
@@ -85,7 +86,7 @@ def needs_of(settings: Settings) -> list[Booking]:
     """
     return [
         Booking(name, model.autoscaling.max_replicas, model.gpu_share)
-        if model.gpu_share and model.task not in TASKS
+        if model.gpu_share and not task_of(model.task).footprint
         else _need(name, model, settings)
         for name, model in settings.models.items()
         if model.gpu_share or settings.leaves_out(model)

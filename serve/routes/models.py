@@ -16,8 +16,9 @@ from deployments.spec import Precision
 from serve import errors
 from serve.board.actor import board
 from serve.calls.graph import Graph
-from serve.config.model import TASKS, ModelSettings
+from serve.config.model import ModelSettings
 from serve.config.settings import Limits
+from serve.config.tasks import TASKS
 from serve.errors import DureError
 from serve.http.early import calls
 from serve.http.requests import Body, CallerDep, GraphDep

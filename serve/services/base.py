@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 from serve.progress import followed
 
 
 class Service:
+    """A deployment that calls models. Its constructor takes the Settings and the handles of all models, by name."""
+
+    max_streams: ClassVar[int] = 0
+    """Streams that a replica may have open beside the requests of its lane."""
+
     async def followed(self, method: str, *arguments: Any, **known: Any) -> AsyncIterator[Any]:
         """The Progress of a call, and at last its result."""
         call = getattr(self, method)

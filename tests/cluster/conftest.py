@@ -68,6 +68,14 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         websocket={"max_connections": MAX_CONNECTIONS},
         adverts={"lease_s": 3},
         search={"max_concurrent": 1, "max_queue": 2},
+        services={
+            "likeness": {
+                "service": "tests.own_service:Likeness",
+                "needs": ["embedding"],
+                "routes": ["tests.own_service"],
+                "options": {"digits": 3},
+            }
+        },
         webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
         fetch={"hosts": ["images.example.org", *PRIVATE]},
         request_timeout_s=100,

@@ -29,11 +29,12 @@ from deployments.messages import Pair, Scores
 from deployments.precision import choosing, measuring
 from deployments.precision.choosing import load_best
 from deployments.spec import ModelSpec
+from serve.config.tasks import model_spec
 from tests import checkpoints
 from tests.rounding import Rounding
 
 CROSS = ROOT / "demo/rerank/checkpoint"
-SPEC = ModelSpec("m", "rerank", str(CROSS), threads=1)
+SPEC = model_spec("m", "rerank", str(CROSS), threads=1)
 needs_bf16 = pytest.mark.skipif(plain_precision() != "bf16", reason="this machine does not multiply bf16")
 
 
@@ -173,7 +174,7 @@ def test_an_original_too_large_for_the_memory_is_not_loaded(monkeypatch: pytest.
 @needs_bf16
 def test_next_words_are_compared_by_their_best_word() -> None:
     folder = ROOT / "demo/next_word/checkpoint"
-    engine, _ = load(ModelSpec("m", "next_word", str(folder), threads=1), Predictor, folder)
+    engine, _ = load(model_spec("m", "next_word", str(folder), threads=1), Predictor, folder)
     assert engine.facts.precision == "bf16"
     assert engine.facts.quality["metrics"]["same_word"] >= 0.95
 

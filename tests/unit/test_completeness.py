@@ -19,7 +19,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from deployments.engine_loading import load_engine
 from deployments.load_progress import LoadProgress
 from deployments.messages import Pair, Question, Text
-from deployments.spec import CheckpointError, ModelSpec
+from deployments.spec import CheckpointError
+from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import JUDGE, Judgement
 from tests import checkpoints
 from tests.unit.test_engines import png
@@ -28,7 +29,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def load(task: str, folder: Path, **more: Any) -> Any:
-    spec = ModelSpec("m", task, str(folder), **{"precision": "fp32", "runtime": "torch"} | more)
+    spec = model_spec("m", task, str(folder), **{"precision": "fp32", "runtime": "torch"} | more)
     return load_engine(spec, LoadProgress(lambda _: None))
 
 

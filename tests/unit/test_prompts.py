@@ -12,7 +12,8 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from deployments.engine_loading import load_engine
 from deployments.load_progress import LoadProgress
 from deployments.messages import Pair, Text
-from deployments.spec import ItemError, ModelSpec
+from deployments.spec import ItemError
+from serve.config.tasks import model_spec
 from tests import checkpoints
 
 TEXTS = ["When is the deposit returned?", "The deposit is returned within 14 days. " * 80, ""]
@@ -20,7 +21,7 @@ QUERY = "Represent this sentence for searching relevant passages: "
 
 
 def load(task: str, folder: Path, runtime: Any) -> Any:
-    spec = ModelSpec("m", task, str(folder), precision="fp32", runtime=runtime)
+    spec = model_spec("m", task, str(folder), precision="fp32", runtime=runtime)
     return load_engine(spec, LoadProgress(lambda _: None))
 
 

@@ -18,7 +18,8 @@ from deployments.engines.vision import Look, Vision
 from deployments.images import decode
 from deployments.load_progress import LoadProgress
 from deployments.messages import Answer, Question, Refusal
-from deployments.spec import ItemError, ModelSpec
+from deployments.spec import ItemError
+from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
 from tests.dure import ROOT
 from tests.pictures import encoded, polyglot
@@ -29,7 +30,7 @@ SOURCE = "demo/adverts/checkpoint"
 
 @pytest.fixture(scope="module")
 def vision() -> Vision:
-    engine = load_engine(ModelSpec("m", "vision", SOURCE, precision="fp32"), LoadProgress(lambda _: None))
+    engine = load_engine(model_spec("m", "vision", SOURCE, precision="fp32"), LoadProgress(lambda _: None))
     assert isinstance(engine, Vision)
     return engine
 
@@ -175,7 +176,7 @@ def test_of_an_image_seen_before_only_the_rest_of_the_prompt_is_read(vision: Vis
 def test_a_model_that_is_spread_answers_the_same(vision: Vision) -> None:
     """Over memory and disk, by the same hooks that spread it over GPUs."""
     folder = resolve(SOURCE, None)
-    spread = ModelSpec("m", "vision", str(folder), precision="fp32", device_map="auto", max_memory={"cpu": "3MB"})
+    spread = model_spec("m", "vision", str(folder), precision="fp32", device_map="auto", max_memory={"cpu": "3MB"})
     engine = load_engine(spread, LoadProgress(lambda _: None))
     assert set(engine.model.hf_device_map.values()) == {"cpu", "disk"}
     question = questions()[0]

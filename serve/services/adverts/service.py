@@ -50,6 +50,8 @@ LONGEST_SHOWN = 100
 class Adverts(Service):
     """Whatever changes something takes the ids of what it makes, so that a call can be made again."""
 
+    max_streams = MAX_FOLLOWERS
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, models: dict[str, DeploymentHandle]
     ) -> None:
