@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 
+from serve import errors
 from serve.calls.graph import Graph
 from serve.config.services import SERVICES
 from serve.config.settings import Settings
@@ -44,6 +45,7 @@ def make_app(graph: Graph) -> DirectApp:
     app.add_exception_handler(DureError, _dure_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _crash)
     app.go_direct(graph)
     return app
 
@@ -80,6 +82,11 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     path, problem = get_route_path(request.scope), error.errors()[0]
     return response(path, of_validation(path, problem | {"loc": problem["loc"][1:]}))
+
+
+async def _crash(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again once this is sent, and the border logs it."""
+    return response(get_route_path(request.scope), errors.internal())
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

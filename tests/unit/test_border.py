@@ -28,6 +28,16 @@ def server() -> Iterator[Running]:
         yield started
 
 
+def test_a_crash_behind_any_endpoint_is_told_in_the_one_shape(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def crash(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(type(server.graph.lanes), "queues", crash)
+    failed = server.ask("GET", "/v1/queues")
+    assert (failed.status, failed.error["type"]) == (500, "internal")
+    assert "secret" not in failed.error["message"]
+
+
 @pytest.mark.parametrize("path", ["//v1/embeddings", "/v1//embeddings", "///v1///embeddings", "/v1/%2Fembeddings"])
 def test_doubled_slashes_are_one(server: Running, path: str) -> None:
     assert server.post(path, EMBED_BODY, JSON).status == 200
