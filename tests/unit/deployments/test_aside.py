@@ -12,7 +12,7 @@ from deployments import aside
 from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.spec import CheckpointError
 
-HERE = "tests.unit.test_aside"
+HERE = "tests.unit.deployments.test_aside"
 
 
 @pytest.fixture(autouse=True)

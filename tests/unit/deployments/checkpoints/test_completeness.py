@@ -23,7 +23,7 @@ from deployments.spec import CheckpointError
 from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import JUDGE, Judgement
 from tests import checkpoints
-from tests.unit.test_engines import png
+from tests.unit.deployments.engines.test_engines import png
 
 Weights = dict[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ from serve.config.gpus import Gpus
 from serve.config.settings import Settings
 from serve.operate import preflight
 from serve.planning.plan import DEFAULT_GPUS, needs_of, plan_for, with_shares
-from tests.unit.test_settings import written
+from tests.unit.serve.config.test_settings import written
 
 GPUS = "1x24GiB"
 RERANKER = {"task": "rerank", "source": "demo/rerank/checkpoint"}

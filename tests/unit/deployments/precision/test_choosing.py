@@ -116,7 +116,7 @@ def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monke
 
 def test_replicas_that_start_together_measure_once() -> None:
     script = (
-        "from tests.unit.test_choosing import *; measuring.TIMED_S = 0.02; engine, events = load(engine=Rounding); "
+        "from tests.unit.deployments.precision.test_choosing import *; measuring.TIMED_S = 0.02; engine, events = load(engine=Rounding); "
         "print(measured(events), engine.facts)"
     )
     replicas = [
