@@ -55,6 +55,11 @@ class Work:
     """Do int8 and int4 go through bitsandbytes?"""
 
 
+NEXT_WORD = Work(prompt_tokens=128, new_tokens=CANDIDATES * GROWN_TOKENS, candidates=CANDIDATES)
+VISION = Work(prompt_tokens=256, new_tokens=512, sees_images=True, quantises=True)
+ENCODER = Work()
+
+
 @dataclass(frozen=True)
 class Footprint:
     """In bytes."""
@@ -71,17 +76,17 @@ class Footprint:
 
 def next_word(spec: ModelSpec, folder: Path) -> Footprint:
     """Of a replica that predicts words. Raises CheckpointError where config or headers can't be read."""
-    return _footprint(spec, folder, Work(128, CANDIDATES * GROWN_TOKENS, CANDIDATES))
+    return _footprint(spec, folder, NEXT_WORD)
 
 
 def vision(spec: ModelSpec, folder: Path) -> Footprint:
     """Of a replica that answers questions about images. Raises CheckpointError as above."""
-    return _footprint(spec, folder, Work(256, 512, sees_images=True, quantises=True))
+    return _footprint(spec, folder, VISION)
 
 
 def encoder(spec: ModelSpec, folder: Path) -> Footprint:
     """Of a replica that embeds texts or scores pairs. Raises CheckpointError as above."""
-    return _footprint(spec, folder, Work())
+    return _footprint(spec, folder, ENCODER)
 
 
 def footprint(spec: ModelSpec, folder: Path) -> Footprint:

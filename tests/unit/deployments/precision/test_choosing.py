@@ -116,8 +116,8 @@ def test_another_machine_model_or_setting_is_measured_anew(tmp_path: Path, monke
 
 def test_replicas_that_start_together_measure_once() -> None:
     script = (
-        "from tests.unit.deployments.precision.test_choosing import *; measuring.TIMED_S = 0.02; engine, events = load(engine=Rounding); "
-        "print(measured(events), engine.facts)"
+        "from tests.unit.deployments.precision.test_choosing import *; measuring.TIMED_S = 0.02; "
+        "engine, events = load(engine=Rounding); print(measured(events), engine.facts)"
     )
     replicas = [
         subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")

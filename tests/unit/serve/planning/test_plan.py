@@ -19,7 +19,7 @@ import yaml
 
 from deployments import process
 from deployments.checkpoints import loading
-from deployments.checkpoints.footprint import CONTEXT_BYTES, HEAD_ROWS, NEW_TOKENS, PROMPT_TOKENS, Footprint, footprint
+from deployments.checkpoints.footprint import CONTEXT_BYTES, HEAD_ROWS, NEXT_WORD, Footprint, footprint
 from deployments.checkpoints.sources import ROOT
 from deployments.engine_loading import load_engine
 from deployments.engines import predictor
@@ -105,13 +105,13 @@ def test_next_words_are_planned_for_the_largest_top_k() -> None:
     engine: Any = load_engine(spec, LoadProgress(lambda _: None))
     engine.ends_word = [False] * len(engine.ends_word)
     item = engine.prepare(Prompt("오늘 날씨가 " * 100, top_k=50))
-    assert len(item.ids) == PROMPT_TOKENS["next_word"]
+    assert len(item.ids) == NEXT_WORD.prompt_tokens
     search = engine.begin(item)
     while search.result is None:
         engine.step([search])
     kept = sum(each.nbytes for each in search.sequence.kept)
     planned = footprint(replace(spec, max_batch_items=1), ROOT / spec.source).cache
-    assert search.sequence.length == PROMPT_TOKENS["next_word"] + NEW_TOKENS["next_word"]
+    assert search.sequence.length == NEXT_WORD.prompt_tokens + NEXT_WORD.new_tokens
     assert 0.9 * planned < kept <= planned
     assert HEAD_ROWS == predictor.HEAD_ROWS
 
