@@ -1,7 +1,7 @@
 """The one place where Dure patches Ray Serve's HTTP server.
 
 Serve creates its uvicorn server itself, with 16 MB WebSocket messages and message compression, and offers no setting
-for either. It looks up `uvicorn.Config` only after the ingress' constructor has run, so that name can be replaced until then.
+for either. It looks up `uvicorn.Config` only after the ingress' constructor has run, so the name can be replaced first.
 """
 
 from __future__ import annotations
