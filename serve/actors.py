@@ -1,4 +1,4 @@
-"""The cluster's small actors: one of each, found by name, started where there is none, restarted when it dies."""
+"""The cluster's small actors: one of each, found by name, started on first use, restarted when it dies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMESPACE = "dure"
 
 
 def only(actor: type, name: str, *arguments: Any) -> Any:
-    """The one actor with this name; `arguments` are those of its first start, which each later one has, too."""
+    """The one actor with this name. Every restart uses the `arguments` of the first start."""
     return (
         ray.remote(actor)
         .options(

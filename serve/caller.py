@@ -1,4 +1,4 @@
-"""Who asks, how long they will wait, and how they want to hear of it: what a request's headers say."""
+"""Who sends a request, how long they wait and how they want the answer, as its headers say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TENANT = re.compile(TENANT_PATTERN)
 TENANT_HEADER, TICKET_HEADER = "X-Tenant-ID", "X-Dure-Ticket"
 TIMEOUT_HEADER = "X-Request-Timeout"
-"""In seconds. Serve's own `x-request-timeout-seconds` is taken for the same."""
+"""In seconds. Serve's own `x-request-timeout-seconds` is a synonym."""
 EVENTS = "text/event-stream"
 
 
@@ -23,45 +23,45 @@ EVENTS = "text/event-stream"
 class Caller:
     timeout_s: float
     deadline: float
-    """On the clock of time.monotonic."""
+    """As a time.monotonic() timestamp."""
     tenant: str = DEFAULT_TENANT
     ticket: str | None = None
     """From an earlier refusal."""
     follows: bool = False
-    """Wants events of how far the request is."""
+    """Whether the client wants progress events."""
 
     @classmethod
     def waiting(cls, timeout_s: float, tenant: str = DEFAULT_TENANT, ticket: str | None = None) -> Caller:
-        """One who has said nothing else."""
+        """A caller whose deadline is `timeout_s` from now."""
         return cls(timeout_s, time.monotonic() + timeout_s, tenant, ticket)
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]], longest_s: float) -> Caller:
-        """What a request's raw headers say; nobody waits for more than `longest_s`. Raises DureError."""
-        said: dict[bytes, str] = {}
+        """The caller that a request's raw headers describe. The timeout is at most `longest_s`. Raises DureError."""
+        given: dict[bytes, str] = {}
         timeout_s = longest_s
         for name, value in headers:
             if name in READ:
-                said[name] = value.decode("latin-1")
+                given[name] = value.decode("latin-1")
             elif name == b"x-request-timeout":
                 timeout_s = min(timeout_s, _seconds(value.decode("latin-1")))
-        tenant = said.get(b"x-tenant-id", DEFAULT_TENANT)
+        tenant = given.get(b"x-tenant-id", DEFAULT_TENANT)
         if not TENANT.fullmatch(tenant):
             raise errors.invalid(
-                f"{TENANT_HEADER} has 1 to 64 letters, digits, dots, dashes and underscores, and begins with one of "
-                "the first two",
+                f"{TENANT_HEADER} takes 1 to 64 letters, digits, dots, dashes and underscores, and starts with a "
+                "letter or digit",
                 TENANT_HEADER,
             )
         return cls(
             timeout_s,
             time.monotonic() + timeout_s,
             tenant,
-            said.get(b"x-dure-ticket") or None,
-            EVENTS in said.get(b"accept", "").lower(),
+            given.get(b"x-dure-ticket") or None,
+            EVENTS in given.get(b"accept", "").lower(),
         )
 
     def left_s(self) -> float:
-        """Until the deadline; a little is left to those who are late, who are told so further on."""
+        """Seconds to the deadline, at least 1 ms; late callers are refused downstream."""
         return max(0.001, self.deadline - time.monotonic())
 
 
@@ -74,5 +74,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise errors.invalid(f"{TIMEOUT_HEADER} is {text[:20]!r}; it takes seconds, more than 0", TIMEOUT_HEADER)
+        raise errors.invalid(f"{TIMEOUT_HEADER} is {text[:20]!r}; it takes a number of seconds above 0", TIMEOUT_HEADER)
     return seconds

@@ -1,4 +1,4 @@
-"""Every refusal and failure that a client may see, and the one shape it is seen in."""
+"""All refusals and failures that clients may see, and their common shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FILES = "files_unavailable"
 
 
 class DureError(Exception):
-    """Carries an HTTP status and what the client is told. Survives the way between processes."""
+    """An error with its HTTP status and what the client is told. It can be pickled between processes."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class DureError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1, where there is sense in coming back; what to send along then."""
+        """`Retry-After` in whole seconds, at least 1, if a retry makes sense, and the ticket to send with it."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return headers | ({"X-Dure-Ticket": self.ticket} if self.ticket else {})
 
@@ -57,15 +57,15 @@ def conflict(message: str, param: str | None = None, retry_after_s: float | None
 
 
 def gone() -> DureError:
-    return DureError(499, "client_left", "the client did not wait for the answer")
+    return DureError(499, "client_left", "the client left before the answer")
 
 
 def no_files() -> DureError:
-    return DureError(503, FILES, "image files can't be reached now; send the request again", None, 2)
+    return DureError(503, FILES, "image files can't be reached at the moment; send the request again", None, 2)
 
 
 def no_room() -> DureError:
-    problem = "images and their record can't be written, the disk is full or takes no more"
+    problem = "images and their records can't be written: the disk is full or accepts no more data"
     return DureError(503, FILES, f"{problem}; delete some, or send the request again later", None, 10)
 
 
@@ -74,17 +74,17 @@ def too_large(message: str, param: str | None = None) -> DureError:
 
 
 def queue_full(name: str, waiting: int, retry_after_s: int, ticket: str | None) -> DureError:
-    with_ticket = ", with X-Dure-Ticket to be let in before newcomers" if ticket else ""
-    message = f"{name} has {waiting} waiting; come back in {retry_after_s} s{with_ticket}"
+    with_ticket = "; send X-Dure-Ticket then to go ahead of newcomers" if ticket else ""
+    message = f"{name} has {waiting} waiting; retry in {retry_after_s} s{with_ticket}"
     return DureError(429, "queue_full", message, None, retry_after_s, ticket)
 
 
 def overloaded(name: str) -> DureError:
-    return DureError(429, "queue_full", f"{name} has all that it can take; come back later", None, 1)
+    return DureError(429, "queue_full", f"{name} is at capacity; retry later", None, 1)
 
 
 def no_capacity(name: str, reason: str) -> DureError:
-    return DureError(503, "overloaded", f"{name} takes no new work: {reason}", None, 5)
+    return DureError(503, "overloaded", f"{name} accepts no new work: {reason}", None, 5)
 
 
 def no_admission() -> DureError:
@@ -114,4 +114,4 @@ def too_late(name: str, timeout_s: float) -> DureError:
 
 
 def internal() -> DureError:
-    return DureError(500, "internal", "something failed inside Dure; the log has the reason under this request's id")
+    return DureError(500, "internal", "internal error; the log has the reason under this request's id")

@@ -1,4 +1,4 @@
-"""What the ingress measures, and one exposition of what every process of the cluster has measured."""
+"""Metrics of the ingress, and one exposition of the metrics of all processes in the cluster."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ QUEUE_ITEMS = Gauge("dure_queue_items", "Items waiting or running for a model", 
 REJECTED = Counter("dure_rejected", "Requests refused because a queue was full", ["name"], registry=REGISTRY)
 CACHE = Counter(
     "dure_cache_lookups",
-    "Lookups of predictions: hit, miss, joined (the same was under way), error (Redis failed)",
+    "Lookups of predictions: hit, miss, joined (the same call was under way), error (Redis failed)",
     ["result"],
     registry=REGISTRY,
 )
 CONNECTIONS = Gauge("dure_websocket_connections", "Clients connected over WebSocket", registry=REGISTRY)
 NODE_LOAD = Gauge(
-    "dure_node_load", "Share in use on a process's machine: cpu, memory, gpu_memory", ["of"], registry=REGISTRY
+    "dure_node_load", "Fraction in use on a process's machine: cpu, memory, gpu_memory", ["of"], registry=REGISTRY
 )
 REQUESTS = Counter("dure_http_requests", "HTTP responses", ["method", "route", "status"], registry=REGISTRY)
 
@@ -60,12 +60,12 @@ def measured(model: str) -> Iterator[None]:
 
 
 def of_lanes(standings: dict[str, dict[str, Any]]) -> list[Metric]:
-    """Of each lane in the cluster, by its standing: what runs and waits, and how long one that came now would wait."""
+    """Metrics of each lane in the cluster: requests running, requests waiting, and the wait of a new request."""
     families = {
-        "running": GaugeMetricFamily("dure_lane_running", "Requests that run, per service", labels=["name"]),
-        "waiting": GaugeMetricFamily("dure_lane_waiting", "Requests that wait, per service", labels=["name"]),
+        "running": GaugeMetricFamily("dure_lane_running", "Requests running, per service", labels=["name"]),
+        "waiting": GaugeMetricFamily("dure_lane_waiting", "Requests waiting, per service", labels=["name"]),
         "estimated_wait_s": GaugeMetricFamily(
-            "dure_lane_wait_seconds", "How long a request that came now would wait, per service", labels=["name"]
+            "dure_lane_wait_seconds", "Estimated wait of a new request, per service", labels=["name"]
         ),
     }
     for name, standing in standings.items():
@@ -75,7 +75,7 @@ def of_lanes(standings: dict[str, dict[str, Any]]) -> list[Metric]:
 
 
 class Cluster:
-    """A collector over the families of many processes: same name, one family; each process's samples once."""
+    """A collector that merges the metric families of many processes by name; each process's samples appear once."""
 
     def __init__(self, processes: dict[tuple[str, str], Iterable[Metric]]) -> None:
         self.processes = processes
@@ -94,7 +94,7 @@ class Cluster:
 
 
 def exposition(processes: dict[tuple[str, str], Any]) -> bytes:
-    """Prometheus text format 0.0.4 of all processes' metrics, each sample labelled with where it was taken."""
+    """All processes' metrics in Prometheus text format 0.0.4, each sample labelled with its deployment and replica."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Cluster(processes))
     return generate_latest(registry)

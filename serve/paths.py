@@ -1,4 +1,4 @@
-"""Where Dure keeps what it writes."""
+"""Where Dure keeps the files it writes."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from pathlib import Path
 from deployments.checkpoints.sources import ROOT
 
 STATE = Path(os.path.realpath(os.environ.get("DURE_STATE") or ROOT / ".dure"))
-"""Logs and sockets of what is started from here; two copies of Dure with the same folder are one to `dure stop`."""
+"""Folder for logs and sockets of what this Dure starts. `dure stop` treats copies that share the folder as one."""

@@ -1,4 +1,4 @@
-"""How far a request is, for whoever wants to know while they wait."""
+"""Progress of a request, for clients that follow it while they wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 PAUSE_S = 0.1
-"""Between two things that are told of a request."""
+"""Shortest time between two progress updates of a request."""
 
 Result = TypeVar("Result")
 
@@ -22,26 +22,26 @@ class Progress:
     """In the queue, from 1."""
     estimated_wait_s: float | None = None
     doing: str | None = None
-    """What is being done to the items, embedding or ranking, or to the model: loading."""
+    """What is under way: `embedding` or `ranking` the items, or `loading` the model."""
     loaded: float | None = None
-    """Of the model, in percent."""
+    """Percent of the model loaded."""
     done: int | None = None
-    """Items, of `items`."""
+    """Items done, out of `items`."""
     items: int | None = None
     tokens: int | None = None
-    """Written so far."""
+    """Tokens generated so far."""
 
     def told(self) -> dict[str, Any]:
-        """What is known of it, but for the state."""
+        """The known fields, without the state."""
         return {name: value for name, value in asdict(self).items() if value is not None and name != "state"}
 
 
 class Following:
-    """Filled by those who work on a request and read by one who follows it."""
+    """Holds a request's progress: written by those who work on the request, read by the one who follows it."""
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
-        """None before anything is known."""
+        """None until something is known."""
         self._changed = asyncio.Event()
 
     def tell(self, progress: Progress) -> None:
@@ -56,32 +56,32 @@ class Following:
         self.tell(Progress("running", **known))
 
     def at(self, doing: str) -> Following:
-        """For one of several things that are done to a request: what is told there is told here, and what it is."""
-        return Step(self, doing)
+        """A Following for one phase of the request. It reports to this one, with `doing` as the phase."""
+        return Phase(self, doing)
 
     async def changed(self) -> Progress:
-        """What there is to tell, once that is something new."""
+        """Waits for the next change, then returns the progress."""
         await self._changed.wait()
         self._changed.clear()
         assert self.progress is not None
         return self.progress
 
 
-class Step(Following):
+class Phase(Following):
     def __init__(self, whole: Following, doing: str) -> None:
         super().__init__()
         self.whole = whole
         self.doing = doing
 
     def tell(self, progress: Progress) -> None:
-        """Waiting for a model is part of running."""
+        """Reports waiting for a model as running, since the request itself runs."""
         doing = progress.doing or self.doing
         self.whole.tell(replace(progress, state="running", doing=doing, place=None, estimated_wait_s=None))
 
 
 @asynccontextmanager
 async def telling(following: Following, tell: Callable[[Following], Awaitable[None]]) -> AsyncIterator[None]:
-    """Meanwhile `tell` says how it is."""
+    """Runs `tell` in the background, to report progress while the body runs."""
     task = asyncio.ensure_future(tell(following))
     try:
         yield
@@ -92,7 +92,7 @@ async def telling(following: Following, tell: Callable[[Following], Awaitable[No
 
 
 async def followed(work: Callable[[Following], Awaitable[Result]]) -> AsyncGenerator[Progress | Result]:
-    """How far `work` is, each time that it has come further, and at last its result. Raises what it raises."""
+    """Yields the progress of `work` each time it changes, then its result. Raises what `work` raises."""
     following = Following()
     working = asyncio.ensure_future(work(following))
     changed = asyncio.ensure_future(following.changed())

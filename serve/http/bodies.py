@@ -1,6 +1,6 @@
-"""Bodies are read here, whole and within bounds, before anybody else sees the request.
+"""Reads each request body in full, within bounds, before anything else handles the request.
 
-Serve would read them ahead without a bound, and hold one of its places for a client that sends slowly.
+Ray Serve itself would buffer bodies without a bound, and a slow sender would occupy one of its request slots.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from serve.http.json_bounds import JsonBounds, checked
 from serve.http.requests import SMALL_BYTES
 
 BODY_S, BYTES_PER_S = 20.0, 64 * 1024
-"""A body has this long to come, and a second more for each so many bytes of it that have come."""
+"""A body must arrive within `BODY_S`, plus one second for every `BYTES_PER_S` bytes received so far."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a request's headers say of its body."""
+    """What a request's headers say about its body."""
 
     media: str
-    """Its content type, without parameters; empty where none is given."""
-    announced: int
-    """Bytes, 0 where that is not known."""
+    """Content type without parameters; empty if the request has none."""
+    content_length: int
+    """In bytes; 0 if unknown."""
     has_body: bool
     encoding: str = ""
-    """Of the whole body, as gzip; empty where it is sent as it is."""
+    """Content-Encoding of the body, such as gzip; empty if there is none."""
 
     @classmethod
     def of(cls, scope: Scope) -> Head:
-        media, encoding, announced, chunked = "", "", 0, False
+        media, encoding, content_length, chunked = "", "", 0, False
         for name, value in scope["headers"]:
             if name == b"content-type":
                 media = value.partition(b";")[0].strip().lower().decode("latin-1")
             elif name == b"content-length" and value.isdigit():
-                announced = int(value)
+                content_length = int(value)
             elif name == b"transfer-encoding":
                 chunked = True
             elif name == b"content-encoding":
                 encoding = value.strip().lower().decode("latin-1")
-        return cls(media, announced, chunked or announced > 0, "" if encoding == "identity" else encoding)
+        return cls(media, content_length, chunked or content_length > 0, "" if encoding == "identity" else encoding)
 
     @property
     def is_json(self) -> bool:
         return self.media == JSON or (self.media.startswith("application/") and self.media.endswith("+json"))
 
     def check(self, endpoint: Endpoint) -> None:
-        """Raises a 415 where the endpoint takes bodies of another type, or the body is compressed."""
+        """Raises a 415 if the endpoint does not accept this content type, or if the body is compressed."""
         if self.encoding:
-            message = f"the body's Content-Encoding is {self.encoding[:100]!r}; send the body as it is"
+            message = f"the body's Content-Encoding is {self.encoding[:100]!r}; send it uncompressed"
             raise DureError(415, "unsupported_media_type", message, "Content-Encoding")
         if not endpoint.media or self.media in endpoint.media or (JSON in endpoint.media and self.is_json):
             return
@@ -68,7 +68,7 @@ class Head:
 
 
 class Budget:
-    """How many bytes of bodies this process holds at once. Small ones find room however full it is."""
+    """Limits the bytes of request bodies that this process holds at once. Small bodies are always accepted."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -76,7 +76,7 @@ class Budget:
 
     @contextmanager
     def share(self) -> Iterator[Share]:
-        """One request's; given back at the end."""
+        """One request's part of the budget, released at the end."""
         share = Share(self)
         try:
             yield share
@@ -90,9 +90,9 @@ class Share:
         self.held = 0
 
     def take(self, count: int) -> None:
-        """Raises a 503 where there is no room for so many bytes more."""
+        """Reserve `count` more bytes. Raises a 503 if they exceed the budget."""
         if self.held + count > SMALL_BYTES and self.budget.held + count > self.budget.max_bytes:
-            raise errors.no_capacity("this server", "it holds as many bytes of requests as it may")
+            raise errors.no_capacity("this server", "the request bodies it holds have reached the limit")
         self.held += count
         self.budget.held += count
 
@@ -115,7 +115,7 @@ class Bodies:
             await self.app(scope, receive, send)
             return
         max_bytes = found.endpoint.max_bytes if found else SMALL_BYTES
-        if head.announced > max_bytes:
+        if head.content_length > max_bytes:
             raise _too_large(max_bytes)
         with self.budget.share() as share:
             parts = await _read(receive, max_bytes, share)
@@ -127,7 +127,7 @@ class Bodies:
 
 
 class Replay:
-    """Receives a body that has been read, and then what else comes."""
+    """An ASGI `receive` that replays a body already read, then passes on later messages."""
 
     def __init__(self, parts: deque[bytes], receive: Receive) -> None:
         self.parts = parts
@@ -138,14 +138,14 @@ class Replay:
         if not self.parts:
             return await self.receive()
         if self.begun:
-            await asyncio.sleep(0)  # forms are parsed part by part: others have their turns in between
+            await asyncio.sleep(0)  # forms are parsed part by part; let other tasks run in between
         self.begun = True
         part = self.parts.popleft()
         return {"type": "http.request", "body": part, "more_body": bool(self.parts)}
 
 
 async def _read(receive: Receive, max_bytes: int, share: Share) -> deque[bytes]:
-    """The parts of a body, at least one. Raises DureError, and ClientDisconnect."""
+    """The parts of a body, at least one. Raises DureError or ClientDisconnect."""
     parts: deque[bytes] = deque()
     more = True
     start = asyncio.get_running_loop().time()
@@ -164,13 +164,13 @@ async def _read(receive: Receive, max_bytes: int, share: Share) -> deque[bytes]:
                 if more:
                     timeout.reschedule(start + BODY_S + share.held / BYTES_PER_S)
     except TimeoutError as error:
-        raise DureError(408, "body_timeout", "the body came too slowly; send the request again") from error
+        raise DureError(408, "body_timeout", "the body arrived too slowly; send the request again") from error
     return parts
 
 
 def _too_large(max_bytes: int) -> DureError:
-    return errors.too_large(f"the body is over the limit of {_told(max_bytes)}")
+    return errors.too_large(f"the body is over the limit of {_readable(max_bytes)}")
 
 
-def _told(size: int) -> str:
+def _readable(size: int) -> str:
     return f"{size / 2**20:.3g} MB" if size >= 2**20 else f"{size / 2**10:.3g} kB"

@@ -1,7 +1,7 @@
-"""What every request crosses before Ray Serve or the app sees it, and every response on its way back.
+"""What every request crosses before Ray Serve or the app sees it, and every response crosses on its way back.
 
-A short chain of small ASGI apps, each around the next. They work from a request's head, for HTTP and WebSockets alike,
-and know endpoints only by what those declare, so an endpoint that is added later has all of this without being told.
+A short chain of small ASGI apps, each wrapping the next. They work from a request's head, for HTTP and WebSockets
+alike. They know endpoints only by their declarations, so new endpoints are covered without extra code.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger("ray.serve")
 
 CLIENT_LEFT = 499
 LOAD = (429, 503)
-"""Refusals that may be many: they are in the metrics, and not each in the log."""
+"""Statuses of refusals under load. There may be many, so they are counted in metrics but not logged."""
 DENIAL = "websocket.http.response"
 LONGEST_REASON = 120
-"""A close frame has room for so many bytes of it."""
+"""Bytes of the close reason; a WebSocket close frame holds little more."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,31 @@ class Border:
         return cls(graph, endpoints, Budget(max(limits.max_bodies_bytes, limits.max_body_bytes)))
 
     def outermost(self, app: ASGIApp) -> ASGIApp:
-        """Around Serve's own app: nothing has read the request yet."""
-        return Tidy(self._marked(self._chain(app)))
+        """Wraps Serve's own app, where nothing has read the request yet."""
+        return Tidy(self._with_endpoint(self._chain(app)))
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """Around the app itself: for requests that came through Serve's proxy, which names them in its responses."""
+        """Wraps the app itself, for requests through Serve's proxy, which adds request ids to responses."""
 
         async def tidied(scope: Scope, receive: Receive, send: Send) -> None:
             tidy(scope)
-            await marked(scope, receive, send)
+            await bordered(scope, receive, send)
 
-        marked = self._marked(self._chain(app))
+        bordered = self._with_endpoint(self._chain(app))
         return tidied
 
-    def _marked(self, app: ASGIApp) -> ASGIApp:
-        async def with_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+    def _with_endpoint(self, app: ASGIApp) -> ASGIApp:
+        """Stores the request's endpoint in its scope."""
+
+        async def marked(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "lifespan":
                 scope[FOUND] = self.endpoints.find(scope)
             await app(scope, receive, send)
 
-        return with_endpoint
+        return marked
 
     def _chain(self, app: ASGIApp) -> ASGIApp:
-        """From the inside out."""
+        """Wraps from the inside out."""
         settings = self.graph.settings
         app = Bodies(app, settings.limits, self.budget)
         app = Messages(app, settings.limits, settings.websocket)
@@ -88,7 +90,7 @@ class Border:
 
 
 class Count:
-    """Counts each response."""
+    """Counts responses by method, route and status."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -114,7 +116,7 @@ class Count:
 
 
 class Refusals:
-    """Answers with what others raise further in: a DureError, or a plain 500 for a crash."""
+    """Turns exceptions raised further in into responses: a DureError as it is, anything else as a plain 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -151,7 +153,7 @@ class Refusals:
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: DureError) -> None:
     found: Found | None = scope[FOUND]
     response: Response = error_shapes.response(found.endpoint.path if found else scope["path"], error)
-    if error.status == 408:  # who sends slowly should not hold the connection
+    if error.status == 408:  # a slow sender must not keep the connection
         response.headers["connection"] = "close"
     if scope["type"] == "http" or DENIAL in scope.get("extensions", {}):
         await response(scope, receive, send)
@@ -161,7 +163,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: DureError) 
 
 
 class Early:
-    """Refuses what would be refused whatever its body says."""
+    """Refuses requests that would be refused whatever their body says."""
 
     def __init__(self, app: ASGIApp, graph: Graph) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Refusals that need no more than a request's head: at these a server under overload spends least."""
+"""Refusals that need only a request's head. They cost an overloaded server the least."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Run = TypeVar("Run", bound=Callable[..., object])
 
 @dataclass(frozen=True)
 class Calls:
-    """What an endpoint calls, as far as that is known without its body: one of the three."""
+    """What an endpoint calls, as far as known without the body. Exactly one of `task`, `model` and `service` is set."""
 
     task: str = ""
-    """One of the models with this task."""
+    """It calls one of the models with this task."""
     model: str = ""
-    """The part of the path that names the model."""
+    """Name of the path parameter that holds the model's name."""
     service: str = ""
     queued: bool = True
-    """Does the head say whose turn it would take? Not where the tenant is named in the body."""
+    """Whether the head names the tenant. False where the body does, so a full queue can't be checked early."""
     cached: bool = False
-    """May answers come from the cache, past guard and queue?"""
+    """Whether answers may come from the cache, bypassing guard and queue."""
 
 
 def calls(
     task: str = "", model: str = "", service: str = "", queued: bool = True, cached: bool = False
 ) -> Callable[[Run], Run]:
-    """Declares what an endpoint calls, so that it can be refused early; see Calls."""
+    """Declares what an endpoint calls, so that requests can be refused early; see Calls."""
 
     def declare(run: Run) -> Run:
         run.calls = Calls(task, model, service, queued, cached)  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def calls(
 
 
 def refuse_early(graph: Graph, calls: Calls, parts: Mapping[str, str], caller: Caller) -> None:
-    """Raises DureError where whatever the body asks for would be refused: by the guard, or by a full queue."""
+    """Raises DureError if the guard or a full queue would refuse the request whatever its body says."""
     if calls.cached and graph.predictions.cache is not None:
         return
     called = _called(graph, calls, parts)
@@ -73,7 +73,10 @@ def _check_service(graph: Graph, calls: Calls, service: Deployment, caller: Call
 
 
 def _check_models(models: Sequence[Deployment], caller: Caller) -> None:
-    """The body may name any of them, so all have to refuse; a ticket would be good for one, so none is given then."""
+    """Raises DureError only if all models refuse, as the body may name any of them.
+
+    With several models no ticket is given, because a ticket is good for one queue only.
+    """
     if len(models) == 1:
         models[0].gate.check_newcomer(caller)
     elif all(model.gate.overload() or model.gate.full(caller) for model in models):

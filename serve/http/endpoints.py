@@ -1,4 +1,4 @@
-"""What is known of an endpoint before a request's body is read."""
+"""What is known about an endpoint before a request's body is read."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from serve.http.requests import SMALL_BYTES, Body
 
 JSON, MULTIPART, URLENCODED = "application/json", "multipart/form-data", "application/x-www-form-urlencoded"
 FOUND = "dure.found"
-"""Where a request's scope has what was found for it, once it has crossed the border."""
+"""The scope key under which the border stores a request's `Found`."""
 PREFIX_PARTS = 3
-"""Of a `route_prefix`, which Serve takes off only further in."""
+"""Most path segments in a `route_prefix`. Serve strips the prefix only after the border."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
     path: str
-    """As it was declared, with its parameters."""
+    """As declared, with its parameters."""
     pattern: re.Pattern[str]
     methods: frozenset[str]
     media: tuple[str, ...] = ()
-    """Content types that a body may have; none are named where the endpoint decides itself."""
+    """Content types that a body may have; empty if the endpoint decides itself."""
     max_bytes: int = SMALL_BYTES
     calls: Calls | None = None
     body: type[Body] | None = None
     run: Callable[..., Awaitable[Response]] | None = None
-    """Answers with a `body`, the graph, the caller and the parts of the path: all that the short way has."""
+    """The handler, if it takes only a `body`, the graph, the caller and path parameters, as the fast path provides."""
 
 
 @dataclass(frozen=True)
 class Found:
     endpoint: Endpoint
     parts: dict[str, str] = field(default_factory=dict)
-    """Of the path."""
+    """Path parameters."""
     prefix: str = ""
-    """What stood before the endpoint's path."""
+    """What preceded the endpoint's path in the request's path."""
 
     def serves(self, scope: Scope) -> bool:
-        """Is the prefix the app's own? Only the app is told that; until then its bounds hold for any."""
+        """Whether the prefix is the app's own. Only the app knows its prefix; the border's bounds apply under any."""
         return self.prefix == str(scope.get("root_path", ""))
 
 
 class Endpoints:
     def __init__(self, app: FastAPI, limits: Limits) -> None:
-        """All that the app has so far."""
+        """Collects all endpoints declared in the app so far."""
         endpoints = [_endpoint(route, limits) for route in _routes(app)]
         self._fixed = {
             (method, each.path): Found(each) for each in endpoints if "{" not in each.path for method in each.methods
@@ -60,7 +60,7 @@ class Endpoints:
         self._patterns = [each for each in endpoints if "{" in each.path]
 
     def find(self, scope: Scope) -> Found | None:
-        """The endpoint for a request; None where there is none, and for WebSockets."""
+        """The endpoint for a request; None if there is none, and for WebSockets."""
         if scope["type"] != "http":
             return None
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
@@ -81,7 +81,7 @@ class Endpoints:
 
 
 def _routes(app: FastAPI) -> Iterator[APIRoute]:
-    """All routes, those of included routers too."""
+    """All routes, including those of included routers."""
     for route in app.routes:
         inner = getattr(getattr(route, "original_router", None), "routes", [route])
         yield from (each for each in inner if isinstance(each, APIRoute))
@@ -97,8 +97,8 @@ def _endpoint(route: APIRoute, limits: Limits) -> Endpoint:
     elif any(isinstance(each, params.File) for each in forms):
         media = (MULTIPART,)
     elif forms:
-        media, max_bytes = (MULTIPART, URLENCODED), SMALL_BYTES  # urlencoded fields are parsed one by one, in Python
-    direct = body is not None and _is_plain(route)
+        media, max_bytes = (MULTIPART, URLENCODED), SMALL_BYTES  # urlencoded fields are parsed one by one in Python
+    fast = body is not None and _is_plain(route)
     calls: Calls | None = getattr(route.endpoint, "calls", None)
     return Endpoint(
         route.path,
@@ -108,12 +108,12 @@ def _endpoint(route: APIRoute, limits: Limits) -> Endpoint:
         max_bytes,
         calls,
         body,
-        route.endpoint if direct else None,
+        route.endpoint if fast else None,
     )
 
 
 def _body(route: APIRoute) -> type[Body] | None:
-    """The model that the endpoint's JSON has to fit; None where it takes none."""
+    """The pydantic model of the endpoint's JSON body; None if it takes no JSON."""
     for parameter in inspect.signature(route.endpoint, eval_str=True).parameters.values():
         kind = parameter.annotation
         if isinstance(kind, type) and issubclass(kind, Body):
@@ -122,5 +122,5 @@ def _body(route: APIRoute) -> type[Body] | None:
 
 
 def _is_plain(route: APIRoute) -> bool:
-    """Does it need no more than a body, the graph, the caller and the parts of the path?"""
+    """Whether the handler needs only a body, the graph, the caller and path parameters."""
     return set(inspect.signature(route.endpoint).parameters) == {"body", "graph", "caller", *route.param_convertors}

@@ -1,4 +1,4 @@
-"""Errors as clients of each API expect them."""
+"""Errors in the shape that clients of each API expect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST_PATH = 200
 
 
 def response(path: str, error: DureError | ValidationError) -> Response:
-    """An error of the endpoint with this path."""
+    """The response for an error at the endpoint with this path."""
     if isinstance(error, ValidationError):
         error = of_validation(path, error.errors(include_url=False)[0])
     content = errors.body(error.kind, error.message, error.param)
@@ -29,7 +29,7 @@ def response(path: str, error: DureError | ValidationError) -> Response:
 
 
 def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:
-    """What pydantic found in Dure's shape; OpenAI's API says 400 where FastAPI says 422."""
+    """A pydantic problem as a DureError. OpenAI's API answers 400 where FastAPI answers 422."""
     param = ".".join(str(part) for part in problem["loc"]) or None
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
@@ -39,6 +39,6 @@ def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:
 
 
 def sent_path(scope: Scope) -> str:
-    """A request's path as the client sent it, percent-encoded: fit for messages and logs."""
+    """A request's path as the client sent it, percent-encoded so that it is safe in messages and logs."""
     sent = scope.get("raw_path") or scope["path"].encode()
     return quote(sent[:LONGEST_PATH], safe="/%:@!$&'()*+,;=~")

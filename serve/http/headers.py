@@ -1,4 +1,4 @@
-"""What of a request's head is put right before anything else reads it, Ray Serve included."""
+"""Cleans a request's headers and path before anything else reads them, Ray Serve included."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from serve.caller import TIMEOUT_HEADER
 
 REQUEST_ID = SERVE_HTTP_REQUEST_ID_HEADER.encode()
 USABLE_ID = re.compile(rb"[!-~]{1,128}")
-"""One word of printable ASCII: it goes into log lines and into the response."""
-MEANT = {
-    b"traceparent": re.compile(rb"[ -~]*"),  # Serve reads these two as UTF-8, and fails on anything else
+"""One word of printable ASCII, as the id goes into log lines and the response."""
+VALID = {
+    b"traceparent": re.compile(rb"[ -~]*"),  # Serve decodes these two as UTF-8 and fails on anything else
     b"tracestate": re.compile(rb"[ -~]*"),
-    b"x-forwarded-for": re.compile(rb"[0-9a-fA-F.:,\[\] ]*"),  # addresses, which Serve may log
+    b"x-forwarded-for": re.compile(rb"[0-9a-fA-F.:,\[\] ]*"),  # addresses only, as Serve may log them
 }
-"""Headers that are dropped where they hold anything else."""
+"""Headers that are dropped unless their value matches."""
 RENAMED = {SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER.encode(): TIMEOUT_HEADER.lower().encode()}
-"""Serve would end the request in plain text, and trips over values such as `inf`. Dure keeps the deadline itself."""
+"""Serve would answer a timeout in plain text and fails on values such as `inf`. Dure enforces the deadline itself."""
 
 
 def _spelling(name: str) -> bytes:
-    """Serve takes dashes and underscores in these names for the same."""
+    """Serve treats dashes and underscores in these names alike."""
     return name.lower().replace("-", "_").encode()
 
 
 PRIVATE = {
-    _spelling(SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER),  # lets calls run on that nobody waits for
-    _spelling(SERVE_MULTIPLEXED_MODEL_ID),  # chooses replicas by a model's name that only its client knows
+    _spelling(SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER),  # keeps calls running after their client has left
+    _spelling(SERVE_MULTIPLEXED_MODEL_ID),  # routes by a model id that only the client knows
     _spelling(SERVE_SESSION_ID),  # ties a client to one replica
 }
-PRIVATE_PREFIX = _spelling(SERVE_INGRESS_ROUTER_HEADER_PREFIX)  # how Serve's routers talk to each other
+PRIVATE_PREFIX = _spelling(SERVE_INGRESS_ROUTER_HEADER_PREFIX)  # internal to Serve's routers
 SLASHES = re.compile("/{2,}")
 
 
 class Tidy:
-    """Puts the head of each request right, and its id into the response where Serve has not done so."""
+    """Cleans the head of each request, and adds its id to the response if Serve has not."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -70,16 +70,16 @@ class Tidy:
 def tidy(scope: Scope) -> bytes:
     """Clean a scope's headers and path in place; returns the request's id.
 
-    Headers that are Serve's own affair are dropped. An id that can't be used is replaced: it is there to find a
-    request again, and no reason to fail it. Slashes after slashes are one, as clients write that join a base URL with
-    a path; `raw_path` stays as it was sent.
+    Headers internal to Serve are dropped. An unusable request id is replaced, since the id only serves to trace the
+    request and is no reason to fail it. Repeated slashes become one, as clients produce them when joining a base URL
+    and a path; `raw_path` stays unchanged.
     """
     request_id = b""
     headers: list[tuple[bytes, bytes]] = []
     for name, value in scope["headers"]:
         if name == REQUEST_ID:
             request_id = request_id or value
-        elif not _is_private(name) and (name not in MEANT or MEANT[name].fullmatch(value)):
+        elif not _is_private(name) and (name not in VALID or VALID[name].fullmatch(value)):
             headers.append((RENAMED.get(name, name), value))
     if not USABLE_ID.fullmatch(request_id):
         request_id = str(uuid.uuid4()).encode()

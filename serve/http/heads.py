@@ -1,4 +1,4 @@
-"""HEAD: the headers that GET would have, and none of its work beyond them."""
+"""HEAD requests: the headers that GET would send, without the work for a body."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from starlette.types import ASGIApp, Message, Scope, Send
 
 
 async def headers_only(app: ASGIApp, scope: Scope, send: Send) -> None:
-    """Answers as the app answers GET, without the body; a stream ends where it would begin."""
+    """Answers like GET but without the body; a stream ends before its first event."""
     started = asyncio.Event()
 
     async def receive_end() -> Message:
-        """As if the client left once it has the headers: that ends what would go on."""
+        """Reports a disconnect once the headers are sent, which ends streams."""
         await started.wait()
         return {"type": "http.disconnect"}
 

@@ -1,7 +1,7 @@
-"""What JSON may hold, looked at before it is parsed.
+"""Bounds on a JSON body, checked before it is parsed.
 
-A parser holds the interpreter's lock until it is done, in a thread, too: 22 MB of `[[1],[1],...]` took 3 s and 1.3 GB.
-So a body's values are counted first, without making any of them.
+A parser holds the interpreter lock until it is done, even in a thread: 22 MB of `[[1],[1],...]` took 3 s and 1.3 GB.
+So a body's values are counted first, without creating any of them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from serve import errors
 from serve.config.settings import Limits
 
 MAX_DEPTH = 100
-"""Half of what pydantic's parser takes, and a tenth of what Python's does."""
+"""Half of what pydantic's parser accepts, and a tenth of what Python's does."""
 VALUES_PER_ITEM = 512
-"""Of a list at its limit: as many token ids as an encoder reads."""
+"""JSON values allowed per list item: the number of token ids that an encoder reads."""
 STRUCTURES_PER_ITEM = 64
-"""Lists, objects and fields cost as much as ten plain values."""
+"""Lists, objects and fields allowed per list item. Each costs as much as ten plain values."""
 INLINE_BYTES = 64 * 1024
-"""Looked at at once; what is longer, in a thread, piece by piece, so that others have their turns in between."""
+"""Bodies up to this size are checked inline; longer ones in a thread, piece by piece, so that other tasks can run."""
 PIECE_BYTES = 256 * 1024
 QUOTE, COMMA, COLON = b'",:'
 OPENING, CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
 LOWER = 0x20
-"""The bit that tells braces from brackets."""
+"""The bit that distinguishes braces from brackets."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class JsonBounds:
 
 
 async def checked(body: bytes, bounds: JsonBounds) -> bytes:
-    """The body, without the mark that some put before UTF-8. Raises a DureError for what is not to be parsed."""
+    """The body without a UTF-8 byte order mark. Raises a DureError if it must not be parsed."""
     body = body.removeprefix(codecs.BOM_UTF8)
     if len(body) <= INLINE_BYTES:
         check(body, bounds)
@@ -54,11 +54,11 @@ async def checked(body: bytes, bounds: JsonBounds) -> bytes:
 
 
 def check(body: bytes, bounds: JsonBounds) -> None:
-    """Raises a DureError for text that is not UTF-8, or holds more, or goes deeper, than `bounds`."""
+    """Raises a DureError if the body is not UTF-8, has more values than `bounds` allow, or is nested deeper."""
     if not body.isascii():
         _check_utf8(body)
     if len(body) <= min(bounds.values, bounds.structures) and body.count(b"[") + body.count(b"{") <= bounds.depth:
-        return  # as short bodies do, whatever of it may be text
+        return  # a short body can't exceed the bounds, whatever it holds
     values = structures = deepest = depth = 0
     for marks in _marks(body):
         opens, closes = np.isin(marks, OPENING), np.isin(marks, CLOSING)
@@ -84,14 +84,14 @@ def _check_utf8(body: bytes) -> None:
             decoder.decode(body[start : start + PIECE_BYTES])
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise errors.invalid("the body is not UTF-8; JSON is sent in that encoding") from error
+        raise errors.invalid("the body is not UTF-8; encode JSON as UTF-8") from error
 
 
 def _marks(body: bytes) -> Iterator[np.ndarray]:
-    """The commas, colons, brackets and braces that are not in strings, in their order, piece by piece."""
+    """The commas, colons, brackets and braces outside strings, in order, piece by piece."""
     inside = 0
     for piece in _pieces(body):
-        if b"\\" in piece:  # in this order: an even number of backslashes leaves a quote what it is
+        if b"\\" in piece:  # pairs first: after an even number of backslashes a quote is not escaped
             piece = piece.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
         characters = np.frombuffer(piece, np.uint8)
         quotes = np.flatnonzero(characters == QUOTE)
@@ -104,7 +104,7 @@ def _marks(body: bytes) -> Iterator[np.ndarray]:
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:
-    """Such that none ends between a backslash and what it stands before."""
+    """Splits the body so that no piece ends between a backslash and the character it escapes."""
     start = 0
     while start < len(body):
         piece = body[start : start + PIECE_BYTES]

@@ -1,4 +1,4 @@
-"""Serve's own proxies, which take requests where there is no HAProxy, and from HAProxy while no ingress answers."""
+"""Protects Serve's own proxies, which take requests where HAProxy is absent, or while no ingress answers HAProxy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from serve.http.server import ServerBounds, serve_behind
 from serve.http.sockets import FRAMES_PER_MESSAGE
 
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""Uvicorn's own: a proxy knows no app's limits. The ingress behind it keeps to those."""
+"""Uvicorn's default. A proxy does not know the app's limits; the ingress behind it enforces them."""
 
 
 def protect() -> list[Middleware]:
-    """Called by each process that is about to serve HTTP; an ingress has a border of its own by then."""
+    """Called by each process that is about to serve HTTP. An ingress has set up its own border by then."""
     if uvicorn.Config is Config:
         frames_per_s = FRAMES_PER_MESSAGE * WebSocketSettings().max_messages_per_s
         serve_behind(Tidy, ServerBounds(MAX_MESSAGE_BYTES, frames_per_s))

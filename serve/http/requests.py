@@ -1,4 +1,4 @@
-"""What the routes share: the graph, request fields with their limits, and answers serialised once."""
+"""What the routes share: the graph, request fields with their limits, and JSON responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def _graph(request: Request) -> Graph:
 
 
 GRACE_S = 5.0
-"""After the deadline, for a service to say, and put on record, that it has passed."""
+"""Time after the deadline for a service to report and record that it has passed."""
 
 GraphDep = Annotated[Graph, Depends(_graph)]
 
@@ -36,49 +36,49 @@ SMALL_BYTES = 64 * 1024
 
 
 class Body(BaseModel):
-    """A JSON body. Fields that Dure does not know are ignored, as clients of other servers send some.
+    """A JSON body. Unknown fields are ignored, as clients of other servers send some.
 
-    Null is the same as nothing for a field that may be left out: many clients write all that they know of.
+    For an optional field null means absent, as many clients send every field that they know.
     """
 
     model_config = ConfigDict(extra="ignore")
 
     @classmethod
     def max_bytes(cls, limits: Limits) -> int:
-        """What a request of this kind may have at most; over it 413. Those with texts or lists allow more."""
+        """Largest body of this kind; a larger one gets a 413. Bodies with texts or lists override this."""
         return SMALL_BYTES
 
     @model_validator(mode="before")
     @classmethod
     def _prepared(cls, given: Any) -> Any:
-        """Without nulls that mean nothing, and, where unknown fields are refused, with no more than one of them."""
+        """Drops nulls of optional fields. Where unknown fields are refused, keeps only the first of them."""
         if not isinstance(given, dict):
             return given
         if None in given.values():
-            given = {name: value for name, value in given.items() if value is not None or not cls._may_miss(name)}
-        if cls.model_config.get("extra") == "forbid" and (unknown := given.keys() - cls._named().keys()):
+            given = {name: value for name, value in given.items() if value is not None or not cls._is_optional(name)}
+        if cls.model_config.get("extra") == "forbid" and (unknown := given.keys() - cls._fields_by_name().keys()):
             first = next(name for name in given if name in unknown)
             given = {name: value for name, value in given.items() if name == first or name not in unknown}
         return given
 
     @classmethod
-    def _may_miss(cls, name: str) -> bool:
-        field = cls._named().get(name)
+    def _is_optional(cls, name: str) -> bool:
+        field = cls._fields_by_name().get(name)
         return field is not None and not field.is_required()
 
     @classmethod
-    def _named(cls) -> dict[str, FieldInfo]:
-        """The fields by the names that they have in JSON."""
+    def _fields_by_name(cls) -> dict[str, FieldInfo]:
+        """The fields by their JSON names."""
         return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 def answer(content: Any) -> Response:
-    """A JSON response, numpy arrays and dataclasses included."""
+    """A JSON response; the content may hold numpy arrays and dataclasses."""
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 def check_texts(texts: list[str], param: str, limits: Limits) -> None:
-    """Raises a DureError for a list that is empty or too long, and for a text that is too long."""
+    """Raises a DureError if the list is empty or too long, or a text is invalid."""
     if not texts:
         raise errors.invalid(f"{param} is empty", param)
     if len(texts) > limits.max_list_items:
@@ -90,7 +90,7 @@ def check_texts(texts: list[str], param: str, limits: Limits) -> None:
 
 
 def check_text(text: str, param: str, limits: Limits) -> None:
-    """Raises a DureError for a text that is too long or no Unicode."""
+    """Raises a DureError if the text is too long or not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Answers as they come to be: plain ones, or events of how far a request is for who asks for `text/event-stream`."""
+"""Responses: plain JSON, or progress events for clients that ask for `text/event-stream`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from serve.progress import Following, Progress, followed
 logger = logging.getLogger("ray.serve")
 
 Work = Callable[[Following | None], Awaitable[Any]]
-"""Makes an answer; tells meanwhile how far it is."""
+"""Computes an answer and reports its progress meanwhile."""
 
 
 async def respond(caller: Caller, work: Work) -> Response:
-    """What `work` answers, or a stream of `queued` and `running`, and `result` or `error`. Raises DureError.
+    """The answer of `work`, or a stream of `queued` and `running` events, then `result` or `error`. Raises DureError.
 
-    What is refused before anything has happened is refused plainly. A server that stops lets both end, as each has a
-    deadline.
+    A request that is refused before its first event gets a plain error response. A stopping server lets answers and
+    streams finish, as each has a deadline.
     """
     if not caller.follows:
         return answer(await work(None))
-    progress = followed(work)
+    updates = followed(work)
     try:
-        first = await anext(progress)
+        first = await anext(updates)
     except BaseException:
-        await progress.aclose()
+        await updates.aclose()
         raise
-    return sse.response(_events(first, progress))
+    return sse.response(_events(first, updates))
 
 
-async def _events(first: Any, progress: AsyncGenerator[Any]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(sse.with_pauses(_chained(first, progress))) as items:
+async def _events(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(sse.with_pauses(_chained(first, updates))) as items:
         try:
             async for each in items:
                 if each is None:
@@ -58,12 +58,12 @@ async def _events(first: Any, progress: AsyncGenerator[Any]) -> AsyncIterator[by
 
 
 def _failed(error: DureError) -> bytes:
-    told = errors.body(error.kind, error.message, error.param) | {"status": error.status}
-    return sse.event(told | dict(error.headers), "error")
+    data = errors.body(error.kind, error.message, error.param) | {"status": error.status}
+    return sse.event(data | dict(error.headers), "error")
 
 
-async def _chained(first: Any, progress: AsyncGenerator[Any]) -> AsyncIterator[Any]:
-    async with contextlib.aclosing(progress):
+async def _chained(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[Any]:
+    async with contextlib.aclosing(updates):
         yield first
-        async for each in progress:
+        async for each in updates:
             yield each

@@ -1,8 +1,7 @@
-"""The one place where Dure reaches under Ray Serve's HTTP server.
+"""The one place where Dure patches Ray Serve's HTTP server.
 
-Serve makes its uvicorn server itself, with 16 MB for a WebSocket's message, compression of messages, and no way to say
-otherwise. It does so only after an ingress' constructor, through the name `uvicorn.Config`, so what that name stands
-for is replaced there.
+Serve creates its uvicorn server itself, with 16 MB WebSocket messages and message compression, and offers no setting
+for either. It looks up `uvicorn.Config` only after the ingress' constructor has run, so the name can be replaced first.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class ServerBounds:
 
 
 def serve_behind(border: Callable[[ASGIApp], ASGIApp], bounds: ServerBounds) -> None:
-    """Put the border around the app of every server that this process makes from now on."""
+    """Wrap the app of every server that this process creates from now on in `border`, and bound its WebSockets."""
 
     class Bounded(Config):
         max_frames_per_s = bounds.max_frames_per_s

@@ -14,18 +14,18 @@ from uvicorn.server import ServerState
 from serve.config.settings import Limits, WebSocketSettings
 
 BURST_S = 2.0
-"""What a client may send at once: as much as in so many seconds."""
+"""A burst may be as large as this many seconds' worth of the allowed rate."""
 FRAMES_PER_MESSAGE = 20
-"""Clients send long messages in several frames, and pings between them."""
+"""Frames allowed per message, as clients split long messages into frames and send pings in between."""
 SLICE_BYTES = 4096
-"""Frames are counted after each so many bytes: a single read may hold 40,000 empty ones."""
+"""Frames are counted after every slice of this size, as a single read may hold 40,000 empty frames."""
 LINGER_S = 1.0
-"""A client that is closed upon has this long to read why, while what it sends is thrown away."""
+"""Time for a disconnected client to read the close reason. What it sends meanwhile is discarded."""
 TOO_LARGE, BEYOND_RATE = 1009, 1008
 
 
 class Allowance:
-    """So much a second, and at once what comes together in BURST_S."""
+    """A token bucket: `per_s` a second, with bursts of BURST_S seconds' worth or `at_once`, whichever is more."""
 
     def __init__(self, per_s: float, at_once: float = 0.0) -> None:
         self.per_s = per_s
@@ -41,9 +41,9 @@ class Allowance:
 
 
 class Messages:
-    """Closes a connection at the first message that is too long, or goes beyond what one may send in a second.
+    """Closes a connection at the first message that is too long or exceeds the allowed rate.
 
-    Serve reads a socket ahead without a bound, so a client that sends too fast can't be slowed down, only sent away.
+    Serve reads ahead from a socket without a bound, so a client that sends too fast can only be disconnected.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, settings: WebSocketSettings) -> None:
@@ -90,7 +90,7 @@ class Messages:
 
 
 class BoundedSocket(WebSocketsSansIOProtocol):
-    """Uvicorn's WebSocket with a bound on frames: pings and empty fragments are work, too, and never reach an app."""
+    """Uvicorn's WebSocket with a limit on frames, as pings and empty fragments cost work but never reach an app."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class BoundedSocket(WebSocketsSansIOProtocol):
         super().handle_events()
 
     def handle_parser_exception(self) -> None:
-        """As uvicorn's, but the connection is closed a little later: a reset would overtake the reason."""
+        """Like uvicorn's, but closes the connection LINGER_S later; a reset would overtake the close reason."""
         if self.close_sent or self.conn.close_sent is None:
             return
         code, reason = self.conn.close_sent.code, self.conn.close_sent.reason

@@ -27,27 +27,27 @@ def response(events: AsyncIterator[bytes]) -> StreamingResponse:
 
 
 async def with_pauses(items: AsyncIterator[Item], stopping: asyncio.Event | None = None) -> AsyncGenerator[Item | None]:
-    """The items, None whenever there was none for the time of a heartbeat.
+    """The items, with None whenever none arrived for HEARTBEAT_S.
 
-    What has no end of its own needs one: `stopping`, set once the server is about to stop.
+    Endless iterators need `stopping`, an event set when the server is about to stop, which ends them.
     """
     stop = asyncio.ensure_future((stopping or asyncio.Event()).wait())
-    following: asyncio.Future[Item] = asyncio.ensure_future(anext(items))
+    upcoming: asyncio.Future[Item] = asyncio.ensure_future(anext(items))
     try:
         while True:
-            await asyncio.wait((stop, following), timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((stop, upcoming), timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
             if stop.done():
                 return
-            if not following.done():
+            if not upcoming.done():
                 yield None
                 continue
             try:
-                item = following.result()
+                item = upcoming.result()
             except StopAsyncIteration:
                 return
-            following = asyncio.ensure_future(anext(items))
+            upcoming = asyncio.ensure_future(anext(items))
             yield item
     finally:
-        for task in (stop, following):
+        for task in (stop, upcoming):
             task.cancel()
-        await asyncio.gather(stop, following, return_exceptions=True)
+        await asyncio.gather(stop, upcoming, return_exceptions=True)

@@ -1,7 +1,7 @@
-"""Images from other servers: only from hosts that the config allows, and never from a private network by accident.
+"""Fetches images from other servers: only from hosts that the config allows, never from a private network by accident.
 
-The name is resolved once, every address that it leads to is looked at, and the connection goes to that very address;
-so a name can't lead elsewhere between the look and the connection. Redirects are followed by the same rules.
+The host name is resolved once, every address is checked, and the connection goes to a checked address. So the name
+can't point elsewhere between check and connection. Redirects follow the same rules.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ logger = logging.getLogger("ray.serve")
 
 REDIRECTS = 3
 LONGEST_SHOWN = 100
-"""Of a host's name, in a message."""
+"""Characters of a host name shown in a message."""
 PORTS = {"http": 80, "https": 443}
 
 
 async def fetch(url: str, settings: FetchSettings, max_bytes: int, param: str) -> bytes:
-    """What lies at the URL. Raises DureError naming `param` for one that may not or can't be fetched."""
+    """The bytes at the URL. Raises DureError naming `param` if it may not or can't be fetched."""
     try:
         async with asyncio.timeout(settings.timeout_s), httpx.AsyncClient(trust_env=False, timeout=None) as client:
             for _ in range(1 + REDIRECTS):
-                content, following = await _get(client, url, settings, max_bytes, param)
-                if following is None:
+                content, redirect = await _get(client, url, settings, max_bytes, param)
+                if redirect is None:
                     return content
-                url = urljoin(url, following)
+                url = urljoin(url, redirect)
     except TimeoutError as error:
-        raise errors.invalid(f"{param}: nothing came within {settings.timeout_s:g} s", param) from error
+        raise errors.invalid(f"{param}: the image did not arrive within {settings.timeout_s:g} s", param) from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         logger.info("%s could not be fetched: %r", param, error)
         raise errors.invalid(f"{param}: the host did not give the image", param) from error
@@ -46,7 +46,7 @@ async def fetch(url: str, settings: FetchSettings, max_bytes: int, param: str) -
 async def _get(
     client: httpx.AsyncClient, url: str, settings: FetchSettings, max_bytes: int, param: str
 ) -> tuple[bytes, str | None]:
-    """The body, or where it has moved to."""
+    """The body and None, or an empty body and the address of the redirect."""
     parts = allowed(url, settings, param)
     host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
     address = await _resolve(host, port, settings, param)
@@ -70,31 +70,31 @@ async def _get(
 
 
 def allowed(url: str, settings: FetchSettings, param: str) -> SplitResult:
-    """The URL's parts. Raises DureError where it is none that may be fetched."""
+    """The URL's parts. Raises DureError if it may not be fetched."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError as error:
-        raise _refused(f"is no URL ({error})", param) from error
+        raise _refused(f"is not a URL ({error})", param) from error
     if parts.scheme not in PORTS or not host or parts.username is not None or parts.password is not None:
-        raise _refused("is neither a path of an image here nor a plain http or https URL", param)
+        raise _refused("is neither the path of a stored image nor a plain http or https URL", param)
     if not settings.hosts:
-        raise _refused("is a URL, and fetching is off; send the image as the overlay, or name a path here", param)
+        raise _refused(
+            "is a URL, and fetching is off; send the image as the overlay, or give the path of a stored image", param
+        )
     known = {host, f"{host}:{port or PORTS[parts.scheme]}"}
     if not known & set(settings.hosts):
-        raise _refused(
-            f"leads to {host[:LONGEST_SHOWN]!r}, which is not among the hosts that may be fetched from", param
-        )
+        raise _refused(f"points to {host[:LONGEST_SHOWN]!r}, which is not among the allowed hosts", param)
     shown = f"[{host}]" if ":" in host else host
     return parts._replace(netloc=f"{shown}:{port}" if port else shown)
 
 
 async def _resolve(host: str, port: int, settings: FetchSettings, param: str) -> str:
-    """An address of the host. Raises DureError where any of its addresses is not public."""
+    """An address of the host. Raises DureError if any of its addresses is not public."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
     if not settings.private_addresses and not all(_is_public(address) for address in addresses):
-        raise _refused(f"leads to {host[:LONGEST_SHOWN]!r}, which is in a private network", param)
+        raise _refused(f"points to {host[:LONGEST_SHOWN]!r}, which is in a private network", param)
     return addresses[0]
 
 
@@ -110,7 +110,7 @@ def _is_public(address: str) -> bool:
 
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-"""https://www.rfc-editor.org/rfc/rfc6052: IPv4 addresses inside IPv6's."""
+"""https://www.rfc-editor.org/rfc/rfc6052: IPv4 addresses embedded in IPv6 addresses."""
 
 
 def _refused(why: str, param: str) -> DureError:

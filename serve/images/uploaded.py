@@ -1,4 +1,4 @@
-"""Images that clients send: checked with the eyes of the models that will look at them."""
+"""Images that clients send, checked with the decoder that the models use."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from serve.config.settings import Limits
 from serve.errors import DureError
 
 DECODED_AT_ONCE = 2
-"""Per process: an image at the limit of pixels may take 1 GB while it is decoded."""
+"""Images decoded at once per process; one at the pixel limit may take 1 GB while it is decoded."""
 _decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
 
 async def read_image(upload: UploadFile, limits: Limits, param: str = "image") -> bytes:
-    """The upload's bytes. Raises a DureError for what is no image, or over a limit in bytes or pixels."""
+    """The upload's bytes. Raises a DureError if it is not an image, or exceeds a limit in bytes or pixels."""
     content = await upload.read()
     await _header(content, limits, param)
     return content
 
 
 async def look_at(content: bytes, limits: Limits, param: str = "image") -> Header:
-    """What the image is. Raises a DureError also where it can't be decoded to its end, or not be scaled."""
+    """The image's header. Also raises a DureError if the image can't be decoded completely or scaled."""
     header = await _header(content, limits, param)
     async with _decoding:
         try:

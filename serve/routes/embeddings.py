@@ -25,7 +25,7 @@ Input = str | list[str] | list[int] | list[list[int]]
 
 
 def _input(given: Any) -> Input:
-    """Checks by hand: pydantic would collect an error for every entry of a long list and every type it may have."""
+    """Validates by hand, as pydantic would collect errors for every entry of a long list and every allowed type."""
     if isinstance(given, list):
         kinds = {type(entry) for entry in given}
         if kinds == {list}:
@@ -36,7 +36,7 @@ def _input(given: Any) -> Input:
             return given
     elif isinstance(given, str):
         return given
-    raise ValueError("takes a text, a list of texts, a list of token ids, or a list of such lists")
+    raise ValueError("takes a text, a list of texts, a list of token ids, or a list of lists of token ids")
 
 
 class EmbeddingsRequest(Body):
@@ -46,11 +46,11 @@ class EmbeddingsRequest(Body):
     dimensions: Annotated[int, Field(ge=1, strict=True)] | None = None
     user: str | None = None
     truncate: bool = True
-    """Dure's own: false makes a text over the model's length a 400."""
+    """Dure's extension: if false, a text longer than the model allows is a 400."""
     prompt_name: str | None = None
-    """Dure's own, as in sentence-transformers: which of the model's prompts comes before each text."""
+    """Dure's extension, as in sentence-transformers: which of the model's prompts to put before each text."""
     input_type: InputType | None = None
-    """Dure's own: `query` or `document`, before which the model's prompt for such texts comes."""
+    """Dure's extension: `query` or `document`; the model's prompt for that kind of text is put before each text."""
 
     @classmethod
     def max_bytes(cls, limits: Limits) -> int:
@@ -60,12 +60,12 @@ class EmbeddingsRequest(Body):
 @router.post("/v1/embeddings")
 @calls(task="embedding")
 async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep) -> Response:
-    """Vectors of one text or many, as texts or as token ids of the model's own tokenizer."""
+    """Vectors for one or many inputs, given as texts or as token ids from the model's own tokenizer."""
     model = graph.model("embedding", body.model)
     given = _texts(body.input, graph.settings.limits)
     if isinstance(given[0], list) and not model.takes_token_ids:
         raise errors.invalid(
-            f"model {model.name} takes no token ids, as those of another tokenizer would be nonsense to it; send texts "
+            f"model {model.name} takes no token ids, as ids from another tokenizer would be meaningless; send texts "
             "(LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)",
             "input",
         )
@@ -90,7 +90,7 @@ async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep
 
 
 def _texts(given: Input, limits: Limits) -> list[str] | list[list[int]]:
-    """One entry per vector. Raises a 400 for what is empty, as OpenAI does."""
+    """One entry per vector. Raises a 400 for empty input, as OpenAI does."""
     texts: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if texts and isinstance(texts[0], list):
         check_texts([""] * len(texts), "input", limits)
@@ -106,11 +106,11 @@ def _texts(given: Input, limits: Limits) -> list[str] | list[list[int]]:
 
 
 def _shortened(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
-    """The first `dimensions` of each vector, of length 1 again."""
+    """The first `dimensions` of each vector, rescaled to length 1."""
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors
     if dimensions > vectors.shape[1]:
-        raise errors.invalid(f"dimensions is {dimensions}, the model has {vectors.shape[1]}", "dimensions")
+        raise errors.invalid(f"dimensions is {dimensions}, but the model has {vectors.shape[1]}", "dimensions")
     cut = vectors[:, :dimensions]
     return np.ascontiguousarray(cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12))
 

@@ -1,4 +1,4 @@
-"""Is Dure up, and are its models?"""
+"""Health of Dure and its models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def live() -> dict[str, str]:
 
 @router.get("/health")
 async def health(graph: GraphDep) -> JSONResponse:
-    """200 when all models are up that need not be asked for first, and no service is in trouble; else 503 with what."""
+    """200 if all models are ready or asleep and no service is in trouble; otherwise 503 with what is missing."""
     models = {name: _model(graph.watch, name) for name in graph.models}
     missing = [name for name, model in models.items() if model["state"] not in ("ready", "asleep")]
     troubles = {name: trouble for name in graph.services if (trouble := graph.watch.trouble(name))}

@@ -1,4 +1,4 @@
-"""Loading as it happens: server-sent events of every replica's progress."""
+"""Loading progress of every replica, as server-sent events."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ router = APIRouter(tags=["models"])
 
 @router.get("/model/upload-stream", response_class=StreamingResponse)
 async def upload_stream(graph: GraphDep, model: str | None = None, follow: bool = False) -> StreamingResponse:
-    """First each replica's present state, then what changes; ends once all shown are ready or failed.
+    """Each replica's current state, then its changes. Ends once all replicas shown are ready or failed.
 
-    With `follow` it goes on until the server stops. Of all models, those that sleep are left out; one that is
-    named is waited for.
+    With `follow` it continues until the server stops. Sleeping models are left out, but a model named with `model` is
+    waited for.
     """
     if model is not None and model not in graph.models:
-        raise errors.not_found(f"no model {model!r}; there are {', '.join(graph.models)}", "model")
+        raise errors.not_found(f"no model {model!r}; the models are {', '.join(graph.models)}", "model")
     names = [model] if model else [name for name in graph.models if graph.watch.state(name) != "asleep"]
     return sse.response(_stream(graph.watch, names, follow))
 
@@ -38,7 +38,7 @@ async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator
             for replica in watch.of(name):
                 shown[replica.replica] = replica
                 yield _event(replica)
-        if not follow and _over(names, shown):
+        if not follow and _finished(names, shown):
             return
         async with contextlib.aclosing(sse.with_pauses(_each(changes), watch.stopping)) as news:
             async for changed in news:
@@ -49,7 +49,7 @@ async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator
                 if changed.model in names and (before is None or before.event != changed.event):
                     shown[changed.replica] = changed
                     yield _event(changed)
-                if not follow and _over(names, shown):
+                if not follow and _finished(names, shown):
                     return
 
 
@@ -58,8 +58,8 @@ async def _each(changes: asyncio.Queue[Replica]) -> AsyncIterator[Replica]:
         yield await changes.get()
 
 
-def _over(names: list[str], shown: dict[str, Replica]) -> bool:
-    """Every model has shown a replica, and every replica shown has come to an end."""
+def _finished(names: list[str], shown: dict[str, Replica]) -> bool:
+    """Whether every model has shown a replica, and every replica shown is ready or failed."""
     ended = all(replica.event.status in ("ready", "failed") for replica in shown.values())
     return ended and {replica.model for replica in shown.values()} == set(names)
 

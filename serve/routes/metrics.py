@@ -22,13 +22,14 @@ TIMEOUT_S = 5.0
 
 @router.get("/metrics", response_class=Response)
 async def metrics(graph: GraphDep) -> Response:
-    """Every process of the cluster, each once: this one as it is now, the others as they last reported. And the lanes,
-    as long as there is somebody who knows how they are.
+    """Metrics of every process of the cluster: this one's current values, and the last reports of the others.
+
+    Metrics of the lanes are included while admission answers.
     """
     try:
         actor = await asyncio.to_thread(board)
         processes = await asyncio.wait_for(actor.metrics.remote(), TIMEOUT_S)
-    except (RayError, TimeoutError, ValueError) as error:  # ValueError: it has just died
+    except (RayError, TimeoutError, ValueError) as error:  # ValueError: the board has just died
         raise errors.no_board() from error
     processes[graph.me] = list(REGISTRY.collect())
     with contextlib.suppress(DureError):

@@ -1,4 +1,4 @@
-"""Which models there are and how they are, and a door to models of kinds that Dure has no endpoint for."""
+"""The models and their states, reloads, and an endpoint for models with engines of your own."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ async def list_models(graph: GraphDep) -> dict[str, Any]:
 
 @router.get("/v1/models/{name}")
 async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
-    """How a model was loaded and how its replicas are."""
+    """How a model was loaded, and the state of its replicas."""
     if name not in graph.models:
-        raise errors.not_found(f"no model {name!r}; there are {', '.join(graph.models)}", "name")
+        raise errors.not_found(f"no model {name!r}; the models are {', '.join(graph.models)}", "name")
     replicas = graph.watch.of(name)
     facts = next((replica.facts for replica in replicas if replica.facts), None) or {}
     weights = facts.get("weights_bytes")
@@ -75,12 +75,12 @@ class ReloadRequest(Body):
     model_config = ConfigDict(extra="forbid")
 
     optimized: bool | None = None
-    """True: as the config says; false: the original, torch in fp32."""
+    """True: as configured; false: the original, in torch and fp32."""
     precision: Precision | None = None
     source: Annotated[str, Field(min_length=1)] | None = None
     revision: str | None = None
     wait: bool = True
-    """False answers 202 at once; the progress stream and GET /v1/models/NAME tell how it goes."""
+    """If false, answers 202 at once; the progress stream and GET /v1/models/NAME show how the reload goes."""
 
     @classmethod
     def max_bytes(cls, limits: Limits) -> int:
@@ -97,7 +97,7 @@ class ReloadRequest(Body):
         return self
 
     def changes(self, configured: ModelSettings) -> dict[str, Any]:
-        """Fields of the model's spec that are to differ from the config."""
+        """The fields of the model's spec that differ from the config."""
         changed: dict[str, Any] = {}
         if self.precision or self.optimized:
             changed |= {"precision": self.precision or configured.precision, "runtime": configured.runtime}
@@ -110,32 +110,32 @@ class ReloadRequest(Body):
 
 @router.post("/v1/models/{name}/reload")
 async def reload(name: str, body: ReloadRequest, graph: GraphDep, caller: CallerDep) -> JSONResponse:
-    """Load a model anew in another precision or from another source, replica by replica, while it goes on answering.
+    """Load a model again in another precision or from another source, replica by replica, while it keeps serving.
 
-    If that fails the old one stays and the answer says why. It holds until the next deploy.
+    If loading fails, the old model stays and the answer says why. A reload lasts until the next deploy.
     """
     if name not in graph.models:
-        raise errors.not_found(f"no model {name!r}; there are {', '.join(graph.models)}", "name")
+        raise errors.not_found(f"no model {name!r}; the models are {', '.join(graph.models)}", "name")
     actor = await asyncio.to_thread(board)
     try:
-        order = await _asked(actor.order.remote(name, body.changes(graph.settings.models[name])))
+        order = await _board_answer(actor.order.remote(name, body.changes(graph.settings.models[name])))
     except ValueError as error:
         raise DureError(409, "conflict", str(error)) from error
     while body.wait and time.monotonic() < caller.deadline:
         await asyncio.sleep(POLL_S)
-        latest, change = await _asked(actor.reload.remote(name))
+        latest, change = await _board_answer(actor.reload.remote(name))
         if latest is None or latest.order.number != order.number or latest.state == "failed":
-            reason = latest.reason if latest else "it was deployed anew meanwhile"
+            reason = latest.reason if latest else "it was deployed again meanwhile"
             await graph.watch.reached(change, BOARD_S)
-            raise errors.invalid(f"{name} could not be reloaded and serves on as before: {reason}")
+            raise errors.invalid(f"{name} could not be reloaded and keeps serving as before: {reason}")
         if latest.state == "done":
             await graph.watch.reached(change, BOARD_S)
             return JSONResponse(await get_model(name, graph))
     return JSONResponse(await get_model(name, graph), 202)
 
 
-async def _asked(answer: Any) -> Any:
-    """The board's answer. Raises ValueError where the board refused."""
+async def _board_answer(answer: Any) -> Any:
+    """The board's answer. Raises ValueError if the board refused."""
     try:
         return await asyncio.wait_for(answer, BOARD_S)
     except RayTaskError as error:
@@ -153,9 +153,9 @@ class RunRequest(Body):
 @router.post("/v1/models/{name}/run")
 @calls(model="name")
 async def run(name: str, body: RunRequest, graph: GraphDep, caller: CallerDep) -> Response:
-    """Run a model of your own engine (`task: MODULE:CLASS`): each item goes to its `prepare` as it is."""
+    """Run a model with an engine of your own (`task: MODULE:CLASS`). Its `prepare` gets each item unchanged."""
     if name not in graph.models:
-        raise errors.not_found(f"no model {name!r}; there are {', '.join(graph.models)}", "name")
+        raise errors.not_found(f"no model {name!r}; the models are {', '.join(graph.models)}", "name")
     model = graph.models[name]
     if model.task in TASKS:
         raise errors.invalid(f"model {name!r} has task {model.task}, which has an endpoint of its own; see GET /docs")

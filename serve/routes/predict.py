@@ -34,13 +34,13 @@ class PredictRequest(Body):
 @router.post("/predict")
 @calls(task="next_word", cached=True)
 async def predict(body: PredictRequest, graph: GraphDep, caller: CallerDep) -> Response:
-    """The likeliest next words, best first; with `complete_word: false`, single tokens."""
+    """The most likely next words, best first; with `complete_word: false`, single tokens."""
     model, words = await next_words(body, graph, caller)
     return answer({"predictions": words, "model": model})
 
 
 async def next_words(asked: PredictRequest, graph: Graph, caller: Caller) -> tuple[str, orjson.Fragment]:
-    """The name of the model that was asked, and its answer as JSON."""
+    """The model's name and its answer as JSON."""
     check_text(asked.text, "text", graph.settings.limits)
     model = graph.model("next_word", asked.model)
     prompt = Prompt(asked.text, asked.top_k, asked.temperature, asked.complete_word, caller.tenant)

@@ -1,4 +1,4 @@
-"""Next words while somebody types: one connection, of whose inputs only the newest is answered."""
+"""Next words while somebody types: a WebSocket on which only the newest input is answered."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ logger = logging.getLogger("ray.serve")
 router = APIRouter(tags=["next word"])
 
 SEND_S = 10.0
-"""A client that takes nothing for so long is disconnected."""
+"""A client that does not read for this long is disconnected."""
 CLOSE_S = 5.0
-STOPPING = "the server is restarted; connect again"
+STOPPING = "the server is restarting; connect again"
 LONGEST_REASON = 120
-"""A close frame has room for so many bytes of it; what Dure says of headers is ASCII."""
+"""Characters of the close reason; a close frame holds little more. Dure's messages about headers are ASCII."""
 REPLIES = 128
-"""Errors and pongs that may wait to be sent; a client that leaves more lying is disconnected."""
+"""Errors and pongs that may wait to be sent. A client that leaves more unread is disconnected."""
 
 
 class Input(PredictRequest):
-    """What has been typed so far."""
+    """The text typed so far."""
 
     type: Literal["input"]
     id: str | Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Comes back with the answer."""
+    """Returned with the answer."""
     ticket: str | None = None
     """From an earlier refusal."""
 
@@ -59,10 +59,10 @@ MESSAGES: TypeAdapter[Input | Ping] = TypeAdapter(Annotated[Input | Ping, Field(
 
 @router.websocket("/ws/{client_id}")
 async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_length=128)]) -> None:
-    """Answers each `{"type": "input", "text": ...}` that no newer one has overtaken."""
+    """Answers each `{"type": "input", "text": ...}` unless a newer one supersedes it."""
     graph: Graph = socket.app.state.graph
-    with contextlib.suppress(WebSocketDisconnect):  # clients may leave at any moment
-        if not _welcome(socket, graph.settings.ingress.cors_origins):
+    with contextlib.suppress(WebSocketDisconnect):  # clients may leave at any time
+        if not _origin_allowed(socket, graph.settings.ingress.cors_origins):
             await socket.close(status.WS_1008_POLICY_VIOLATION, "this origin is not among the config's cors_origins")
             return
         await socket.accept()
@@ -86,14 +86,14 @@ async def type_along(socket: WebSocket, client_id: Annotated[str, Path(max_lengt
 
 
 async def end_all(stopping: asyncio.Event) -> None:
-    """Once the server is about to stop, tell all who are connected to come back."""
+    """Once the server is about to stop, tell all connected clients to reconnect."""
     await stopping.wait()
     for connection in list(CONNECTED):
         connection.stop()
 
 
-def _welcome(socket: WebSocket, origins: list[str]) -> bool:
-    """Browsers ask nobody before they connect, so the pages that may are the server's to tell."""
+def _origin_allowed(socket: WebSocket, origins: list[str]) -> bool:
+    """Browsers don't apply CORS to WebSockets, so the server has to check which pages may connect."""
     origin = socket.headers.get("origin")
     if origin is None or "*" in origins or origin in origins:
         return True
@@ -103,34 +103,34 @@ def _welcome(socket: WebSocket, origins: list[str]) -> bool:
         return False
 
 
-class NotKept(Exception):
-    """The connection is closed because the client goes beyond what one may."""
+class LimitExceeded(Exception):
+    """Closes the connection because the client exceeded a limit."""
 
 
 class Connection:
-    """Two loops: one reads, one sends, so nothing is sent twice at once. What is sent never waits for the model."""
+    """One loop reads and one sends, so sends never overlap. Replies never wait for the model."""
 
     def __init__(self, socket: WebSocket, graph: Graph, caller: Caller) -> None:
         self.socket = socket
         self.graph = graph
         self.caller = caller
-        """As of the connection: each input has as much time."""
+        """The caller of the connection. Each input gets its full timeout."""
         self.newest: Input | None = None
-        """Read and not yet taken up."""
+        """The latest input, until its answer is begun."""
         self.answering: asyncio.Task[dict[str, Any]] | None = None
-        """The answer to the newest input that was taken up."""
+        """The task that answers the latest input taken from `newest`."""
         self.replies: deque[dict[str, Any]] = deque()
         self.news = asyncio.Event()
         self.reading = asyncio.ensure_future(self._read())
         self.stopped = False
 
     def stop(self) -> None:
-        """End it, as the server stops."""
+        """Close the connection because the server stops."""
         self.stopped = True
         self.reading.cancel()
 
     async def run(self) -> None:
-        """Until the client leaves or is sent away, or the server stops."""
+        """Serve the connection until the client leaves or is disconnected, or the server stops."""
         loops = [self.reading, asyncio.ensure_future(self._send_all())]
         try:
             await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
@@ -146,8 +146,8 @@ class Connection:
         if self.stopped:
             code, reason = status.WS_1012_SERVICE_RESTART, STOPPING
         for end in ends:
-            if isinstance(end, NotKept | TimeoutError):
-                code, reason = status.WS_1008_POLICY_VIOLATION, str(end) or "answers are not taken"
+            if isinstance(end, LimitExceeded | TimeoutError):
+                code, reason = status.WS_1008_POLICY_VIOLATION, str(end) or "the client does not read its answers"
             elif not isinstance(end, WebSocketDisconnect):
                 logger.error("a connection failed", exc_info=end)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it may be closed already
@@ -159,15 +159,15 @@ class Connection:
             message = await self.socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
-            self._take(message.get("text"))
+            self._handle(message.get("text"))
             if len(self.replies) > REPLIES:
-                raise NotKept("answers are not taken")
+                raise LimitExceeded("the client does not read its answers")
 
-    def _take(self, text: str | None) -> None:
+    def _handle(self, text: str | None) -> None:
         try:
             read = self._parsed(text)
         except ValidationError as error:
-            self._reply({"type": "error", "message": _told(error)})
+            self._reply({"type": "error", "message": _message(error)})
         except DureError as error:
             self._reply({"type": "error", "message": error.message})
         else:
@@ -196,35 +196,35 @@ class Connection:
             while self.replies:
                 await self._send(self.replies.popleft())
             if self.newest:
-                asked, self.newest = self.newest, None
-                self.answering = asyncio.ensure_future(self._answer(asked))
+                newest, self.newest = self.newest, None
+                self.answering = asyncio.ensure_future(self._answer(newest))
                 self.answering.add_done_callback(lambda _: self.news.set())
             elif self.answering and self.answering.done():
                 answered, self.answering = self.answering, None
                 if not answered.cancelled():
                     await self._send(answered.result())
 
-    async def _answer(self, asked: Input) -> dict[str, Any]:
-        told = {} if asked.id is None else {"id": asked.id}
+    async def _answer(self, given: Input) -> dict[str, Any]:
+        echoed = {} if given.id is None else {"id": given.id}
         try:
-            caller = Caller.waiting(self.caller.timeout_s, self.caller.tenant, asked.ticket)
-            _, words = await next_words(asked, self.graph, caller)
-            return {"type": "prediction", "data": words, "input": asked.text, **told}
+            caller = Caller.waiting(self.caller.timeout_s, self.caller.tenant, given.ticket)
+            _, words = await next_words(given, self.graph, caller)
+            return {"type": "prediction", "data": words, "input": given.text, **echoed}
         except DureError as error:
             later = {"retry_after": int(error.headers["Retry-After"])} if error.retry_after_s is not None else {}
             ticket = {"ticket": error.ticket} if error.ticket else {}
-            return {"type": "error", "message": error.message, **later, **ticket, **told}
+            return {"type": "error", "message": error.message, **later, **ticket, **echoed}
         except Exception:  # the client gets no traceback; the log does
             logger.exception("an input could not be answered")
-            return {"type": "error", "message": errors.internal().message, **told}
+            return {"type": "error", "message": errors.internal().message, **echoed}
 
     async def _send(self, message: dict[str, Any]) -> None:
-        # Not wait_for, which in Python 3.11 forgets that it was cancelled where the text has just been sent.
+        # Not wait_for: in Python 3.11 it swallows a cancellation that comes just as the text has been sent.
         async with asyncio.timeout(SEND_S):
             await self.socket.send_text(orjson.dumps(message).decode())
 
 
-def _told(error: ValidationError) -> str:
+def _message(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in problem["loc"] if part not in ("input", "ping"))
     message = problem["msg"].removeprefix("Value error, ")

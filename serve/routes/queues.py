@@ -1,4 +1,4 @@
-"""What waits where, in the whole cluster."""
+"""The queues of the whole cluster."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ router = APIRouter(tags=["queues"])
 async def queues(graph: GraphDep, caller: CallerDep) -> dict[str, Any]:
     """Each service's lane and each model's queue: running, waiting, rejected, service times and the estimated wait.
 
-    Lanes count requests, models turns: a short item takes one, and one more for every 64 tokens or so.
+    Lanes count requests. Models count turns: 1 per item, plus 1 for every 64 tokens or so.
 
-    Of a lane also what waits there for the caller's own tenant; the names of others are nobody's business.
+    A lane also shows how many requests of the caller's own tenant wait. Other tenants are not named.
     """
-    told = await graph.lanes.queues()
-    of: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for gate in told["models"]:
-        of[gate["name"]].append(gate)
-    lanes = [_lane(name, standing, caller.tenant) for name, standing in told["lanes"].items()]
-    return {"object": "queues", "lanes": lanes, "models": [_model(name, of[name]) for name in graph.models]}
+    found = await graph.lanes.queues()
+    gates: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for gate in found["models"]:
+        gates[gate["name"]].append(gate)
+    lanes = [_lane(name, standing, caller.tenant) for name, standing in found["lanes"].items()]
+    return {"object": "queues", "lanes": lanes, "models": [_model(name, gates[name]) for name in graph.models]}
 
 
 def _lane(name: str, standing: dict[str, Any], tenant: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def _lane(name: str, standing: dict[str, Any], tenant: str) -> dict[str, Any]:
 
 
 def _model(name: str, gates: list[dict[str, Any]]) -> dict[str, Any]:
-    """The sum over all who call it. Their rates add up, too."""
+    """A model's queue, summed over the gates of all processes that call it. Their service rates add up as well."""
     busy = [gate for gate in gates if gate["service_time_p50_s"] is not None]
     turns = sum(gate["turns"] for gate in gates)
     running = sum(gate["running"] for gate in gates)

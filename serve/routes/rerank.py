@@ -1,4 +1,4 @@
-"""Reranking in the shape that Cohere's and Jina's clients know."""
+"""Reranking in the format of Cohere's and Jina's APIs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Document(Body):
 
 
 def _documents(given: Any) -> list[str]:
-    """The documents' texts, checked by hand: pydantic would collect errors for every entry of a long list."""
+    """The documents' texts, validated by hand, as pydantic would collect errors for every entry of a long list."""
     if not isinstance(given, list):
         raise ValueError("takes a list of texts or of objects with `text`")
     texts: list[Any] = [entry.get("text") if isinstance(entry, dict) else entry for entry in given]
@@ -41,7 +41,7 @@ class RerankRequest(Body):
     top_n: Annotated[int, Field(ge=1, strict=True)] | None = None
     return_documents: bool = False
     truncate: bool = True
-    """Dure's own: false makes a pair over the model's length a 400."""
+    """Dure's extension: if false, a pair longer than the model allows is a 400."""
 
     @classmethod
     def max_bytes(cls, limits: Limits) -> int:
@@ -51,7 +51,7 @@ class RerankRequest(Body):
 @router.post("/v1/rerank")
 @calls(task="rerank")
 async def rerank(body: RerankRequest, graph: GraphDep, caller: CallerDep) -> Response:
-    """Documents by how well they answer the query, best first, each scored between 0 and 1."""
+    """Documents ranked by how well they answer the query, best first, with scores between 0 and 1."""
     model = graph.model("rerank", body.model)
     texts = body.documents
     check_text(body.query, "query", graph.settings.limits)

@@ -1,4 +1,4 @@
-"""Search among the documents of the request."""
+"""Search in the documents of a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter(tags=["search"])
 
 
 MAX_TOP_K = 256
-"""For each of which the cross-encoder reads four documents."""
+"""Most results; the cross-encoder reads four documents for each."""
 
 
 class SearchRequest(Body):
@@ -35,7 +35,7 @@ class SearchRequest(Body):
 @router.post("/v1/search")
 @calls(service="search")
 async def search(body: SearchRequest, graph: GraphDep, caller: CallerDep) -> Response:
-    """Embed, take the nearest, re-rank: the best documents first, scored between 0 and 1."""
+    """Embed, take the nearest documents, rerank: the best documents first, with scores between 0 and 1."""
     service = graph.service("search", "a model with task embedding and one with task rerank")
     check_text(body.query, "query", graph.settings.limits)
     check_texts(body.documents, "documents", graph.settings.limits)

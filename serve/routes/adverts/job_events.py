@@ -1,4 +1,4 @@
-"""How far a job is, as it happens: server-sent events of its variants, and of what is to be done next."""
+"""Progress of a job as server-sent events: the states of its variants, and the events of finished stages."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from serve.services.adverts.views import Progress
 router = APIRouter(prefix="/api/yh", tags=["adverts"])
 
 FIRST_S = 30.0
+"""Time limit for the first state."""
 LONGEST_S = 3600.0
-"""After which a client has to connect anew, as an EventSource does by itself."""
+"""The stream ends after this long. Clients reconnect, as an EventSource does by itself."""
 
 
 @router.get("/jobs/{job_id}/events", response_class=StreamingResponse)
@@ -33,22 +34,22 @@ async def follow_job(
     adverts: Service,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> StreamingResponse:
-    """First the state of each variant and the events so far, or those after Last-Event-ID; then what changes."""
-    progress = adverts.stream("follow", tenant_id, job_id)
+    """The state of each variant and the events so far, or those after Last-Event-ID; then every change."""
+    updates = adverts.stream("follow", tenant_id, job_id)
     try:
-        first: Progress = await asyncio.wait_for(anext(progress), FIRST_S)  # so that a refusal is no stream
+        first: Progress = await asyncio.wait_for(anext(updates), FIRST_S)  # a refusal is a plain response, not a stream
     except TimeoutError as error:
         raise errors.too_late(adverts.name, FIRST_S) from error
-    return sse.response(_stream(first, progress, graph.watch.stopping, last_event_id))
+    return sse.response(_stream(first, updates, graph.watch.stopping, last_event_id))
 
 
 async def _stream(
-    first: Progress, following: AsyncIterator[Progress], stopping: asyncio.Event, last_event_id: str | None
+    first: Progress, updates: AsyncIterator[Progress], stopping: asyncio.Event, last_event_id: str | None
 ) -> AsyncIterator[bytes]:
     variants: dict[str, dict[str, Any]] = {}
     ids = [event["event_id"] for event in first.events]
-    told = set(ids[: ids.index(last_event_id) + 1]) if last_event_id in ids else set()
-    async with contextlib.aclosing(sse.with_pauses(_chained(first, following), stopping)) as items:
+    sent = set(ids[: ids.index(last_event_id) + 1]) if last_event_id in ids else set()
+    async with contextlib.aclosing(sse.with_pauses(_chained(first, updates), stopping)) as items:
         with contextlib.suppress(TimeoutError, DureError):
             async with asyncio.timeout(LONGEST_S):
                 async for progress in items:
@@ -60,19 +61,19 @@ async def _stream(
                             variants[variant["job_variants_id"]] = variant
                             yield sse.event(_shown(variant), "progress")
                     for event in progress.events:
-                        if event["event_id"] not in told:
-                            told.add(event["event_id"])
+                        if event["event_id"] not in sent:
+                            sent.add(event["event_id"])
                             yield sse.event(event, event["type"], event["event_id"])
 
 
-async def _chained(first: Progress, following: AsyncIterator[Progress]) -> AsyncIterator[Progress]:
+async def _chained(first: Progress, updates: AsyncIterator[Progress]) -> AsyncIterator[Progress]:
     yield first
-    async for progress in following:
+    async for progress in updates:
         yield progress
 
 
 def _shown(variant: dict[str, Any]) -> dict[str, Any]:
-    """The state in one word, with the place in the queue, counted from 1 where known, or the tokens so far."""
+    """The state in one word, with the place in the queue, from 1 and if known, or the tokens so far."""
     progress = variant["progress"] or {}
     shown = {name: variant[name] for name in ("job_variants_id", "step", "status")}
     if variant["status"] == "running":

@@ -1,4 +1,4 @@
-"""Adverts as jobs: what is sent, what is on record, and having it deleted."""
+"""Adverts as jobs: creating them, reading what is on record, and deleting them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def create_job(
     ad_copy_eng: Annotated[str | None, Form()] = None,
     idempotency_key: Annotated[Key | None, Header()] = None,
 ) -> Response:
-    """A new job with its image, and a first variant at img_gen/done. With an Idempotency-Key, a repeat is safe."""
+    """Create a job with its image and a first variant at img_gen/done. With an Idempotency-Key, repeating is safe."""
     limits = graph.settings.limits
     desc_eng = _text(desc_eng, "desc_eng", limits)
     ad_copy_eng = _text(ad_copy_eng, "ad_copy_eng", limits)
@@ -100,8 +100,8 @@ async def record_overlay(
     caller: CallerDep,
     adverts: Service,
 ) -> Response:
-    """The finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
-    async with _finished(request) as (tenant_id, upload, layout):  # a client that sends slowly holds no place meanwhile
+    """Record the finished advert: multipart with `tenant_id` and `image`, or JSON with `tenant_id` and `layout`."""
+    async with _overlay(request) as (tenant_id, upload, layout):  # outside the gate: a slow sender holds no place
         caller = replace(caller, tenant=tenant_id)
         with measured(adverts.name):
             async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
@@ -123,22 +123,22 @@ async def record_overlay(
 async def show_job(
     job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service
 ) -> Response:
-    """A job with its variants, what was done with them, and the verdicts."""
-    return answer(await _called(adverts, caller, "view", tenant_id, job_id))
+    """A job with its variants, their stages and the verdicts."""
+    return answer(await _call(adverts, caller, "view", tenant_id, job_id))
 
 
 @router.delete("/jobs/{job_id}")
 async def delete_job(
     job_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service
 ) -> Response:
-    """Delete a job now: rows and files."""
-    return answer({"deleted": await _called(adverts, caller, "delete", tenant_id, job_id)})
+    """Delete a job at once, rows and files."""
+    return answer({"deleted": await _call(adverts, caller, "delete", tenant_id, job_id)})
 
 
 @router.delete("/jobs")
 async def delete_jobs(tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service) -> Response:
-    """Delete all jobs of a tenant now: rows and files."""
-    return answer({"deleted": await _called(adverts, caller, "delete", tenant_id, None)})
+    """Delete all jobs of a tenant at once, rows and files."""
+    return answer({"deleted": await _call(adverts, caller, "delete", tenant_id, None)})
 
 
 @router.get("/traces")
@@ -150,10 +150,10 @@ async def list_traces(
     after: str | None = None,
     limit: Limit = 100,
 ) -> Response:
-    """What models were asked and what they answered, the oldest first; `after` takes the `next` of the page before."""
+    """Questions to models and their answers, oldest first; `after` takes the `next` of the previous page."""
     if after is not None and len(after) > MAX_CURSOR:
-        raise errors.invalid("`after` is not the `next` of an earlier answer", "after")
-    return answer(await _called(adverts, caller, "traces", tenant_id, job_id, after, limit))
+        raise errors.invalid("`after` is not the `next` of a previous page", "after")
+    return answer(await _call(adverts, caller, "traces", tenant_id, job_id, after, limit))
 
 
 @router.get("/events")
@@ -164,29 +164,29 @@ async def list_events(
     state: State | None = None,
     limit: Limit = 100,
 ) -> Response:
-    """What followed, the newest first, and how its delivery stands.
+    """Events of finished stages, newest first, with the state of their delivery.
 
-    `state=dead` are those that are tried no more, `no_webhook` those that nobody was to be told of.
+    `state=dead` lists events that are no longer retried, `state=no_webhook` those made while no webhook was configured.
     """
-    return answer({"events": await _called(adverts, caller, "events", tenant_id, state, limit)})
+    return answer({"events": await _call(adverts, caller, "events", tenant_id, state, limit)})
 
 
 @router.post("/events/{event_id}/redeliver")
 async def redeliver(
     event_id: uuid.UUID, tenant_id: Annotated[TenantId, Query()], caller: CallerDep, adverts: Service
 ) -> Response:
-    """Deliver an event anew, also one that is dead or was delivered."""
-    return answer(await _called(adverts, caller, "deliver_again", tenant_id, event_id))
+    """Deliver an event again, even if it is dead or was delivered."""
+    return answer(await _call(adverts, caller, "deliver_again", tenant_id, event_id))
 
 
-async def _called(adverts: Deployment, caller: Caller, method: str, tenant_id: str, *arguments: Any) -> Any:
+async def _call(adverts: Deployment, caller: Caller, method: str, tenant_id: str, *arguments: Any) -> Any:
     with measured(adverts.name):
         return await adverts.call(tenant_id, *arguments, method=method, caller=replace(caller, tenant=tenant_id))
 
 
 @asynccontextmanager
-async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None, dict[str, Any] | None]]:
-    """The tenant, and the finished advert: an image, which may lie in a file until the body ends, or a layout."""
+async def _overlay(request: Request) -> AsyncIterator[tuple[str, Upload | None, dict[str, Any] | None]]:
+    """The tenant and the finished advert: an upload, open until the block ends, or a layout."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in (MULTIPART, JSON):
         message = f"the body's Content-Type is {kind[:100]!r}; send {MULTIPART} with an image, or {JSON} with a layout"
@@ -195,11 +195,11 @@ async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None,
         async with _form(request) as form:
             upload = form.get("image")
             if not isinstance(upload, Upload):
-                raise DureError(422, "invalid_request", "image: a file is needed; or send JSON", "image")
+                raise DureError(422, "invalid_request", "image: send a file here, or JSON as the body", "image")
             try:
                 tenant_id = TENANT.validate_python(form.get("tenant_id"))
             except ValidationError as error:
-                raise _as_of_request(error, "tenant_id") from error
+                raise _request_error(error, "tenant_id") from error
             yield tenant_id, upload, None
             return
     encoded = b""
@@ -211,8 +211,8 @@ async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None,
         raise errors.invalid("layout has a NUL character", "layout")
     try:
         body = OverlayBody.model_validate(orjson.loads(encoded))
-    except ValueError as error:  # pydantic's and orjson's alike
-        raise _as_of_request(error) from error
+    except ValueError as error:  # raised by pydantic and orjson
+        raise _request_error(error) from error
     yield body.tenant_id, None, body.layout
 
 
@@ -220,7 +220,7 @@ async def _finished(request: Request) -> AsyncIterator[tuple[str, Upload | None,
 async def _form(request: Request) -> AsyncIterator[FormData]:
     try:
         form = await request.form(max_files=1)
-    except UnicodeError as error:  # as FastAPI has it for forms that it reads itself
+    except UnicodeError as error:  # FastAPI does the same for forms that it reads itself
         raise errors.invalid("the form is not in the charset that its Content-Type names") from error
     try:
         yield form
@@ -229,10 +229,10 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
 
 
 async def _image(job_id: uuid.UUID, content: bytes, limits: Limits) -> Image:
-    look = await look_at(content, limits)
+    header = await look_at(content, limits)
     asset_id = uuid.uuid4()
-    path = f"{job_id}/{asset_id}.{look.extension}"
-    return Image(asset_id, path, look.media_type, look.width, look.height, len(content))
+    path = f"{job_id}/{asset_id}.{header.extension}"
+    return Image(asset_id, path, header.media_type, header.width, header.height, len(content))
 
 
 def _text(text: str | None, name: str, limits: Limits) -> str | None:
@@ -244,12 +244,12 @@ def _text(text: str | None, name: str, limits: Limits) -> str | None:
 
 
 def _fingerprint(content: bytes, *texts: str | None) -> str:
-    told = hashlib.sha256(content)
-    told.update(orjson.dumps(texts))
-    return told.hexdigest()
+    digest = hashlib.sha256(content)
+    digest.update(orjson.dumps(texts))
+    return digest.hexdigest()
 
 
-def _as_of_request(error: ValueError, *at: str) -> RequestValidationError:
+def _request_error(error: ValueError, *at: str) -> RequestValidationError:
     if not isinstance(error, ValidationError):
         return RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "ctx": {"error": error}}])
     problems = error.errors(include_url=False)

@@ -1,4 +1,4 @@
-"""The two stages in which a vision model looks at an advert that is on record."""
+"""The two stages in which a vision model checks an advert on record."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def judge(body: JudgeBody, graph: GraphDep, caller: CallerDep) -> Response
 async def _stage(graph: Graph, caller: Caller, method: str, body: StageBody, *arguments: object) -> Response:
     adverts = graph.service("adverts", "a model with task vision")
     caller = replace(caller, tenant=body.tenant_id)
-    # The trace's id is made here: a call that is made again is the same call.
+    # The trace's id is created here, so that repeated calls are idempotent.
     asked = (body.which, uuid.uuid4(), body.model, *arguments)
 
     async def work(following: Following | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adverts without a database: one image in, one verdict out. The verdict's shape is enforced while it is decoded."""
+"""Adverts without a database: one image in, one verdict out. Decoding is constrained to the verdict's JSON schema."""
 
 from __future__ import annotations
 
