@@ -1,4 +1,4 @@
-"""Sentence embeddings, as sentence-transformers makes them."""
+"""Sentence embeddings, equal to those of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments.spec import ModelSpec
 
 
 class Embedder:
-    """One item is one text's token ids; a batch's vectors are those that sentence-transformers' `encode` makes."""
+    """One item is the token ids of one text. The vectors equal those of sentence-transformers' `encode`."""
 
     runtimes = ("openvino", "torch")
 
