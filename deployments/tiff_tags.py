@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 
 CLASSIC, BIG = ("L", "H", "HHLL"), ("Q", "Q", "HHQQ")
-"""An offset, a count of entries, and an entry (tag, type, length, and its value or the value's offset), as struct formats.
-In both, the first directory's offset follows a header of an offset's size:
+"""Struct formats of an offset, a count of entries, and an entry: tag, type, length, and the value or its offset. In both,
+the first directory's offset follows a header of an offset's size:
 https://www.awaresystems.be/imaging/tiff/bigtiff.html."""
 SHORT = 3
 BYTES = (1, 2, 6, 7)

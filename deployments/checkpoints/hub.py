@@ -100,7 +100,7 @@ def explain(error: Exception) -> str:
         if isinstance(cause, OfflineModeIsEnabled):
             return "it is not in this machine's cache, and HF_HUB_OFFLINE is set"
         if isinstance(cause, GatedRepoError):
-            return "its owner has to grant you access on the hub; then set HF_TOKEN"
+            return "its owner has to grant access on the hub; then set HF_TOKEN"
         if isinstance(cause, RepositoryNotFoundError):
             return f"{constants.ENDPOINT} has no such model, or it is private and needs HF_TOKEN"
         if isinstance(cause, RevisionNotFoundError):
