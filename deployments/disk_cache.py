@@ -102,7 +102,7 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def write(name: str, document: dict[str, Any]) -> None:
-    """Replace the document under this name atomically. Errors of the disk are ignored."""
+    """Replace the document under this name atomically. Disk errors are ignored."""
     folder = cache_folder()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)

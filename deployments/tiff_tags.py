@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 
 CLASSIC, BIG = ("L", "H", "HHLL"), ("Q", "Q", "HHQQ")
-"""Struct formats of an offset, a count of entries, and an entry: tag, type, length, and the value or its offset. In both,
-the first directory's offset follows a header of an offset's size:
-https://www.awaresystems.be/imaging/tiff/bigtiff.html."""
+"""Struct formats of an offset, a count of entries, and an entry: tag, type, length, and the value or its offset.
+
+In both, the first directory's offset follows a header of the same size:
+https://www.awaresystems.be/imaging/tiff/bigtiff.html.
+"""
 SHORT = 3
 BYTES = (1, 2, 6, 7)
 """Types that Pillow leaves as bytes: BYTE, ASCII, SBYTE, UNDEFINED."""

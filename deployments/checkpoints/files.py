@@ -26,7 +26,7 @@ READ = (*JSON, "vocab.txt", "merges.txt", "*.model", "*.jinja", "model*.safetens
 
 
 def check(folder: Path) -> None:
-    """Raises CheckpointError if a JSON file is damaged, or if the folder holds an adapter without its model."""
+    """Raises CheckpointError naming a damaged JSON file, or if the folder holds an adapter without its model."""
     for part in folders(folder):
         for name in JSON:
             if (part / name).is_file():

@@ -54,7 +54,7 @@ def resolve(source: str, revision: str | None, download: bool = True) -> Path:
         return hub.folder(source, revision, download)
     except Exception as error:  # the hub's client raises many kinds of errors
         raise CheckpointError(
-            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+            f"source {source!r} at revision {revision!r} is not available: {hub.explain(error)}"
         ) from error
 
 
@@ -75,7 +75,7 @@ def described(source: str, revision: str | None) -> Path:
         return folder
     try:
         return outline(source, revision)
-    except Exception as error:  # as above
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise CheckpointError(
-            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+            f"source {source!r} at revision {revision!r} is not available: {hub.explain(error)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Sentence embeddings, equal to those of sentence-transformers."""
+"""Sentence embeddings, as sentence-transformers computes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments.spec import ModelSpec
 
 
 class Embedder:
-    """One item is the token ids of one text. The vectors equal those of sentence-transformers' `encode`."""
+    """One item is the token ids of one text. The vectors are those of sentence-transformers' `encode`."""
 
     runtimes = ("openvino", "torch")
 
@@ -51,6 +51,6 @@ class Embedder:
 
     @staticmethod
     def agreement(original: list[Embeddings], answers: list[Embeddings]) -> dict[str, float]:
-        """The 5th percentile of the cosines between vectors of the same text."""
+        """5th percentile of the cosines between vectors of the same text."""
         first, second = (np.concatenate([batch.vectors for batch in batches]) for batches in (original, answers))
         return {"cosine_p5": calibration.cosine(first, second)}

@@ -49,7 +49,7 @@ class Writing:
     def write(self, token: int) -> None:
         """Append the token that the model chose, and the tokens that must follow it."""
         self.to_read = []
-        if self.ended:  # the answer ended before the model chose
+        if self.ended:  # the forced tokens had already ended the answer
             return
         self._append([token])
         self._force()

@@ -21,7 +21,7 @@ UNBOUNDED = 2**31 - 1
 class ReferenceTokenizer:
     """Token ids as sentence-transformers makes them, one thread at a time.
 
-    A text with more tokens than can matter is shortened first.
+    A text with more tokens than can matter is shortened first. Only the template's own text can follow it.
     """
 
     def __init__(self, model: Any, spec: InputSpec, rust: tokenizers.Tokenizer | None) -> None:
@@ -48,7 +48,7 @@ class ReferenceTokenizer:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceItem:
-    """An item that stays a text, as sentence-transformers tokenises it itself."""
+    """An item that stays a text, as sentence-transformers tokenises it later."""
 
     text: str
     way: tuple[str, InputType | None]

@@ -153,7 +153,7 @@ def _attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface; query, key and value have shape (1, heads, tokens, width)."""
+    """Implements transformers' attention interface. Query, key and value have shape (1, heads, tokens, width)."""
     if more.get("softcap") or more.get("s_aux") is not None:
         raise CheckpointError(
             f"{type(module).__name__} caps attention scores or has attention sinks, which can't run in steps"
@@ -180,7 +180,7 @@ def _attend(
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """An empty tensor of the same type and device. Out of memory, raises MemoryError, or torch's error on a GPU."""
+    """An empty tensor of the same type and device. Raises MemoryError, or torch's error on a GPU, when full."""
     nbytes = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or nbytes < MAPPED_BYTES:
         return like.new_empty(shape)

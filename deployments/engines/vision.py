@@ -45,7 +45,7 @@ class Seen:
 
     ids: list[int]
     key: list[int]
-    """`ids` with a number unique to the image in place of its tokens. Equal prefixes of keys were read alike."""
+    """`ids` with a number unique to the image in place of its tokens, so that equal keys mean equal images, too."""
     pixels: torch.Tensor
     grammar: str
     tenant: str

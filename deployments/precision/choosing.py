@@ -47,7 +47,7 @@ def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress
 
 
 def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> dict[str, Any]:
-    """Measure now, ignoring the disk, and return the choice. Raises ValueError if there is nothing to choose."""
+    """Measure now, whatever is on disk, and return the choice. Raises ValueError if there is nothing to choose."""
     ways = open_ways(engine, spec) if hasattr(engine, "calibration") else []
     if not ways:
         raise ValueError(f"models with task {spec.task} and precision {spec.precision} are loaded as they are")
@@ -57,7 +57,7 @@ def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) 
 
 
 def open_ways(engine: Any, spec: ModelSpec) -> list[Way]:
-    """Ways to run a model that can be measured; none if the spec already says how."""
+    """Ways to run a model that can be measured; none for fp32, the original, and for int4."""
     if spec.precision in ("fp32", "int4"):
         return []
     gpu = _on_gpu(spec)
