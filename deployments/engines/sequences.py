@@ -180,7 +180,7 @@ def _attend(
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """An empty tensor of the same type and device. Raises MemoryError, or torch's error on a GPU, when full."""
+    """An empty tensor of the type and device of `like`. Raises MemoryError, or torch's error, if memory is short."""
     nbytes = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or nbytes < MAPPED_BYTES:
         return like.new_empty(shape)
