@@ -1,4 +1,4 @@
-"""Runs a function in a process of its own, so that the libraries and memory that it takes are gone when it returns."""
+"""Runs a function in a process of its own, so that its libraries and memory are freed when it returns."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.spec import first_line
 
 INLINE = False
-"""Functions run in this process instead, as it has been started for one or is not to be kept small."""
+"""Run functions in this process instead: it was started for one, or need not be kept small."""
 LONGEST_S = 1800.0
+"""Time after which the process is killed."""
 
 
 class Died(Exception):
-    """The process ended without an answer, as for want of memory."""
+    """The process ended without an answer, for example because memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class _Returned:
 
 
 def run(function: str, *arguments: Any, progress: LoadProgress) -> Any:
-    """What `MODULE:FUNCTION` returns, given the arguments and a LoadProgress whose events come out at `progress`.
+    """Call `MODULE:FUNCTION` with the arguments and a LoadProgress that relays to `progress`; return its result.
 
-    Raises what it raises, and Died.
+    Raises what the function raises, and Died.
     """
     if INLINE:
         return _function(function)(*arguments, progress)
@@ -53,7 +54,7 @@ def run(function: str, *arguments: Any, progress: LoadProgress) -> Any:
         assert process.stdin
         assert process.stdout
         pickle.dump((function, arguments), process.stdin)
-        process.stdin.flush()  # and left open: its end tells the process that nobody waits any more
+        process.stdin.flush()  # left open: when it closes, the process knows that nobody waits
         while True:
             told = pickle.load(process.stdout)
             if isinstance(told, LoadEvent):
@@ -64,7 +65,7 @@ def run(function: str, *arguments: Any, progress: LoadProgress) -> Any:
                 return told.result
     except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
         process.kill()
-        raise Died(f"the process that was to do it ended with code {process.wait()}") from error
+        raise Died(f"the helper process ended with code {process.wait()}") from error
     finally:
         ends.cancel()
         process.kill()
@@ -83,7 +84,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # whatever libraries print must not mix with answers
     lock = threading.Lock()
 
     def tell(what: Any) -> None:

@@ -1,4 +1,4 @@
-"""How fast a model of a config is on this machine, without a server around it."""
+"""Measures how fast a model of a config is on this machine, without a server."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from deployments.spec import Facts, ModelSpec
 
 ROUNDS = 5
 BATCH_S = 0.15
-"""Of a round, for one batch size: as many batches as fit, at least one."""
+"""Seconds of a round for one batch size: as many batches as fit, at least one."""
 LENGTHS = (0.25, 0.9)
-"""Where among the calibration items, from the shortest to the longest, the two lengths lie."""
+"""Quantiles of the calibration items' lengths that are measured."""
 NEARLY_BEST = 0.95
+"""Share of the best throughput that a recommended batch size must reach."""
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """A batch of so many items of one length, as the median of several rounds."""
+    """Measurements of batches of `items` items of one length: the median of several rounds."""
 
     items: int
     length: int
     """Tokens of each item."""
     seconds: float
     memory_mb: float
-    """Peak above the weights on a GPU; on a CPU what the process grew by."""
+    """On a GPU, the peak above the weights; on a CPU, the growth of the process."""
 
     @property
     def tokens(self) -> int:
@@ -53,7 +54,7 @@ class BatchSizes:
     sizes: list[BatchSize]
 
     def recommended(self, length: int) -> BatchSize:
-        """The smallest for items of this length within 5 % of the best throughput: larger ones only make items wait."""
+        """The smallest size within 5 % of the best throughput at this length: larger batches only make items wait."""
         sizes = [size for size in self.sizes if size.length == length]
         best = max(size.items_per_s for size in sizes)
         return next(size for size in sizes if size.items_per_s >= NEARLY_BEST * best)
@@ -64,7 +65,7 @@ class BatchSizes:
 
 
 def batch_sizes(spec: ModelSpec, sizes: list[int]) -> BatchSizes:
-    """Run batches of each size, of a short and of a long item, in turn. Raises ValueError without example requests."""
+    """Run batches of each size, with a short and a long item. Raises ValueError if the engine has no calibration."""
     hold_to(spec)
     engine: Any = load_engine(spec, LoadProgress(lambda _: None))
     if not hasattr(engine, "calibration"):
@@ -85,13 +86,13 @@ def batch_sizes(spec: ModelSpec, sizes: list[int]) -> BatchSizes:
 
 
 def precisions(spec: ModelSpec) -> dict[str, Any]:
-    """All candidates beside the original, and which is chosen. Raises ValueError where there is nothing to choose."""
+    """All candidates beside the original, and the choice. Raises ValueError if there is nothing to choose."""
     folder = resolve(spec.source, spec.revision)
     return choosing.measure(engine_class(spec), spec, folder, LoadProgress(lambda _: None))
 
 
 def _time(engine: Any, batch: list[Any]) -> float:
-    """Seconds of one batch, the mean of as many as fit in a round."""
+    """Mean seconds per batch, over as many as fit in a round."""
     count, started = 0, time.perf_counter()
     while not count or time.perf_counter() - started < BATCH_S:
         engine.run(batch)
@@ -100,7 +101,7 @@ def _time(engine: Any, batch: list[Any]) -> float:
 
 
 class _Used:
-    """Memory used since this was made."""
+    """Memory used since this object was made."""
 
     def __init__(self) -> None:
         self.process = psutil.Process()

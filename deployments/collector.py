@@ -1,8 +1,8 @@
-"""Results of many requests on their way back, as arrays where the engine made arrays.
+"""Reassembles the results of a caller's requests, which may run in several batches.
 
 An engine answers a batch with a list, one result per item, or with a dataclass of arrays whose first axis is the item.
-A caller's requests may run in several batches: each comes back as a `Piece` when it is done, and `Collector` puts the
-pieces together again without touching single items.
+Results of each batch come back as a `Piece` when it is done. `Collector` joins the pieces, and copies whole arrays if
+the engine returned arrays.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from deployments.messages import Answers, Refusal
 
 
 class Shares:
-    """Rows of a batch, or of a piece of one, by whom they belong to."""
+    """Groups the rows of a batch, or of a piece, by owner."""
 
     def __init__(self) -> None:
         self.of: dict[Any, tuple[list[int], list[int]]] = {}
-        """Places there, and rows here."""
+        """By owner: places among its requests, and the rows of their results here."""
 
     def add(self, owner: Any, place: int, row: int) -> None:
         places, rows = self.of.setdefault(owner, ([], []))
@@ -30,7 +30,7 @@ class Shares:
 
 
 class Collector:
-    """Gathers the results of `count` requests as they come in pieces."""
+    """Collects the results of `count` requests from pieces."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -39,7 +39,7 @@ class Collector:
         self._results: Any = None
 
     def put(self, places: Sequence[int], results: Any, rows: Sequence[int]) -> None:
-        """`results[rows]` are the results of the requests at `places`."""
+        """Store `results[rows]` as the results of the requests at `places`."""
         self.left -= len(places)
         if not is_dataclass(results):
             self._put_list(places, results, rows)
@@ -54,12 +54,12 @@ class Collector:
             getattr(self._results, each.name)[into] = getattr(results, each.name)[out]
 
     def refuse(self, place: int, refusal: Refusal) -> None:
-        """There is no result for the request at `place`."""
+        """Store a refusal for the request at `place`."""
         self.left -= 1
         self.refusals[place] = refusal
 
     def answers(self) -> Answers:
-        """What has been gathered, once nothing is `left`."""
+        """The collected answers, once nothing is `left`."""
         return Answers([None] * self.count if self._results is None else self._results, self.refusals)
 
     def _put_list(self, places: Sequence[int], results: Sequence[Any], rows: Sequence[int]) -> None:
@@ -73,12 +73,12 @@ class Collector:
 
 
 def count(results: Any) -> int:
-    """How many items these results of an engine are of."""
+    """Number of items in an engine's results."""
     return len(getattr(results, fields(results)[0].name) if is_dataclass(results) else results)
 
 
 def take(results: Any, rows: Sequence[int]) -> Any:
-    """These rows of an engine's results."""
+    """Select rows of an engine's results."""
     if is_dataclass(results):
         picked = _index(rows)
         return _each(results, lambda array: array[picked])
@@ -86,12 +86,12 @@ def take(results: Any, rows: Sequence[int]) -> Any:
 
 
 def _index(places: Sequence[int]) -> slice | list[int]:
-    """What picks these places out of an array; a slice, which copies nothing, where they follow each other."""
+    """An index for these places of an array: a slice, which copies nothing, if they are consecutive."""
     if places and all(place == places[0] + number for number, place in enumerate(places)):
         return slice(places[0], places[0] + len(places))
     return list(places)
 
 
 def _each(results: Any, change: Any) -> Any:
-    """The same dataclass with `change` applied to each of its arrays."""
+    """A copy of the dataclass with `change` applied to each array."""
     return type(results)(**{field.name: change(getattr(results, field.name)) for field in fields(results)})

@@ -1,4 +1,4 @@
-"""What Dure finds out about a model on a machine and keeps on disk: one file or folder for each key, safe to delete."""
+"""A cache on disk for what Dure learns about models on this machine: one file or folder per key, safe to delete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 VERSIONED = ("torch", "transformers", "sentence-transformers", "tokenizers", "numpy", "openvino", "bitsandbytes")
 REMEMBERED_BYTES = 2**20
-"""A digest of a file of at least this size is kept; a smaller one is read as fast as its digest would be."""
+"""Digests are kept for files of at least this size. Smaller files are hashed as fast as a digest is read."""
 
 
 def cache_folder() -> Path:
@@ -27,13 +27,15 @@ def cache_folder() -> Path:
 
 
 def key(*parts: Any) -> str:
-    """A name for anything that JSON can write."""
+    """A name for any values that JSON can represent."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file. That of a large one is kept until the file is written or replaced: its time of change
-    (st_ctime) can't be set back, as that of modification can, which installers and images do.
+    """SHA-256 of a file. For a large file it is kept until the file is written or replaced.
+
+    That shows in the time of change (st_ctime), which can't be set back. Installers and images set back the time of
+    modification.
     """
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
@@ -50,14 +52,14 @@ def digest(path: Path) -> str:
 
 @functools.cache
 def code() -> str:
-    """The digest of all code that loads, converts and measures models."""
+    """Digest of all code that loads, converts and measures models."""
     here = Path(__file__).parent
     files = [path for path in sorted(here.rglob("*")) if path.suffix in (".py", ".toml")]
     return key(*(f"{path.relative_to(here)} {digest(path)}" for path in files))
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that a measurement or a converted model depends on."""
+    """Versions of the libraries that a measurement or a converted model depends on."""
     installed = {}
     for name in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -67,13 +69,13 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def processor() -> str:
-    """The CPU's name and its instructions for matrices and vectors."""
+    """The CPU's name and its vector and matrix instructions."""
     known = _cpuinfo("model name") or platform.processor() or platform.machine()
     return " ".join([known, *sorted(flag for flag in _cpuinfo("flags").split() if re.match(r"avx|amx|fma", flag))])
 
 
 def half_precision() -> Literal["bf16"] | None:
-    """The half precision that the CPU multiplies fast; None where it has none."""
+    """The half precision that the CPU multiplies fast; None if there is none."""
     return "bf16" if {"amx_bf16", "avx512_bf16"} & set(_cpuinfo("flags").split()) else None
 
 
@@ -91,7 +93,7 @@ def cores() -> int:
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """What was written under this name; None where there is nothing, or nothing that can be read."""
+    """The document under this name; None if there is none, or it can't be read."""
     try:
         document = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -100,7 +102,7 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def write(name: str, document: dict[str, Any]) -> None:
-    """Put a document in place of the one under this name, in one step. A disk that can't be written is let be."""
+    """Replace the document under this name atomically. Disk errors are ignored."""
     folder = cache_folder()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def write(name: str, document: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Only one process of this machine at a time is in here under this name; it ends with the process at the latest."""
+    """Machine-wide lock under this name, released when the block or the process ends."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             cache_folder().mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Loads the engine of a spec."""
+"""Loads the engine for a spec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deployments.spec import ModelSpec
 
 
 def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
-    """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
+    """Load the engine for a spec. Raises CheckpointError naming the file or setting at fault."""
     engine = engine_class(spec)
     folder = resolve(spec.source, spec.revision)
     if getattr(engine, "checks_files", False):

@@ -1,4 +1,4 @@
-"""What a replica takes of its GPU, beside its share of it and what was planned for it."""
+"""Compares the GPU memory a replica uses with its share and with the plan."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from deployments.spec import ModelSpec
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 3.0
-"""From one look to the next; news is told no more often."""
+"""Seconds between two checks. Reports are no more frequent."""
 NEWS = 0.02
-"""Of the share: what changes by less is no news."""
+"""Smallest change worth reporting, as a fraction of the share."""
 
 
 @dataclass(frozen=True)
 class GpuUse:
-    """At one moment. `share` is of a GPU."""
+    """GPU memory of a replica at one moment. `share` is a fraction of one GPU."""
 
     share: float
     share_mb: float
     planned_mb: float | None
-    """None for a model that can't be planned."""
+    """None if the model can't be planned."""
     used_mb: float
     over_share: bool
 
 
 class GpuShare:
-    """Holds what `used` answers, in bytes, against the share that a replica has booked."""
+    """Compares the bytes that `used` returns with the share that a replica has booked."""
 
     def __init__(self, model: str, share: float, gpu_bytes: float, used: Callable[[], int]) -> None:
         self.model = model
@@ -50,9 +50,9 @@ class GpuShare:
 
     @classmethod
     def on_cuda(cls, model: str, share: float) -> GpuShare:
-        """Of this process's GPUs, all of them where the model is spread.
+        """Watch this process's GPUs: all of them if the model is spread.
 
-        What it takes is what torch has reserved, in use or not, and CUDA's context as the plan has it.
+        Used memory is what torch has reserved, in use or not, plus CUDA's context as the plan assumes it.
         """
         import torch
 
@@ -66,7 +66,7 @@ class GpuShare:
         )
 
     def planned(self, count: int | None) -> None:
-        """What the plan says that the model takes, which a reload may change."""
+        """Set the bytes that the plan expects the model to use. A reload may change them."""
         self.planned_bytes = count
         GPU_PLANNED.set(count or 0)
 
@@ -76,13 +76,13 @@ class GpuShare:
         return GpuUse(self.share, _mb(self.share_bytes), planned, _mb(used), used > self.share_bytes)
 
     def news(self) -> GpuUse | None:
-        """How it is, where that is not what was told last; the first time that it is over its share is logged."""
+        """The current use if it differs from the last report, else None. Logs once if the share is exceeded."""
         use, told = self.use(), self._told
         if use.over_share and not self._warned:
             self._warned = True
             would_do = math.ceil(100 * use.used_mb / _mb(self.gpu_bytes)) / 100
             logger.warning(
-                "%s takes %.0f MB of its GPU, and its share is %.0f MB; num_gpus: %g would do",
+                "%s uses %.0f MB of GPU memory, more than its share of %.0f MB; num_gpus: %g would be enough",
                 self.model,
                 use.used_mb,
                 use.share_mb,
@@ -99,12 +99,12 @@ class GpuShare:
 
 
 def planned_bytes(spec: ModelSpec) -> int | None:
-    """What `dure plan` says that a replica takes; None for a model of a kind that it does not know."""
+    """Bytes that `dure plan` expects a replica to use; None for a kind of model that it does not know."""
     if not spec.footprint:
         return None
     try:
         return footprint(spec, resolve(spec.source, spec.revision, download=False)).total
-    except Exception as error:  # a config of another kind may lack anything; the model serves all the same
+    except Exception as error:  # an unknown kind of config may lack anything, but the model still serves
         logger.warning("%s can't be planned: %r", spec.name, error)
         return None
 

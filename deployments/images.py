@@ -1,8 +1,8 @@
-"""The one place where image files are opened, by whoever checks them and by the model that looks at them.
+"""Opens image files: the only place that does, both for checking them and for the model.
 
-A file that two parsers take for two pictures could be checked as one and looked at as the other, so the formats, the
-limits and the decoding are the same for all. What a file may cost is bounded: its pixels by the header, before one is
-decoded, and the work on everything else that a file can hold by a clock.
+Two parsers may see two different pictures in one file, so that one picture is checked and the other is shown to the
+model. So formats, limits and decoding are the same for all. The cost of a file is bounded: pixels are counted in the
+header, before any is decoded, and a clock limits the work on everything else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # or all formats are loaded
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, WebPImagePlugin  # noqa: F401  # else all formats load
 
 from deployments.messages import MAX_ASPECT
 from deployments.spec import ItemError
@@ -23,21 +23,21 @@ from deployments.tiff_tags import count_numbers
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 MAX_MEGAPIXELS = 50.0
-"""Pillow keeps 4 bytes for a pixel, and as many again while a picture is turned or laid on white; decoders need more
-beside. Measured at this limit: 190 MB for a JPEG, 470 for a progressive one, 560 for a PNG or a TIFF with transparency,
-940 for such a WebP. The 13,000 x 13,000 pixels that a file of a few kB can hold would take 3 GB."""
+"""Pillow keeps 4 bytes per pixel, and as many again while it turns a picture or puts it on white. Decoders need more.
+Measured at this limit: 190 MB for a JPEG, 470 for a progressive one, 560 for a PNG or TIFF with transparency, 940 for
+such a WebP. The 13,000 x 13,000 pixels that fit in a file of a few kB would take 3 GB."""
 
 HEADER_CPU_S, DECODE_CPU_S = 1.0, 10.0
-"""CPU time of this thread. At the limit of pixels a 12 MB JPEG took 0.9 s and no other format more; small files of
-thousands of scans, segments or inflated profiles took minutes."""
+"""Limits on this thread's CPU time. At the limit of pixels, a 12 MB JPEG took 0.9 s and no other format took more.
+Small files with thousands of scans or segments, or with inflated profiles, took minutes."""
 BLOCK_BYTES = 1024
-"""What a JPEG decoder is given at once: the clock is looked at in between, and a scan over all pixels can be ten bytes
-long. Larger blocks were no faster."""
+"""Bytes that a JPEG decoder gets at once. The clock is checked in between, and ten bytes can hold a scan over all
+pixels. Larger blocks were no faster."""
 MAX_TAG_NUMBERS = 100_000
-"""In all tags of a TIFF: Pillow makes Python objects of them, 60 to 200 bytes for each. A picture of 50 megapixels
-has at most some ten thousand strips or tiles."""
+"""Most numbers in all tags of a TIFF. Pillow makes a Python object of 60 to 200 bytes of each. A picture of 50
+megapixels has some ten thousand strips or tiles at most."""
 MAX_EXIF_BYTES = 2**20
-"""Of a block that is looked into for the orientation; cameras write at most 64 kB."""
+"""Largest EXIF block that is searched for the orientation. Cameras write at most 64 kB."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,11 +48,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF's orientation."""
+"""How to turn a picture upright, by EXIF orientation."""
 
 
 class ImageError(ItemError):
-    """A file that is no image, or one that is not taken. The message says what to change."""
+    """A file is not an image, or not one that Dure accepts. The message says what to change."""
 
     def __init__(self, message: str, too_large: bool = False) -> None:
         super().__init__(message)
@@ -61,27 +61,27 @@ class ImageError(ItemError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it is."""
+    """What the file's header says."""
 
     media_type: str
     extension: str
     width: int
     height: int
-    """As stored, before the picture is turned upright."""
+    """Width and height are as stored, before the picture is turned upright."""
 
 
 def read_header(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Header:
-    """What the image is, without decoding a pixel. Raises ImageError also where it is too large to be decoded."""
+    """Read the header without decoding a pixel. Raises ImageError, also if the image is too large to decode."""
     with _readable():
         image = _open(content, max_megapixels)
-        kind = "JPEG" if image.format == "MPO" else image.format or ""  # a JPEG that other pictures follow
+        kind = "JPEG" if image.format == "MPO" else image.format or ""  # a JPEG followed by other pictures
         return Header(Image.MIME[kind], kind.lower(), image.width, image.height)
 
 
 def decode(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """The picture upright, in 8-bit RGB, on white where it is transparent; of an animation the first frame.
+    """Decode a picture: upright, in 8-bit RGB, on white where transparent; the first frame of an animation.
 
-    Raises ImageError for what can't be decoded to its end, and for what is too large, whatever the caller's limit.
+    Raises ImageError if it can't be decoded to the end, or is too large. MAX_MEGAPIXELS always holds.
     """
     with _readable():
         image = _open(content, max_megapixels)
@@ -93,7 +93,7 @@ def decode(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Imag
 
 
 class _File(io.BytesIO):
-    """A file that is read only as long as its decoding does not take too much time."""
+    """A file that stops being readable once decoding has taken too much CPU time."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
@@ -104,7 +104,7 @@ class _File(io.BytesIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.thread_time() > self._until:
-            raise ImageError("the image takes too long to decode; save it anew", too_large=True)
+            raise ImageError("the image takes too long to decode; save it again", too_large=True)
         return super().read(size)
 
 
@@ -118,14 +118,14 @@ def _readable() -> Iterator[None]:
         raise ImageError(
             f"the image has too many pixels: at most {MAX_MEGAPIXELS:g} million", too_large=True
         ) from error
-    except Exception as error:  # a damaged file may trip Pillow up in any way
+    except Exception as error:  # a damaged file may make Pillow fail in any way
         raise ImageError(f"the image can't be read; send one of {', '.join(FORMATS)}") from error
 
 
 def _open(content: bytes, max_megapixels: float) -> ImageFile.ImageFile:
-    """The image as its header says, which may be decoded."""
+    """Open an image and check its header. What is returned may be decoded."""
     if content.startswith((b"II", b"MM")) and count_numbers(content, MAX_TAG_NUMBERS) > MAX_TAG_NUMBERS:
-        raise ImageError("the image has too many strips, tiles or tags; save it anew", too_large=True)
+        raise ImageError("the image has too many strips, tiles or tags; save it again", too_large=True)
     file = _File(content)
     image = Image.open(file, formats=FORMATS)
     width, height = image.size
@@ -133,19 +133,19 @@ def _open(content: bytes, max_megapixels: float) -> ImageFile.ImageFile:
     if width * height > limit * 1e6:
         raise ImageError(f"the image is {width}x{height}, more than {limit:g} megapixels", too_large=True)
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"the image is {width}x{height}; crop it, one side is over {MAX_ASPECT} times the other")
+        raise ImageError(f"the image is {width}x{height}; crop it: one side is more than {MAX_ASPECT} times the other")
     file.allow(DECODE_CPU_S)
     return image
 
 
 PNG_BITS = {"L;2": 2, "L;4": 4, "L": 8}
-"""Of a grey PNG, by Pillow's name for how it is stored."""
+"""Bits per pixel of a grey PNG, by Pillow's name for how it is stored."""
 
 
 def _mend_transparency(image: ImageFile.ImageFile) -> None:
-    """The colour that a PNG declares transparent, in 8 bits: Pillow has it as stored, though not the pixels."""
+    """Scale a PNG's transparent colour to 8 bits: Pillow scales the pixels but keeps the colour as stored."""
     declared = image.info.get("transparency")
-    if isinstance(declared, str):  # a comment of that name
+    if isinstance(declared, str):  # a text comment of that name
         del image.info["transparency"]
     elif image.format == "PNG" and declared is not None and image.mode in ("L", "RGB"):
         stored = image.tile[0].args
@@ -166,17 +166,17 @@ def _rgb(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _on_white(image: ImageFile.ImageFile) -> Image.Image:
-    opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # colours that are multiplied by alpha already
+    opaque = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # colours already multiplied by alpha
     rgba = (image.convert(opaque) if opaque else image).convert("RGBA")
     if image.format == "BMP" and rgba.getchannel("A").getextrema() == (0, 0):
-        return rgba.convert("RGB")  # whoever wrote it left the fourth byte empty
+        return rgba.convert("RGB")  # the writer left the fourth byte empty
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba)
     return white
 
 
 def _eight_bit(image: ImageFile.ImageFile) -> Image.Image:
-    """A grey picture of more than 8 bits scaled to 8, where Pillow's own conversion would cut it off at white."""
+    """Scale a grey picture of more than 8 bits to 8. Pillow's own conversion would clip it at white."""
     values = np.asarray(image)
     if values.dtype.kind == "u":
         tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
@@ -194,12 +194,12 @@ def _eight_bit(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF's, 1 where there is none that can be read: the picture is no worse for it."""
+    """EXIF orientation; 1 if it can't be read, as the picture can still be used."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return 1
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged block may trip Pillow up in any way
+    except Exception:  # a damaged block may make Pillow fail in any way
         return 1
 
 

@@ -1,4 +1,4 @@
-"""How far a replica is with loading its model, as events with messages in Korean and English."""
+"""Progress of a load, as events with messages in Korean and English."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECKPOINT_SHARE = (LOADED - TOKENIZER) / 100
 
 @dataclass(frozen=True)
 class LoadEvent:
-    """One step of a load. `progress` is in percent; `shard` counts the shards completed out of `shards`."""
+    """One step of a load. `progress` is in percent; `shard` of `shards` shards are complete."""
 
     status: Status
     progress: float
@@ -26,12 +26,12 @@ class LoadEvent:
     shards: int | None = None
 
     def as_ready(self) -> LoadEvent:
-        """The last event of the load that this one is of."""
+        """The final event of the same load."""
         return replace(self, status="ready", progress=READY, message="Ready", message_ko="준비 완료")
 
 
 class LoadProgress:
-    """Turns the steps of a load into events; status and percentage never go back, whatever is loaded once more."""
+    """Turns the steps of a load into events. Status and percentage never go back, even if something is loaded again."""
 
     def __init__(self, publish: Callable[[LoadEvent], None]) -> None:
         self._publish = publish
@@ -45,7 +45,7 @@ class LoadProgress:
         self._emit("loading_tokenizer", TOKENIZER, "Loading the tokenizer", "토크나이저 로드 중")
 
     def checkpoint(self, percent: float, shard: int, shards: int) -> None:
-        """`percent` of the checkpoint's bytes are in memory and `shard` of its `shards` files are complete."""
+        """Report that `percent` of the checkpoint's bytes, and `shard` of its `shards` files, are in memory."""
         self._emit(
             "loading_checkpoint",
             TOKENIZER + percent * CHECKPOINT_SHARE,
@@ -68,7 +68,7 @@ class LoadProgress:
         self._emit("failed", 0.0, f"Failed: {reason}", f"실패: {reason}")
 
     def relay(self, event: LoadEvent) -> None:
-        """A step of this load that another process has taken."""
+        """Pass on a step of this load from another process."""
         self._emit(event.status, event.progress, event.message, event.message_ko, event.shard, event.shards)
 
     def _emit(

@@ -1,4 +1,4 @@
-"""A loaded model at work: an engine, its thread, and what waits for it."""
+"""A loaded model: an engine, its threads, and the items that wait for it."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ logger = logging.getLogger("ray.serve")
 
 PREPARING_THREADS = 2
 NICENESS = 5
-"""Of an engine's thread and those that it starts: where cores are short, who refuses or hands on a request goes first,
-which takes next to nothing."""
+"""Niceness of engine threads and the threads they start. When cores are short, handling requests goes first: it costs
+almost no CPU time."""
 LAST_CALLS_S = 600.0
-"""How long calls may still run on a model that another has taken the place of."""
+"""How long calls may still run on a model that a reload has replaced."""
 
 
 class Live:
-    """Prepares requests and runs them in batches, each on threads of its own, until it is retired."""
+    """Prepares requests and runs them in batches, on separate threads, until it is retired."""
 
     def __init__(
         self, spec: ModelSpec, engine: Engine[Any, Any, Any], threads: ThreadPoolExecutor, seconds: float, content: str
     ) -> None:
         self.spec = spec
         self.content = content
-        """Tells these weights from others that lay at the same place before."""
+        """Hash of the checkpoint's files: the same path may have held other weights before."""
         self.engine = engine
         self.load_seconds = seconds
         self.parallel = parallel(engine)
@@ -64,7 +64,7 @@ class Live:
 
     @classmethod
     async def load(cls, spec: ModelSpec, progress: LoadProgress) -> Live:
-        """Load and warm up; after a failure, which is reported and raised, nothing is left in memory."""
+        """Load and warm up. A failure is reported and raised, and leaves nothing in memory."""
         progress.preparing()
         started = time.monotonic()
         threads = _threads(1)
@@ -78,7 +78,7 @@ class Live:
         return cls(spec, engine, threads, time.monotonic() - started, content)
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
-        """A result or a Refusal per request, batch by batch."""
+        """Yield a result or a Refusal per request, batch by batch."""
         if requests.taken_back:
             self.batcher.take_back(requests.taken_back)
             for preparation in self._in_preparation:
@@ -104,7 +104,7 @@ class Live:
                 self._idle.set()
 
     async def retire(self) -> None:
-        """Finish the calls that have come in, then give the memory back."""
+        """Finish the calls already received, then free the memory."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), LAST_CALLS_S)
         self.batcher.close()
@@ -117,23 +117,23 @@ class Live:
 
     @property
     def in_steps(self) -> bool:
-        """Are there items on their way between two batches, which others join?"""
+        """Whether the engine works in steps, between which items join and leave."""
         return isinstance(self.batcher, StepBatcher)
 
 
 @dataclass(eq=False)
 class Preparation:
-    """The requests of a call becoming items, one by one, but for those that nobody waits for by then."""
+    """Turns the requests of a call into items, one by one, skipping those nobody waits for any more."""
 
     requests: Requests
     since: float
     gone: bool = False
-    """Nobody waits for the call any more."""
+    """Nobody waits for this call any more."""
     unwanted: set[int] = field(default_factory=set)
-    """Numbers of requests that have been taken back."""
+    """Numbers of the requests that were taken back."""
 
     def run(self, prepare: Callable[[Any], Any]) -> list[Any]:
-        """An item or a Refusal for each request."""
+        """Return an item or a Refusal for each request."""
         asked = zip(self.requests.items, self.requests.timeouts_s, self.requests.numbers, strict=True)
         return [self._one(prepare, request, timeout_s, number) for request, timeout_s, number in asked]
 
@@ -146,13 +146,13 @@ class Preparation:
             return prepare(request)
         except ItemError as error:
             return Refusal(str(error), "invalid", error.field)
-        except Exception:  # the other requests of the call are of other clients
-            logger.exception("a request could not be prepared")
+        except Exception:  # other clients' requests share this call
+            logger.exception("preparing a request failed")
             return Refusal(FAILED, "failed")
 
 
 def reason(error: Exception) -> str:
-    """Why a model could not be loaded."""
+    """Why loading a model failed."""
     return str(error) if isinstance(error, CheckpointError) else first_line(error)
 
 

@@ -1,4 +1,4 @@
-"""Keeps a replica's own gRPC port off the network where the cluster is one machine on loopback."""
+"""Keeps a replica's gRPC port off the network if the cluster is a single machine on loopback."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ray.serve._private import replica as serve_replica
 
 
 def keep_to_loopback() -> None:
-    """Bind the port through which replicas call each other to 127.0.0.1 on a node whose address that is.
+    """On a loopback node, bind the port through which replicas call each other to 127.0.0.1.
 
-    Serve binds it to all addresses and has no setting for it. Ray's token guards it, but a port that nobody outside
-    needs is better closed. It is opened after a replica's constructor, so calling this in a constructor is in time.
-    On a cluster of several machines it stays as it is: they must reach each other.
+    Serve binds it to all addresses and has no setting for it. Ray's token guards the port, but nobody outside needs it.
+    Serve opens it after a replica's constructor, so a constructor can call this in time. In a cluster of several
+    machines nothing changes, as replicas must reach each other.
     """
     if not ray.util.get_node_ip_address().startswith("127."):
         return

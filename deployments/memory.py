@@ -1,4 +1,4 @@
-"""The memory that batches are computed in, as far as it limits them."""
+"""The memory that limits how large batches can be."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Protocol
 class Memory(Protocol):
     @property
     def is_share(self) -> bool:
-        """The process is held to a share, which is planned for its largest batch and nobody else's."""
+        """Whether the process has a share of its own, planned for its largest batch."""
 
     def free_bytes(self) -> int | None:
-        """None where it does not limit batches."""
+        """Bytes free for a batch; None if memory does not limit batches."""
 
     def begin(self) -> None:
-        """A batch is about to run."""
+        """Call before each batch."""
 
     def batch_bytes(self) -> int:
-        """What the last batch took at its peak, above what was taken before it."""
+        """Peak bytes of the last batch, above what was in use before it."""
 
     def release(self) -> None:
-        """Give back what is kept for later; called when memory has run out."""
+        """Free cached memory. Called when memory has run out."""
 
 
 class CpuMemory:
-    """A CPU's is large and shared; what batches of sensible size take of it is small beside the weights."""
+    """A CPU's memory sets no limit: batches of sensible size take little beside the weights."""
 
     is_share = False
 
@@ -40,7 +40,7 @@ class CpuMemory:
 
 
 class GpuMemory:
-    """The GPU's, as far as this process may take it."""
+    """The GPU memory that this process may use."""
 
     def __init__(self) -> None:
         self._before = 0
@@ -72,15 +72,15 @@ class GpuMemory:
 
 
 def gpu_count() -> int:
-    """GPUs of this machine that torch can use."""
+    """Number of GPUs of this machine that torch can use."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def gpu_free_bytes() -> int:
-    """What tensors of this process may still take: what is free on its GPU, with what torch has set aside and not used,
-    and no more than is left of what the process is held to.
+    """Bytes that this process's tensors may still take: what is free on the GPU, plus what torch has reserved but not
+    used, up to what is left of the process's share.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What each kind of model is asked and what it answers: the types that cross from `serve` to an engine and back."""
+"""Requests to each kind of model and its answers: the types that cross from `serve` to an engine and back."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests of many clients that go to a replica as one call."""
+    """One call to a replica, carrying requests of many clients."""
 
     items: list[Any]
     timeouts_s: list[float]
-    """Of each, in which it has to have begun."""
+    """Seconds within which each request must begin to run."""
     numbers: list[int]
-    """Of each, by which a later call may take it back."""
+    """Number of each request. A later call takes requests back by number."""
     taken_back: list[int] = field(default_factory=list)
-    """Numbers of requests in calls under way that nobody waits for any more."""
+    """Numbers of requests in earlier calls that nobody waits for any more."""
     followed: list[int] = field(default_factory=list)
-    """Numbers of those of which it is to be told how far they are."""
+    """Numbers of the requests whose progress is to be reported."""
     backlog: int = 0
-    """How many more the caller holds back."""
+    """Items the caller still holds back."""
     caller: str = ""
-    """Who that is: one of the queues that send to the model, of which a process has one."""
+    """Identifies the sending queue. Each process has one queue per model."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Which words may follow `text`?"""
+    """Predict the words that may follow `text`."""
 
     text: str
     top_k: int = 5
     temperature: float = 0.8
     complete_word: bool = True
     tenant: str = ""
-    """Whose it is: what was read for one tenant's prompts is not used for another's."""
+    """Owner of the prompt. Tenants never share cached prefixes."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Word:
     text: str
     """Without spaces."""
     append: str
-    """What to append to the input: with the space before a new word, unless the input ends in one."""
+    """Text to append to the input. A new word starts with a space, unless the input ends in one."""
     confidence: float
-    """Product of the probabilities of the word's tokens, the first at the temperature."""
+    """Product of the probabilities of the word's tokens. The temperature applies to the first token only."""
 
 
 InputType = Literal["query", "document"]
@@ -55,19 +55,19 @@ InputType = Literal["query", "document"]
 
 @dataclass(frozen=True)
 class Text:
-    """A text, or the ids of one in the model's own tokenizer; cut at the model's length unless `truncate` is off."""
+    """A text, or its ids in the model's tokenizer. Cut to the model's length unless `truncate` is off."""
 
     text: str | list[int]
     truncate: bool = True
     prompt_name: str | None = None
-    """Of the model's own prompts that which comes before the text."""
+    """Which of the model's prompts to put before the text."""
     input_type: InputType | None = None
-    """Without a `prompt_name`: the model's prompt for such texts; without either its default, as for `encode`."""
+    """Without `prompt_name`, selects the model's prompt for such texts. Without either, its default, as in `encode`."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A batch's answer, a row for each text."""
+    """Answer to a batch: one row per text."""
 
     vectors: np.ndarray
     """float32, shape (texts, dimensions)."""
@@ -77,7 +77,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Pair:
-    """How well does `document` answer `query`?"""
+    """Score how well `document` answers `query`."""
 
     query: str
     document: str
@@ -86,36 +86,36 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scores:
-    """A batch's answer, an entry for each pair."""
+    """Answer to a batch: one entry per pair."""
 
     logits: np.ndarray
-    """float32, shape (pairs,): the model's own, by which documents are put in order."""
+    """float32, shape (pairs,): the model's raw outputs. Documents are ranked by them."""
     tokens: np.ndarray
     """int32, shape (pairs,)."""
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Logits as scores from 0 to 1, float64: in float32 all from 17 on would be 1."""
+    """Logits as scores from 0 to 1. float64, as in float32 every logit from 17 on would become 1."""
     small = np.exp(-np.abs(logits.astype(np.float64)))
     scores: np.ndarray = np.where(logits >= 0, 1, small) / (1 + small)
     return scores
 
 
 MAX_ASPECT = 50
-"""A vision model's processor first scales an image's shorter side up; a thin line would become gigabytes."""
+"""Longest side over shortest. A vision processor scales the shorter side up, so a thin image would take gigabytes."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What does `prompt` make of the image?"""
+    """Ask `prompt` about an image."""
 
     image: bytes
-    """An encoded file, in one of `deployments.images.FORMATS`."""
+    """An encoded image file, in one of `deployments.images.FORMATS`."""
     prompt: str
     schema: str
-    """JSON schema that the answer obeys."""
+    """JSON schema that the answer has to match."""
     tenant: str = ""
-    """As of a `Prompt`."""
+    """As in `Prompt`."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +123,20 @@ class Answer:
     json: str
     tokens: int
     steps: int = 0
-    """Passes of the model that it took."""
+    """Passes of the model that the answer took."""
     forced: int = 0
-    """Of the tokens, those that the schema left no choice about."""
+    """Tokens for which the schema left no choice."""
 
 
 TURN_BYTES = 256
-"""Of text, for a turn: about 64 tokens, in English (4 letters each) as in Korean (1 or 2 syllables, 3 bytes each)."""
+"""Bytes of text per turn: about 64 tokens, in English (4 letters each) and in Korean (1 or 2 syllables of 3 bytes)."""
 BYTES_PER_TOKEN = 4
 
 
 def turns(request: Any, max_tokens: int | None) -> int:
-    """How much work a request is, in turns: one for a short text, or for what has no text, and more for long ones.
+    """The work of a request, in turns: 1, plus 1 for every `TURN_BYTES` of text.
 
-    No more of a text counts than the model reads (`max_tokens`, where that is known).
+    Text beyond what the model reads (`max_tokens`, if known) does not count.
     """
     match request:
         case Text(text=list() as ids):
@@ -151,7 +151,7 @@ def turns(request: Any, max_tokens: int | None) -> int:
 
 
 LIKELY_TOKENS = 512
-"""That a model reads of which nothing is known yet."""
+"""Assumed limit of a model whose limit is not known yet."""
 
 
 def _bytes(text: str) -> int:
@@ -160,33 +160,33 @@ def _bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Answers:
-    """One result per request, in order: a list, or a dataclass of arrays; a refused request's place means nothing."""
+    """One result per request, in order: a list or a dataclass of arrays. Rows of refused requests mean nothing."""
 
     results: Any
     refusals: dict[int, Refusal]
-    """By the request's place."""
+    """By the request's place in the call."""
 
 
 @dataclass(frozen=True)
 class News:
-    """How far an item is that has no answer yet."""
+    """Progress of an item that has no answer yet."""
 
     ahead: int | None = None
-    """Items before it, while it waits."""
+    """Items ahead of it, while it waits."""
     tokens: int | None = None
-    """Written so far, while it runs."""
+    """Tokens generated so far, while it runs."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Answers to some of the requests of a call: results for those at `places`, in that order."""
+    """Answers to some requests of a call. `results` are for the requests at `places`, in that order."""
 
     places: Sequence[int]
     results: Any
     refusals: dict[int, Refusal]
-    """By the request's place."""
+    """By the request's place in the call."""
     news: dict[int, News] = field(default_factory=dict)
-    """Of requests that are followed and have no answer yet, by place."""
+    """Progress of followed requests without an answer yet, by place."""
 
     def __len__(self) -> int:
         return len(self.places) + len(self.refusals)
@@ -194,7 +194,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Stands in the place of the result of an item that was refused or that failed, so that its neighbours live."""
+    """Stands for the result of an item that was refused or failed; the rest of its batch is unaffected."""
 
     reason: str
     kind: Literal["invalid", "too_large", "failed", "late"] = "invalid"

@@ -1,4 +1,4 @@
-"""What a replica measures of itself. One process runs one model, so no label names it: the outlet adds that."""
+"""Metrics of a replica. One process runs one model, so the outlet adds the model's label."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -17,14 +17,14 @@ BATCH_TOKENS = Histogram(
 )
 BATCH_PADDED = Histogram(
     "dure_batch_padded_tokens",
-    "Tokens in a batch, all items as long as the longest",
+    "Tokens in a batch, padding included",
     registry=REGISTRY,
     buckets=(16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
 )
 BATCH_SECONDS = Histogram("dure_batch_duration_seconds", "Time on the engine", registry=REGISTRY, buckets=SECONDS)
 QUEUE = Gauge("dure_replica_queue_items", "Items waiting or running in the replica", registry=REGISTRY)
 DROPPED = Counter(
-    "dure_dropped_items", "Items never run: their caller had gone or their deadline had passed", registry=REGISTRY
+    "dure_dropped_items", "Items never run, as the client had left or the deadline had passed", registry=REGISTRY
 )
 OUT_OF_MEMORY = Counter("dure_out_of_memory", "Batches that ran out of memory", registry=REGISTRY)
 RELOADS = Counter("dure_reloads", "Reloads of a running model", ["status"], registry=REGISTRY)
@@ -32,9 +32,9 @@ WEIGHTS = Gauge("dure_weights_bytes", "Bytes of the model's weights", registry=R
 LOAD_SECONDS = Gauge("dure_load_seconds", "Time from start of loading to ready", registry=REGISTRY)
 GPU_MEMORY = Gauge(
     "dure_gpu_memory_bytes",
-    "GPU memory that this process takes: torch's, in use or kept, and CUDA's",
+    "GPU memory that this process uses: reserved by torch, plus CUDA's own",
     registry=REGISTRY,
 )
-GPU_SHARE = Gauge("dure_gpu_share_bytes", "Its share of the GPU's memory", registry=REGISTRY)
-GPU_PLANNED = Gauge("dure_gpu_planned_bytes", "What it was planned to take of it", registry=REGISTRY)
-GPU_OVER_SHARE = Gauge("dure_gpu_over_share", "1 where it takes more than its share", registry=REGISTRY)
+GPU_SHARE = Gauge("dure_gpu_share_bytes", "This replica's share of the GPU's memory", registry=REGISTRY)
+GPU_PLANNED = Gauge("dure_gpu_planned_bytes", "GPU memory that the plan expects this replica to use", registry=REGISTRY)
+GPU_OVER_SHARE = Gauge("dure_gpu_over_share", "1 if this replica uses more than its share", registry=REGISTRY)

@@ -1,4 +1,4 @@
-"""What a process may use of its machine: threads, and a share of a GPU or none."""
+"""Limits what a process uses of its machine: threads, and its share of a GPU."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from deployments.spec import ModelSpec
 
 
 def hold_to(spec: ModelSpec) -> None:
-    """Let this process use what a replica of the model may; best called before torch is imported."""
+    """Limit this process to what a replica of the model may use. Best called before torch is imported."""
     if not spec.gpu_share:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # from an actor that books no GPU, Ray hides none
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPUs from an actor that books none
     use_threads(spec.threads or disk_cache.cores())
     keep_to_share(spec.gpu_share)
 
 
 def use_threads(count: int) -> None:
-    """Let a batch be computed by so many threads, whether torch is here already, is yet to come, or never does."""
+    """Use `count` threads per batch, whether torch is already imported, is imported later, or never."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
 
 
 def keep_to_share(share: float) -> None:
-    """Let this process take no more of its GPU's memory than its share: Ray only places by it.
+    """Limit this process to its share of the GPU's memory, as Ray only uses shares to place replicas.
 
-    torch counts what it allocates; CUDA's own is part of the share, too.
+    torch limits only its own allocations, so CUDA's memory is subtracted from the share.
     """
     if not 0 < share < 1:
         return

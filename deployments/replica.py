@@ -1,4 +1,4 @@
-"""The one Serve class that all model deployments are made from."""
+"""The Serve class of all model deployments."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from deployments.spec import ModelSpec, Order
 logger = logging.getLogger("ray.serve")
 
 SPINS = "1000"
-"""How often a thread of OpenMP looks for work before it sleeps, where it has a core of its own. Being woken costs so
-much that two threads that always sleep were as slow as one: 81 ms for a lone request for next words at KoGPT2's size,
-54 with 1,000 looks, 49 with 5,000. But beside a process that takes a whole core it was 86, 111 and 203 ms."""
+"""How often an OpenMP thread with a core of its own polls for work before it sleeps. Waking a thread is so slow that
+two threads that always sleep were no faster than one: a lone request for next words at KoGPT2's size took 81 ms, 54 ms
+with 1,000 polls and 49 ms with 5,000. Beside a process that takes a whole core it took 86, 111 and 203 ms."""
 
 
 class Outlet(Protocol):
-    """Where a replica tells how it is, and hears what to load. Nothing but `open` waits."""
+    """A replica's line to the board: reports its state and receives orders. Only `open` blocks."""
 
     def open(
         self, model: str, replica: str, registry: Any, deploy: str, on_order: Callable[[Order], object]
@@ -46,10 +46,10 @@ class Outlet(Protocol):
 
 
 class ModelReplica:
-    """Loads a model, answers lists of requests in batches, and loads it anew in another form when told to.
+    """Loads a model, answers requests in batches, and reloads the model in another form when ordered to.
 
-    Serve sends it no request before the constructor has returned, so a new replica is warm before it takes traffic.
-    While it reloads, the model that it has goes on answering; a batch later than the new one is warm it is gone.
+    Serve sends no request before the constructor returns, so a new replica is warm before it takes traffic. During a
+    reload the old model keeps answering. Once the new one is warm, the old one finishes its calls and is freed.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -57,14 +57,14 @@ class ModelReplica:
     ) -> None:
         keep_to_loopback()
         if spec.own_cores:
-            os.environ["GOMP_SPINCOUNT"] = SPINS  # goes before OMP_WAIT_POLICY; read when torch is imported
+            os.environ["GOMP_SPINCOUNT"] = SPINS  # overrides OMP_WAIT_POLICY; read when torch is imported
         self.spec = spec
         self.backlogs = Backlogs()
         self.reloading: asyncio.Task[None] | None = None
         self.gpu: GpuShare | None = None
         """None on a CPU."""
         self.ordered = 0
-        """Number of the last order begun: one that is heard again, late, is old."""
+        """Number of the last order begun. An order that arrives again later is ignored."""
         self.outlet = make_outlet()
         loop = asyncio.get_running_loop()
         order = await loop.run_in_executor(
@@ -80,23 +80,23 @@ class ModelReplica:
         try:
             self.live = await Live.load(order.applied_to(spec) if order else spec, LoadProgress(self.outlet.event))
         except Exception:
-            await asyncio.sleep(0.5)  # the process ends with this constructor; let the report leave first
+            await asyncio.sleep(0.5)  # the process ends with this constructor; send the report first
             raise
         await self._tell(order)
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
-        """A result or a Refusal per request, batch by batch."""
+        """Yield a result or a Refusal per request, batch by batch."""
         self.backlogs.tell(requests.caller, requests.backlog)
         async with contextlib.aclosing(self.live.run(requests)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def check_health(self) -> None:
-        """Raises where the engine is dead; Serve then replaces this replica."""
+        """Raises if the engine is dead. Serve then replaces this replica."""
         self.live.batcher.check()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Items, not calls, for `deployments.scaling`."""
+        """Counts of items, not calls, for `deployments.scaling`."""
         return {ITEMS: self.live.batcher.items, BACKLOG: self.backlogs.total()}
 
     def _reload(self, order: Order) -> None:
@@ -110,7 +110,7 @@ class ModelReplica:
                 order.applied_to(self.spec), LoadProgress(lambda event: self.outlet.event(event, order.number))
             )
         except Exception as error:
-            logger.warning("order %d can't be carried out: %r", order.number, error)
+            logger.warning("reload order %d failed: %r", order.number, error)
             RELOADS.labels("failed").inc()
             self.outlet.refused(order, reason(error))
             return
@@ -139,7 +139,7 @@ class ModelReplica:
             await self._compare()
 
     async def _compare(self) -> None:
-        """Tell from now on what this process takes of its GPU."""
+        """Start reporting how much of its GPU this process uses."""
         planned = await asyncio.to_thread(planned_bytes, self.live.spec)
         first = self.gpu is None
         self.gpu = self.gpu or GpuShare.on_cuda(self.spec.name, self.spec.gpu_share)

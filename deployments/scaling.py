@@ -1,4 +1,4 @@
-"""How many replicas the items that wait and run ask for."""
+"""Autoscaling by the number of waiting and running items."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import time
 from typing import Any
 
 ITEMS, BACKLOG = "dure_items", "dure_backlog"
-"""What replicas record: items that they hold, and items that their callers hold back for them."""
+"""Metrics that replicas record: items they hold, and items their callers hold back."""
 FRESH_S = 5.0
-"""A caller with a backlog calls all the time; older news of one is no news."""
+"""Callers with a backlog call continuously; older reports are stale."""
 
 
 class Backlogs:
-    """What each of a replica's callers holds back, as of its last call."""
+    """Items that each of a replica's callers holds back, as of its last call."""
 
     def __init__(self) -> None:
         self._of: dict[str, tuple[int, float]] = {}
-        """By caller: items, and when it said so (time.monotonic)."""
+        """By caller: items, and when it reported them (time.monotonic)."""
 
     def tell(self, caller: str, items: int) -> None:
         self._of[caller] = items, time.monotonic()
 
     def total(self) -> int:
-        """Items that all hold back who have called lately."""
+        """Items held back by all callers that called recently."""
         since = time.monotonic() - FRESH_S
         self._of = {caller: (items, at) for caller, (items, at) in self._of.items() if at > since}
         return sum(items for items, _ in self._of.values())
 
 
 def by_items(context: Any) -> tuple[float, dict[str, Any]]:
-    """Serve's autoscaling policy with items where Serve counts calls, as a call may carry any number of them.
+    """Serve's autoscaling policy, counting items instead of calls, as a call carries any number of items.
 
-    Every replica is told of the same backlogs by the same callers, so the largest sum counts once.
+    All replicas hear of the same backlogs from the same callers, so only the largest sum counts.
     """
     metrics = context.aggregated_metrics or {}
     backlog = max(metrics.get(BACKLOG, {}).values(), default=0.0)

@@ -1,4 +1,4 @@
-"""What a replica is told about the model it runs."""
+"""What a replica knows about the model it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Runtime = Literal["auto", "torch", "openvino"]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model of the config file, resolved as far as it can be without reading weights."""
+    """One model of the config file, resolved as far as possible without reading weights."""
 
     name: str
     task: str
@@ -21,34 +21,34 @@ class ModelSpec:
     revision: str | None = None
     precision: Precision = "auto"
     runtime: Runtime = "auto"
-    """What multiplies: torch, or OpenVINO on a CPU; with `auto` what measures faster."""
+    """What runs the model: torch, or OpenVINO on a CPU. `auto` takes the one that measures faster."""
     threads: int | None = None
-    """CPU threads for one batch; all cores where left out."""
+    """CPU threads for one batch; None: all cores."""
     own_cores: bool = False
-    """There are enough cores for the threads of all models at once."""
+    """The machine has enough cores for the threads of all models at once."""
     gpu_share: float = 0
-    """Of one GPU's memory, that a replica may take; what other replicas have is theirs."""
+    """Fraction of one GPU's memory this replica may use."""
     device_map: str | None = None
-    """How a model is spread over several GPUs, as accelerate understands it; None: it has one device."""
+    """How accelerate spreads the model over several GPUs; None: it runs on one device."""
     max_memory: dict[int | str, str] | None = None
-    """Of each GPU, and of the `cpu`, that it may be spread over."""
+    """Memory that the spread model may use on each GPU, and on the `cpu`."""
     engine: str = ""
     """MODULE:CLASS of the engine. If empty, `task` is that."""
     footprint: str = ""
-    """MODULE:FUNCTION that works out the GPU memory of a replica, from this spec and the checkpoint's folder. Empty if
-    nothing is known about it."""
+    """MODULE:FUNCTION that works out a replica's GPU memory from this spec and the checkpoint's folder. Empty if nothing
+    is known about it."""
     prefix_cache_mb: float = 256
-    """For what was read of prompts that others may begin with."""
+    """Memory for the prefix cache, which keeps keys and values of earlier prompts."""
     max_batch_items: int = 32
     max_batch_tokens: int = 16384
-    """Padded tokens of one batch: its items times the longest."""
+    """Padded tokens of one batch: number of items times length of the longest."""
     deploy: str = ""
-    """Tells one deploy from the next."""
+    """Identifies the deploy."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Load a model anew, with some fields of its spec changed until the next deploy."""
+    """Order to reload a model with some fields of its spec changed until the next deploy."""
 
     number: int
     deploy: str
@@ -59,17 +59,17 @@ class Order:
 
 
 class CheckpointError(Exception):
-    """A checkpoint that can't be loaded: the message names the file or setting at fault. Never helped by a retry."""
+    """A checkpoint can't be loaded. The message names the file or setting at fault. Retrying never helps."""
 
 
 def first_line(error: BaseException) -> str:
-    """What kind of error it is and the first line of what it says."""
+    """The error's type and the first line of its message."""
     said = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 class ItemError(Exception):
-    """An item that the model can't take. The message says what to change, `field` in which part of the request."""
+    """The model can't take an item. The message says what to change; `field` names the part of the request."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -78,7 +78,7 @@ class ItemError(Exception):
 
 @dataclass(frozen=True)
 class Facts:
-    """What became of a model once it was loaded."""
+    """How a model was actually loaded."""
 
     device: str
     precision: str
@@ -87,4 +87,4 @@ class Facts:
     fallback_reason: str | None = None
     runtime: str = "torch"
     quality: dict[str, Any] | None = None
-    """How near the answers are to those of the original in fp32, and what was measured; None where nothing was."""
+    """How close the answers are to the original's in fp32, and all measurements; None if nothing was measured."""

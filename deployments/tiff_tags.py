@@ -1,32 +1,35 @@
-"""How much the tags of a TIFF hold, counted before Pillow makes Python objects of it."""
+"""Counts the numbers in a TIFF's tags before Pillow makes Python objects of them."""
 
 from __future__ import annotations
 
 import struct
 
 CLASSIC, BIG = ("L", "H", "HHLL"), ("Q", "Q", "HHQQ")
-"""An offset, a count of entries, and an entry: tag, type, length, and its value or where that is. The first directory's
-offset comes behind a header of its own size, in both: https://www.awaresystems.be/imaging/tiff/bigtiff.html."""
+"""Struct formats of an offset, a count of entries, and an entry: tag, type, length, and the value or its offset.
+
+In both, the first directory's offset follows a header of the same size:
+https://www.awaresystems.be/imaging/tiff/bigtiff.html.
+"""
 SHORT = 3
 BYTES = (1, 2, 6, 7)
-"""Types that stay bytes: BYTE, ASCII, SBYTE, UNDEFINED."""
+"""Types that Pillow leaves as bytes: BYTE, ASCII, SBYTE, UNDEFINED."""
 DIRECTORIES = (0x8769, 0x8825, 0xA005)
-"""Tags that lead to further tags: Exif, GPS, interoperability."""
+"""Tags that point to directories of further tags: Exif, GPS, interoperability."""
 MAX_DIRECTORIES = 1 + 3 + 9
-"""The first, those that it leads to, and those that these lead to: Pillow follows no more."""
+"""The first directory, those it points to, and those that these point to. Pillow follows no more."""
 
 
 def count_numbers(tiff: bytes, enough: int) -> int:
-    """How many numbers are in all tags of the first picture; counting stops once there are more than `enough`.
+    """Count the numbers in all tags of the first picture, stopping once there are more than `enough`.
 
-    A tag of bytes counts as one. What lies beyond the end of the file is not counted, as it is not read.
+    A tag of bytes counts as one. Entries beyond the end of the file are not counted, as Pillow does not read them.
     """
     order = "<" if tiff.startswith(b"II") else ">"
     offset, count, entry = (struct.Struct(order + each) for each in (BIG if tiff[2:3] == b"+" else CLASSIC))
     short = struct.Struct(order + "H")
     directories: list[int] = list(offset.unpack_from(tiff, offset.size))
     numbers = 0
-    for at in directories:  # which grows meanwhile
+    for at in directories:  # the list grows meanwhile
         led_to = set()
         try:
             (entries,) = count.unpack_from(tiff, at)

@@ -1,8 +1,8 @@
-"""Are all of a model's weights those of its checkpoint?
+"""Checks that all of a model's weights come from its checkpoint.
 
-transformers fills in at random what a checkpoint lacks and leaves out what the model has no place for. Both are errors
-here, with two exceptions: weights that the model's output does not depend on (a pooler whose place another pooling
-takes), and weights of another head.
+transformers fills missing weights with random numbers and ignores weights that the model does not have. Both are errors
+here, with two exceptions: weights that do not affect the model's output (such as a pooler that another pooling
+replaces), and weights of another head.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from transformers import modeling_utils
 from deployments.spec import CheckpointError
 
 Probe = Callable[[Any], torch.Tensor]
-"""The output of a loaded model for some example."""
+"""Returns the output of a loaded model for an example."""
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""Of a layer, as a part of a weight's name."""
+"""Number of a layer, as part of a weight's name."""
 SHOWN = 5
-"""Names of weights in one message."""
+"""Most names of weights in one message."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What transformers found out while it loaded one model."""
+    """What transformers reported while loading one model."""
 
     model: nn.Module
     missing: set[str]
@@ -42,13 +42,13 @@ class LoadReport:
 
 @contextmanager
 def reports() -> Iterator[list[LoadReport]]:
-    """Of the models that transformers loads in the body; in the place of the tables that it would log."""
+    """Collect a report for each model that transformers loads in the body, instead of the tables that it would log."""
     found: list[LoadReport] = []
 
     def take(model: nn.Module, loading_info: Any, **_: Any) -> None:
         failures = [*loading_info.error_msgs, *loading_info.conversion_errors.values()]
         if failures:
-            raise CheckpointError(f"{type(model).__name__} can't take its weights: {failures[0].strip()}")
+            raise CheckpointError(f"{type(model).__name__} can't load its weights: {failures[0].strip()}")
         mismatched = [(name, list(there), list(here)) for name, there, here in loading_info.mismatched_keys]
         found.append(LoadReport(model, set(loading_info.missing_keys), set(loading_info.unexpected_keys), mismatched))
 
@@ -61,7 +61,7 @@ def reports() -> Iterator[list[LoadReport]]:
 
 
 def require(model: Any, found: Iterable[LoadReport], folder: Path, probe: Probe | None) -> None:
-    """Raises CheckpointError naming weights that are missing, misshapen or have no place in the model."""
+    """Raises CheckpointError naming weights that are missing, misshapen or unknown to the model."""
     missing: list[tuple[LoadReport, str]] = []
     for report in found:
         name = type(report.model).__name__
@@ -84,7 +84,7 @@ def require(model: Any, found: Iterable[LoadReport], folder: Path, probe: Probe 
 
 
 def _matter(missing: list[tuple[LoadReport, str]], model: Any, probe: Probe) -> bool:
-    """Does the output depend on any of them? They are made NaN to see; those that don't matter end as zeros."""
+    """Whether the output depends on any missing weight. All are set to NaN to find out, and to zero in the end."""
     tensors = [_tensor(report.model, name) for report, name in missing]
     if not all(tensor.is_floating_point() for tensor in tensors):
         return True
@@ -105,7 +105,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def _layers_beyond(report: LoadReport) -> list[str]:
-    """Weights without a place that are named as the model's are, but for the number of their layer."""
+    """Unexpected weights whose names differ from the model's only in the number of the layer."""
     own = {ending for name in report.model.state_dict() for ending in _endings(name)}
     alike = {_without_number(ending) for ending in own}
     return sorted(
@@ -117,7 +117,7 @@ def _layers_beyond(report: LoadReport) -> list[str]:
 
 
 def _endings(name: str) -> Iterator[str]:
-    """A weight's name without none, one or more of the prefixes that a model around it gives it, down to its layer."""
+    """A weight's name with 0, 1, 2, ... of its prefixes removed, for as long as it includes a layer's number."""
     while re.search(NUMBER, name):
         yield name
         name = name.partition(".")[2]
@@ -128,7 +128,7 @@ def _without_number(name: str) -> str:
 
 
 def _hint(report: LoadReport) -> str:
-    """What the checkpoint has instead of the weights that it lacks."""
+    """A hint about what the checkpoint has instead of the missing weights."""
     prefixes = {
         name.removesuffix(missing)
         for missing in report.missing

@@ -1,6 +1,6 @@
-"""Which files of a checkpoint's folder are read when it is loaded, and whether they can be.
+"""Knows which files of a checkpoint's folder are read on load, and checks that they are readable.
 
-Other files may lie beside them: training data, another system's metadata, the same weights for another runtime.
+The folder may hold other files: training data, another system's metadata, the same weights for another runtime.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deployments import disk_cache
 from deployments.spec import CheckpointError
 
 MODULES = "modules.json"
-"""Lists sentence-transformers' modules: https://sbert.net/docs/sentence_transformer/usage/custom_models.html."""
+"""List of sentence-transformers' modules: https://sbert.net/docs/sentence_transformer/usage/custom_models.html."""
 ADAPTER = "adapter_config.json"
 JSON = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
@@ -26,7 +26,7 @@ READ = (*JSON, "vocab.txt", "merges.txt", "*.model", "*.jinja", "model*.safetens
 
 
 def check(folder: Path) -> None:
-    """Raises CheckpointError naming a file that is damaged, or saying what the folder is instead of a checkpoint."""
+    """Raises CheckpointError naming a damaged JSON file, or if the folder holds an adapter without its model."""
     for part in folders(folder):
         for name in JSON:
             if (part / name).is_file():
@@ -35,32 +35,32 @@ def check(folder: Path) -> None:
     if (weights / ADAPTER).is_file() and not (weights / "config.json").is_file():
         adapter = read_json(weights / ADAPTER)
         raise CheckpointError(
-            f"{weights} has no model but an adapter ({adapter.get('peft_type', 'of PEFT')}) for "
+            f"{weights} has no model, only an adapter ({adapter.get('peft_type', 'of PEFT')}) for "
             f"{adapter.get('base_model_name_or_path', 'a model')}; merge it into that model (PEFT's merge_and_unload) "
-            "and serve what comes of it"
+            "and serve the result"
         )
 
 
 def folders(folder: Path) -> list[Path]:
-    """The folder itself and those of sentence-transformers' modules."""
+    """The folder itself and the folders of sentence-transformers' modules."""
     return [folder, *dict.fromkeys(folder / module["path"] for module in modules(folder) if module["path"])]
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Where a model's config and weights lie: sentence-transformers may keep them in its first module's folder."""
+    """The folder of a model's config and weights: with sentence-transformers, its first module's folder."""
     first = modules(folder)[:1]
     return folder / first[0]["path"] if first else folder
 
 
 def is_static(folder: Path) -> bool:
-    """Is the model a table of embeddings, which has no config.json?"""
+    """Whether the model is a table of embeddings, which has no config.json."""
     return any(module["type"].endswith(".StaticEmbedding") for module in modules(folder)[:1])
 
 
 def modules(folder: Path) -> list[dict[str, str]]:
-    """sentence-transformers' modules, each with `type` and `path`; none where the folder has no such list.
+    """sentence-transformers' modules, each with `type` and `path`; none if the folder has no `modules.json`.
 
-    Raises CheckpointError for a list that is damaged or leads out of the folder.
+    Raises CheckpointError if the list is damaged or leads out of the folder.
     """
     path = folder / MODULES
     if not path.is_file():
@@ -69,7 +69,7 @@ def modules(folder: Path) -> list[dict[str, str]]:
     try:
         found = [{"type": str(module["type"]), "path": str(module["path"])} for module in listed]
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is no list of modules with `type` and `path`") from error
+        raise CheckpointError(f"{path} is not a list of modules with `type` and `path`") from error
     for module in found:
         inside = PurePosixPath(module["path"])
         if inside.is_absolute() or ".." in inside.parts:
@@ -78,13 +78,13 @@ def modules(folder: Path) -> list[dict[str, str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that is read, by its name: what tells one model from another."""
+    """SHA-256 of each file that is read, by name. It identifies the model."""
     found = {path for part in folders(folder) for pattern in READ for path in part.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): disk_cache.digest(path) for path in sorted(found)}
 
 
 def read_json(path: Path) -> Any:
-    """Raises CheckpointError naming the file and what is wrong with it."""
+    """Read a JSON file. Raises CheckpointError naming the file and what is wrong with it."""
     content = path.read_bytes()
     if content.startswith(codecs.BOM_UTF8):
         raise CheckpointError(f"{path} begins with a byte order mark; save it as UTF-8 without one")

@@ -1,4 +1,4 @@
-"""Models on a hub: which files of a repository Dure loads, and where they lie once they are on this machine."""
+"""Models on a hub: which files of a repository Dure loads, and where they are cached on this machine."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ OTHERS = (
     *("optimizer.*", "scheduler.*", "training_args.bin", "rng_state*", "runs/*", "*.tfevents*"),
     *(".git*", "*.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4"),
 )
-"""The same weights for other runtimes, what training left, and what is for people to look at."""
+"""Files that Dure never loads: weights for other runtimes, files left by training, and documents and pictures."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What Dure loads of a repository at one commit. Both methods raise what the hub's client raises."""
+    """The files that Dure loads of a repository at one commit. Both methods raise the errors of the hub's client."""
 
     source: str
     commit: str
     names: list[str]
 
     def missing(self) -> dict[str, int]:
-        """Bytes of each file that is not in this machine's cache, for which the hub is asked."""
+        """Bytes of each file that is not in this machine's cache. Asks the hub."""
         files = snapshot_download(self.source, revision=self.commit, allow_patterns=self._patterns, dry_run=True)
         sizes = {file.filename: file.file_size or 0 for file in files if file.will_download}
         return {name: sizes[name] for name in self.names if name in sizes}
 
     def folder(self, download: bool = True) -> Path:
-        """Where all of them lie, fetched as far as they are not cached; without `download` they have to be."""
+        """The folder with all files. Missing ones are fetched; without `download` all must be cached."""
         return Path(
             snapshot_download(
                 self.source, revision=self.commit, allow_patterns=self._patterns, local_files_only=not download
@@ -57,7 +57,7 @@ class Listing:
 
 
 def loaded(names: Iterable[str]) -> list[str]:
-    """Of a repository's files those that Dure loads: of weights that lie there twice, the safetensors."""
+    """The files of a repository that Dure loads. If weights are there in two formats, the safetensors."""
     paths = [PurePosixPath(name) for name in names if not any(fnmatchcase(name, pattern) for pattern in OTHERS)]
     safe = {path.parent for path in paths if fnmatchcase(path.name, "model*.safetensors")}
     return [str(path) for path in paths if path.parent not in safe or not fnmatchcase(path.name, "pytorch_model*.bin*")]
@@ -66,7 +66,7 @@ def loaded(names: Iterable[str]) -> list[str]:
 def listing(source: str, revision: str, download: bool = True) -> Listing:
     """Ask the hub, unless the answer is cached and `revision` is a commit, which never changes.
 
-    Without `download` nobody is asked. Raises what the hub's client raises; `explain` says it in words.
+    Without `download` the hub is not asked. Raises the errors of the hub's client; `explain` puts them in words.
     """
     resolved = HfApi().resolve_revision(source, revision=revision, local_files_only=not download)
     try:
@@ -80,13 +80,13 @@ def listing(source: str, revision: str, download: bool = True) -> Listing:
 
 
 def folder(source: str, revision: str, download: bool = True) -> Path:
-    """The folder with the files that Dure loads, fetched where they are not cached; without `download` they have to be.
+    """The folder with the files that Dure loads. Missing ones are fetched; without `download` all must be cached.
 
-    With a hub that does not answer, what is cached has to do. Raises what the hub's client raises.
+    If the hub does not answer, the cache is used as it is. Raises the errors of the hub's client.
     """
     try:
         found = listing(source, revision, download)
-    except Exception as error:  # the client raises many kinds
+    except Exception as error:  # the client raises many kinds of errors
         try:
             return Path(snapshot_download(source, revision=revision, local_files_only=True))
         except Exception:
@@ -95,14 +95,14 @@ def folder(source: str, revision: str, download: bool = True) -> Path:
 
 
 def explain(error: Exception) -> str:
-    """Why something can't be had from the hub, in a line."""
+    """One line on why a request to the hub failed."""
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return "it is not in this machine's cache, and HF_HUB_OFFLINE is set"
         if isinstance(cause, GatedRepoError):
             return "its owner has to grant access on the hub; then set HF_TOKEN"
         if isinstance(cause, RepositoryNotFoundError):
-            return f"{constants.ENDPOINT} has no such model, or it is private and asks for HF_TOKEN"
+            return f"{constants.ENDPOINT} has no such model, or it is private and needs HF_TOKEN"
         if isinstance(cause, RevisionNotFoundError):
             return f"{constants.ENDPOINT} has no such revision of it"
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:

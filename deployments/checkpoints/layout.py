@@ -1,4 +1,4 @@
-"""What lies in a checkpoint, from its files' headers alone."""
+"""Reads what a checkpoint contains from the headers of its files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from deployments.spec import CheckpointError
 
 
 class Layout:
-    """Which shard holds which tensor, and how many bytes each takes up, from the files' headers alone.
+    """Which shard holds which tensor, and the bytes of each tensor, from the files' headers alone.
 
-    Of weights that lie there twice, those that transformers loads: safetensors before pickles, one file before several.
+    If weights are there twice, those that transformers loads: safetensors before pickles, one file before several.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class Layout:
         self.shards = shards
         self.tensors = tensors
         self.shapes = shapes
-        """Of each tensor; empty for pickles, which have no header."""
+        """Shape of each tensor; empty for pickles, which have no header."""
         self.values = values
-        """Weights in all tensors together."""
+        """Number of weights in all tensors together."""
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """Raises CheckpointError where there are no weights, or an index names a shard that is missing or damaged."""
+        """Raises CheckpointError if there are no weights, or if an index names a shard that is missing or damaged."""
         static, folder = is_static(folder), encoder_folder(folder)
         if not static and not (folder / "config.json").is_file():
             raise CheckpointError(f"there is no config.json in {folder}")
@@ -59,9 +59,9 @@ class Layout:
         raise CheckpointError(f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
 
     def follow(self, parameters: Iterable[tuple[str, Any]], progress: LoadProgress) -> Iterator[tuple[str, Any]]:
-        """Hand on the loader's parameters one by one, reporting the bytes of those it has done with.
+        """Yield the loader's parameters one by one, reporting the bytes of those already loaded.
 
-        A parameter is done when the next is asked for. Its checkpoint tensors are those collected in its mapping.
+        A parameter is loaded once the next is asked for. Its mapping lists its tensors in the checkpoint.
         """
         pairs = list(parameters)
         left = {shard: sum(1 for where, _ in self.tensors.values() if where == shard) for shard in self.shards}
@@ -76,7 +76,7 @@ class Layout:
                 done += size
                 left[shard] -= 1
             percent = 100 * (done / total if total else number / len(pairs))
-            if number == len(pairs):  # tensors that the model has no use for are never asked for
+            if number == len(pairs):  # tensors that the model does not use are never asked for
                 percent, left = 100, dict.fromkeys(left, 0)
             complete = sum(1 for count in left.values() if count <= 0)
             if (int(percent), complete) != reported:
@@ -84,22 +84,22 @@ class Layout:
                 progress.checkpoint(percent, complete, len(self.shards))
 
     def _sources(self, name: str, mapping: Any) -> list[str]:
-        """The names in the checkpoint of the tensors that make up a parameter."""
+        """Names, in the checkpoint, of the tensors that make up a parameter."""
         names = {name, *(key for keys in getattr(mapping, "layer_targets", {}).values() for key in keys)}
         return [key for key in names if key in self.tensors]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The shard of each tensor, by the index of a checkpoint in shards."""
+    """The shard of each tensor, from the index of a sharded checkpoint."""
     listed = read_json(index)
     where = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise CheckpointError(f"{index} is damaged: it has no weight_map of tensors and files")
+        raise CheckpointError(f"{index} is damaged: it has no weight_map from tensors to files")
     return where
 
 
 def _pickled_values(folder: Path, shards: list[str]) -> int:
-    """About how many weights are in files of torch, by their size: of 16 bits, where the config says so, or 32."""
+    """Estimate the number of weights in pickles from their size: 16 bits each if the config says so, else 32."""
     size = sum((folder / shard).stat().st_size for shard in shards)
     config = folder / "config.json"
     return size // (2 if config.is_file() and b"float16" in config.read_bytes() else 4)
@@ -111,7 +111,7 @@ def _bytes(tensor: dict[str, Any]) -> int:
 
 
 def tensors(path: Path) -> dict[str, dict[str, Any]]:
-    """What a safetensors file's header (8 bytes of length, then JSON) says of each tensor."""
+    """The entry of each tensor in a safetensors file's header (8 bytes of length, then JSON)."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

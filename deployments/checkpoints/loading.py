@@ -1,4 +1,4 @@
-"""from_pretrained with progress, precision, fallback and errors that name the file at fault."""
+"""Wraps from_pretrained with progress, precision, fallback, and errors that name the file at fault."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model's layers go, as accelerate understands it; all on one device where `device_map` is None."""
+    """Where accelerate puts a model's layers. If `device_map` is None, all go on one device."""
 
     device_map: str | None = None
     max_memory: dict[int | str, str] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `from_pretrained`."""
+        """Arguments for `from_pretrained`."""
         if self.device_map is None:
             return {}
         return {"device_map": self.device_map} | ({"max_memory": self.max_memory} if self.max_memory else {})
 
 
 def device() -> torch.device:
-    """The GPU that the scheduler gave this process, else the CPU."""
+    """The GPU that Ray gave this process, else the CPU."""
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
 def plain_precision() -> Precision:
-    """What `auto` means: half precision where the hardware multiplies it fast, else fp32."""
+    """The precision that `auto` means: half precision if the hardware multiplies it fast, else fp32."""
     if torch.cuda.is_available():
         return "fp16"
     return disk_cache.half_precision() or "fp32"
@@ -66,15 +66,15 @@ def load_model(
     quantise: bool = False,
     placement: Placement = Placement(),
 ) -> tuple[Model, Facts]:
-    """Load a model at the asked precision.
+    """Load a model at the requested precision.
 
-    `load(dtype=..., **kwargs)` is a bound `from_pretrained`, `probe` the output of what it loads for some example:
-    weights that the checkpoint lacks are let go where it does not depend on them, and never without a probe.
-    With `quantise`, int8 and int4 go through bitsandbytes while loading; where that fails the model is loaded in plain
-    precision and the reason is in the facts. Without it int8 means torch's dynamic quantisation of the linear layers
-    (CPU only). With a `placement` accelerate spreads the model over devices.
+    `load(dtype=..., **kwargs)` is a bound `from_pretrained`. `probe` returns the loaded model's output for an example:
+    weights missing from the checkpoint are accepted if that output does not depend on them, and never without a probe.
+    With `quantise`, bitsandbytes quantises to int8 or int4 while loading. If that fails, the model is loaded in plain
+    precision and the facts give the reason. Without `quantise`, int8 is torch's dynamic quantisation of linear layers
+    (CPU only). With a `placement`, accelerate spreads the model over devices.
 
-    Raises CheckpointError for files that are missing or damaged, and weights that are missing or don't fit.
+    Raises CheckpointError if files are missing or damaged, or weights are missing or don't fit.
     """
     loading = partial(_complete, load, folder, progress, probe)
     wanted = plain_precision() if precision == "auto" else precision
@@ -91,7 +91,7 @@ def load_model(
             return model, _facts(model, wanted)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever the quantiser trips over, the model is still wanted
+        except Exception as error:  # whatever goes wrong in quantisation, plain precision still works
             reason = f"{wanted} failed ({type(error).__name__}: {error}), so {plain_precision()} is served"
             logger.warning(reason)
             wanted = plain_precision()
@@ -104,7 +104,7 @@ def load_model(
 def _complete(
     load: Callable[..., Model], folder: Path, progress: LoadProgress, probe: Probe | None, **options: Any
 ) -> Model:
-    """The model that `load` loads, ready to run. Raises CheckpointError where the checkpoint lacks a part of it."""
+    """Load the model, ready to run. Raises CheckpointError if the checkpoint lacks a part of it."""
     try:
         with _watched(folder, progress), reports() as found:
             model = load(**options)
@@ -124,7 +124,7 @@ def _bitsandbytes(precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
-        # It says at every multiplication that it goes through fp16.
+        # It warns at every multiplication that it casts to fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[plain_precision()])
@@ -136,15 +136,16 @@ def _quantise_dynamically(model: nn.Module) -> Any:
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own deprecation, on every call
+        warnings.simplefilter("ignore")  # it warns of its deprecation on every call
         return quantize_dynamic(  # type: ignore[no-untyped-call]
             model, {nn.Linear: per_channel_dynamic_qconfig}, dtype=torch.qint8
         )
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes that the weights take up, with the scales of those that bitsandbytes has quantised and with the linear
-    layers that torch has, which keep theirs outside `parameters`.
+    """Bytes of all weights, with the scales of those that bitsandbytes quantised.
+
+    Includes linear layers that torch quantised, whose weights are not in `parameters`.
     """
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
     total = sum(tensor.nbytes + _scales_bytes(tensor) for tensor in tensors)
@@ -157,7 +158,7 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def _scales_bytes(tensor: Any) -> int:
-    """Of a tensor of bitsandbytes: one for each row in 8 bit, one for each block in 4 bit."""
+    """Bytes of the scales of a bitsandbytes tensor: one per row in 8 bit, one per block in 4 bit."""
     scales = (getattr(tensor, "SCB", None), getattr(getattr(tensor, "quant_state", None), "absmax", None))
     return sum(each.nbytes for each in scales if each is not None)
 
@@ -168,7 +169,7 @@ def _facts(model: nn.Module, precision: str, reason: str | None = None) -> Facts
 
 @contextmanager
 def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
-    """Report what transformers' loader reads from `folder`, and say which file is at fault when it fails."""
+    """Report what transformers' loader reads from `folder`, and name the checkpoint if it fails."""
     layout = Layout.read(folder)
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A hub's checkpoint as far as it can be known without its weights: configs, headers, and holes where weights are."""
+"""Outlines of checkpoints on a hub, without their weights: configs, headers, and sparse files for the weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from deployments.checkpoints import hub
 
 CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 ANSWER_S = 10.0
-"""As the hub's client gives a hub for all else that is asked here."""
+"""Timeout of a request: the default of the hub's client for its other requests."""
 
 
 @functools.cache
 def outline(source: str, revision: str) -> Path:
-    """A folder, until this process ends, whose weights' files are as long as the real ones and take up no room.
+    """A temporary folder whose weight files are as long as the real ones but take up no space on disk.
 
-    Of safetensors the headers are fetched, of pickles nothing. Raises what the hub's client raises.
+    Headers of safetensors are fetched, nothing of pickles. The folder is removed when this process ends. Raises the
+    errors of the hub's client.
     """
     disable_progress_bars()
     told = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=ANSWER_S)
@@ -51,9 +52,9 @@ def _header(source: str, name: str, commit: str | None) -> dict[str, Any]:
 
 
 def write_holes(path: Path, header: dict[str, Any]) -> None:
-    """A file of safetensors: 8 bytes of length, the header, and a hole: https://huggingface.co/docs/safetensors#format.
+    """Write a sparse safetensors file: 8 bytes of length, the header, and a hole.
 
-    `header`: of each tensor its `dtype`, `shape` and `data_offsets`.
+    `header` holds `dtype`, `shape` and `data_offsets` of each tensor: https://huggingface.co/docs/safetensors#format.
     """
     encoded = json.dumps(header).encode()
     end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)

@@ -1,4 +1,4 @@
-"""Where a model's files lie: turns a config's `source` into a folder on this machine."""
+"""Turns a config's `source` into a folder on this machine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from deployments.spec import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder of pyproject.toml, which relative sources start from."""
+"""The folder of pyproject.toml. Relative sources start here."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder that `source` names, or None where it is a hub id.
+    """The folder that `source` names, or None if it is a hub id.
 
-    Raises CheckpointError where it names a folder that isn't there.
+    Raises CheckpointError if the folder does not exist.
     """
     if source.startswith("package:"):
         package, _, inside = source.removeprefix("package:").partition("/")
@@ -36,9 +36,9 @@ def local_folder(source: str) -> Path | None:
 
 
 def resolve(source: str, revision: str | None, download: bool = True) -> Path:
-    """The folder with a model's files; of a hub id those that Dure loads are fetched, unless they are cached.
+    """The folder with a model's files. For a hub id, the files that Dure loads are fetched unless they are cached.
 
-    Without `download` it has to be cached. Raises CheckpointError saying what is missing.
+    Without `download` they must be cached. Raises CheckpointError saying what is missing.
     """
     folder = local_folder(source)
     if folder is not None:
@@ -48,18 +48,18 @@ def resolve(source: str, revision: str | None, download: bool = True) -> Path:
             f"source {source!r}: there is no folder {ROOT / source}; if it is a hub id, add `revision` (a commit or "
             "tag), so that every replica loads the same weights"
         )
-    from deployments.checkpoints import hub  # here, because reading a config does not need it
+    from deployments.checkpoints import hub  # imported here, as reading a config does not need it
 
     try:
         return hub.folder(source, revision, download)
-    except Exception as error:  # the hub's client raises many kinds, all of which mean: not to be had
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise CheckpointError(
-            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+            f"source {source!r} at revision {revision!r} is not available: {hub.explain(error)}"
         ) from error
 
 
 def described(source: str, revision: str | None) -> Path:
-    """A folder with a model's config and its weights' headers; of a hub's model that is not here no more is fetched.
+    """A folder with a model's config and its weights' headers. For a hub id that is not cached, only those are fetched.
 
     Raises CheckpointError saying what is missing.
     """
@@ -71,11 +71,11 @@ def described(source: str, revision: str | None) -> Path:
 
     with contextlib.suppress(CheckpointError):
         folder = resolve(source, revision, download=False)
-        Layout.read(folder)  # a fetch that was broken off leaves some of it
+        Layout.read(folder)  # an interrupted fetch leaves an incomplete folder
         return folder
     try:
         return outline(source, revision)
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise CheckpointError(
-            f"source {source!r} at revision {revision!r} can't be had: {hub.explain(error)}"
+            f"source {source!r} at revision {revision!r} is not available: {hub.explain(error)}"
         ) from error

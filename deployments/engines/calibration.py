@@ -1,4 +1,4 @@
-"""The texts that precisions are compared on, and the figures of the comparison."""
+"""The texts on which precisions are compared, and the figures of the comparison."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PERCENTILE = 5
 
 @functools.cache
 def read() -> dict[str, list[str]]:
-    """`texts`, `queries` with their `documents`, and `prompts`."""
+    """Calibration texts: `texts`, `queries` with their `documents`, and `prompts`."""
     return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
 
 def cosine(original: np.ndarray, rows: np.ndarray) -> float:
-    """The 5th percentile, over rows, of the cosine between a row and its original."""
+    """5th percentile, over rows, of the cosine between a row and its original."""
     lengths = np.linalg.norm(original, axis=1) * np.linalg.norm(rows, axis=1)
     return float(np.percentile((original * rows).sum(axis=1) / np.maximum(lengths, 1e-12), PERCENTILE))
 
 
 def spearman(original: np.ndarray, values: np.ndarray) -> float:
-    """Spearman's rank correlation, ties at their mean rank; 1 where neither varies."""
+    """Spearman's rank correlation, with ties at their mean rank; 1 if neither varies."""
     first, second = _ranks(original), _ranks(values)
     if not first.std() or not second.std():
         return float(first.std() == second.std())

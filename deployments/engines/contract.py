@@ -1,4 +1,4 @@
-"""What an engine is: one that answers a batch at once, or one that works in steps, which items join and leave."""
+"""The interface of engines. Some answer a batch in one go; others work in steps, which items join and leave."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Engine(Protocol[Request, Item, Result]):
-    """What every engine can do. One thread at a time calls `warm_up` and `run`; `prepare` runs beside them.
+    """What every engine can do. One thread at a time calls `warm_up` and `run`; other threads call `prepare` meanwhile.
 
-    An engine whose precision is to be measured (see `choosing`) has three things more: `runtimes`, those that it can
-    use; `calibration()`, groups of requests, each of which is run as a batch; and `agreement(original, answers)`, which
-    compares the batches' results in fp32 with others and returns figures of which 1 is the best.
+    An engine whose precision can be measured (see `choosing`) has three more attributes: `runtimes`, the ones it can
+    use; `calibration()`, groups of requests, each run as a batch; and `agreement(original, answers)`, which compares
+    the batches' results in fp32 with others and returns figures, of which 1 is best.
     """
 
     facts: Facts
@@ -31,49 +31,49 @@ class Engine(Protocol[Request, Item, Result]):
         """Read the checkpoint in `folder`. Raises CheckpointError naming the file that is missing or damaged."""
 
     def warm_up(self) -> None:
-        """Run once what the first request would otherwise wait for."""
+        """Run everything once that would otherwise delay the first request."""
 
     def prepare(self, request: Request) -> Item:
         """Turn a request into an item of a batch (tokenise, decode). Raises ItemError saying what to change."""
 
     def cost(self, item: Item) -> int:
-        """Tokens that the item takes up in a batch, before padding."""
+        """Tokens of the item in a batch, before padding."""
 
     def run(self, items: list[Item]) -> Result:
-        """One result per item, in order: a list, or a dataclass of arrays whose first axis is the item."""
+        """Return one result per item, in order: a list, or a dataclass of arrays whose first axis is the item."""
 
 
 class Work(Protocol):
-    """An item on its way."""
+    """An item that an engine is working on."""
 
     result: Any
     """None until it is done."""
 
     @property
     def cost(self) -> int:
-        """Tokens that its next step reads."""
+        """Tokens that the next step reads."""
 
     @property
     def written(self) -> int:
-        """Tokens that it has come to so far."""
+        """Tokens generated so far."""
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)
 
 
 class Stepping(Engine[Request, Item, list[Any]], Generic[Request, Item, AnyWork]):
-    """An engine whose items take several passes of the model. It leaves `run` to this class."""
+    """An engine whose items take several passes of the model. This class implements `run`."""
 
     @abstractmethod
     def begin(self, item: Item) -> AnyWork:
-        """Take up an item. Nothing is computed before its first step."""
+        """Start work on an item. Nothing is computed before its first step."""
 
     @abstractmethod
     def step(self, works: list[AnyWork]) -> None:
-        """Take each one step further, all in one pass. Where this raises, all are as they were."""
+        """Advance each work by one step, all in one pass. If this raises, all are unchanged."""
 
     def run(self, items: list[Item]) -> list[Any]:
-        """The items' results, from first step to last."""
+        """Run the items from first step to last and return their results."""
         works = [self.begin(item) for item in items]
         while left := [work for work in works if work.result is None]:
             self.step(left)

@@ -1,4 +1,4 @@
-"""Sentence embeddings, as sentence-transformers makes them."""
+"""Sentence embeddings, as sentence-transformers computes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments.spec import ModelSpec
 
 
 class Embedder:
-    """One item is one text's token ids; a batch's vectors are those that sentence-transformers' `encode` makes."""
+    """One item is the token ids of one text. The vectors are those of sentence-transformers' `encode`."""
 
     runtimes = ("openvino", "torch")
     checks_files = True
@@ -52,6 +52,6 @@ class Embedder:
 
     @staticmethod
     def agreement(original: list[Embeddings], answers: list[Embeddings]) -> dict[str, float]:
-        """The 5th percentile of the cosines between vectors of the same text."""
+        """5th percentile of the cosines between vectors of the same text."""
         first, second = (np.concatenate([batch.vectors for batch in batches]) for batches in (original, answers))
         return {"cosine_p5": calibration.cosine(first, second)}

@@ -1,8 +1,8 @@
-"""Encoders as the embedder and the reranker use them: texts to items, batches of items to rows of numbers.
+"""Encoders for the embedder and the reranker: from texts to items, and from batches of items to rows of numbers.
 
-One that OpenVINO runs needs its graph, its tokenizer and its input spec, all three from disk, and nothing else: torch,
-transformers and sentence-transformers, 700 MB of memory, stay out of the replica's process. Where they are not on disk
-yet they are made in a process of its own.
+An encoder on OpenVINO needs only its graph, its tokenizer and its input spec, all read from disk. So torch,
+transformers and sentence-transformers, 700 MB of memory, stay out of the replica's process. If the three files are not
+on disk yet, a separate process makes them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 Output = Literal["sentence_embedding", "scores"]
-"""What a model's rows are, in sentence-transformers' words: vectors of texts, or logits of pairs."""
+"""What the rows are, in sentence-transformers' terms: vectors of texts, or logits of pairs."""
 WARM_UP = ("warm", "warm up " * 16)
 
 
 class Encoder(Protocol):
-    """A loaded encoder. `prepare` may be called from several threads at once, `rows` from `parallel` ones."""
+    """A loaded encoder. Any number of threads may call `prepare` at once, and `parallel` threads may call `rows`."""
 
     facts: Facts
     prompts: Prompts
     parallel: int
     max_tokens: int
-    """That an item may have."""
+    """Most tokens of one item."""
 
     def prepare(
         self,
@@ -47,20 +47,20 @@ class Encoder(Protocol):
         prompt: str = "",
         input_type: InputType | None = None,
     ) -> Any:
-        """An item. Raises ItemError for a text that the model can't take."""
+        """Turn a text or a pair into an item. Raises ItemError for a text that the model can't take."""
 
     def prepare_ids(self, ids: list[int], truncate: bool = True) -> Any:
-        """An item of ids of the model's own tokenizer. Raises ItemError."""
+        """Turn ids of the model's tokenizer into an item. Raises ItemError for unknown or too many ids."""
 
     def tokens(self, item: Any) -> int:
-        """How many the item has."""
+        """Tokens of the item."""
 
     def rows(self, items: list[Any]) -> np.ndarray:
-        """float32, shape (items, width)."""
+        """Run a batch; returns float32, shape (items, width)."""
 
 
 class Tokenizer(Protocol):
-    """Makes items of texts; may be called from several threads at once."""
+    """Turns texts into token ids. Several threads may call it at once."""
 
     def encode(self, text: str, pair: str | None = None, truncate: bool = True) -> Encoded:
         """Raises ItemError for a text that the model can't take."""
@@ -70,16 +70,16 @@ class Forward(Protocol):
     """A pass through the model."""
 
     parallel: int
-    """How many threads may call it at once."""
+    """Threads that may call it at once."""
     multiple: int
-    """Of which the batches' widths are best made."""
+    """Batch widths should be multiples of this."""
 
     def __call__(self, batch: Arrays) -> np.ndarray:
-        """Model inputs of shape (items, tokens), to a float32 row for each item."""
+        """Turn model inputs of shape (items, tokens) into one float32 row per item."""
 
 
 class TokenEncoder:
-    """Items are token ids, padded to batches here."""
+    """An encoder whose items are token ids, which it pads into batches."""
 
     def __init__(self, tokenizer: Tokenizer, spec: InputSpec, forward: Forward, facts: Facts) -> None:
         self.tokenizer = tokenizer
@@ -117,9 +117,9 @@ class TokenEncoder:
 
 
 def load_encoder(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Encoder:
-    """The encoder in `folder` as the spec says; where OpenVINO can't run it torch does, and the facts say why.
+    """Load the encoder in `folder` as the spec says. If OpenVINO can't run it, torch does, and the facts say why.
 
-    Raises CheckpointError for a checkpoint that is damaged, incomplete, or of no model for this output.
+    Raises CheckpointError if the checkpoint is damaged, incomplete, or has no model for this output.
     """
     reason = None
     if spec.runtime == "openvino":
@@ -127,7 +127,7 @@ def load_encoder(output: Output, spec: ModelSpec, folder: Path, progress: LoadPr
             return _on_openvino(output, spec, folder, progress)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever OpenVINO trips over, the model is still wanted
+        except Exception as error:  # whatever goes wrong in OpenVINO, torch can still serve the model
             reason = f"OpenVINO failed ({first_line(error)[:300]}), so torch runs it"
             logger.warning(reason)
     from deployments.engines import encoder_torch
@@ -146,7 +146,7 @@ def _on_openvino(output: Output, spec: ModelSpec, folder: Path, progress: LoadPr
         try:
             return _read(converted, spec, progress)
         except Exception as error:
-            logger.warning("the converted model in %s is damaged, so it is made again: %s", converted.folder, error)
+            logger.warning("the converted model in %s is damaged and will be made again: %s", converted.folder, error)
             converted.forget()
     aside.run("deployments.engines.encoder_torch:convert", output, folder, precision, progress=progress)
     return _read(converted, spec, progress)

@@ -1,4 +1,4 @@
-"""Encoders with sentence-transformers: loaded, checked against their limits, run in torch or converted for OpenVINO."""
+"""Encoders from sentence-transformers: loads them, checks their limits, runs them in torch or converts them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from deployments.load_progress import LoadProgress
 from deployments.spec import CheckpointError, ModelSpec
 
 TRIED_TOKENS = 1024
-"""Up to here a model's limit is tried out, which takes a second at most."""
+"""A model's limit is tested up to this length, which takes a second at most."""
 COMPARED_LENGTHS = ((7,), (1, 30, 12), (4, 300))
-"""Of the texts in batches that a graph is compared on: alone, unlike, and far beyond what attention may see."""
+"""Text lengths of the batches on which a graph is compared: one text, mixed lengths, and beyond attention's window."""
 CLOSE = 0.02
-"""Largest difference between its answers and torch's, as a part of the largest number."""
+"""Largest difference allowed between the graph's answers and torch's, as a fraction of the largest number."""
 BATCHED = (Pooling, Dense, Normalize, Dropout, LayerNorm, LogitScore)
-"""Modules that work on rows of a padded batch, whatever shares it."""
+"""Modules that treat each row of a padded batch independently of the others."""
 
 
 def load(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress, reason: str | None = None) -> Encoder:
-    """The encoder in torch; `reason` says why something else than was asked for is served. Raises CheckpointError."""
+    """Load the encoder in torch. `reason` says why torch replaces what was asked for. Raises CheckpointError."""
     progress.tokenizer()
     build = partial(_build, output, folder)
     model, facts = load_model(build, folder, spec.precision, progress, partial(_probed, output))
@@ -54,19 +54,19 @@ def load(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress, 
 
 
 def convert(output: Output, folder: Path, precision: str, progress: LoadProgress) -> None:
-    """Make the graph of an encoder that OpenVINO runs. Raises ValueError where it can't, and CheckpointError."""
+    """Convert an encoder to a graph for OpenVINO. Raises ValueError if that is impossible, and CheckpointError."""
     from deployments.engines import openvino as ov
 
     progress.tokenizer()
     model, _ = load_model(partial(_build, output, folder), folder, "fp32", progress, partial(_probed, output))
     _check(model, output, folder)
     if not _runs_on_tokens(model):
-        raise ValueError("sentence-transformers makes its inputs of texts as a whole")
+        raise ValueError("its inputs are texts, which only sentence-transformers can tokenise")
     rows = Rows(model, output).float()
     inputs = _input_spec(model, TorchForward(rows), folder)
     tokenizer = _tokenizer(model, inputs)
     if not isinstance(tokenizer, TextTokenizer):
-        raise ValueError("its inputs are made by a chat template")
+        raise ValueError("its inputs are built by a chat template")
     example = inputs.batch([tokenizer.encode(text, "a pair" if output == "scores" else None) for text in WARM_UP])
     graph = _traced(rows, example)
     _compare(graph, rows, inputs)
@@ -76,7 +76,7 @@ def convert(output: Output, folder: Path, precision: str, progress: LoadProgress
 
 
 class TorchForward:
-    """One thread at a time may call it."""
+    """A pass in torch, by one thread at a time."""
 
     parallel = 1
     multiple = 1
@@ -93,7 +93,7 @@ class TorchForward:
 
 
 class Rows(nn.Module):
-    """All modules of a sentence-transformers model, from padded ids to the rows named `output`."""
+    """All modules of a sentence-transformers model, from padded ids to the rows named by `output`."""
 
     def __init__(self, model: Any, output: Output) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Rows(nn.Module):
         features = self.fixed | {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             features["token_type_ids"] = token_type_ids
-        if self.counts_positions:  # from each item's own first token, whatever is padded before it
+        if self.counts_positions:  # count from each item's first token, not from the padding
             features["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         encoder, *others = self.model
         features = encoder(features)
@@ -141,7 +141,7 @@ def _probed(output: Output, model: Any) -> torch.Tensor:
 
 
 def _check(model: Any, output: Output, folder: Path) -> None:
-    """Raises CheckpointError where the model in `folder` is none for this output."""
+    """Raises CheckpointError if the model in `folder` can't produce this output."""
     if output != "scores":
         return
     if model.num_labels != 1:
@@ -153,13 +153,13 @@ def _check(model: Any, output: Output, folder: Path) -> None:
             yes, no, unknown = module.true_token_id, module.false_token_id, model.tokenizer.unk_token_id
             if yes == no or (unknown is not None and unknown in (yes, no)):
                 raise CheckpointError(
-                    f"a language model for rerank answers with the tokens `yes` and `no`; that in {folder} has no such "
-                    "tokens"
+                    "a language model for rerank answers with the tokens `yes` and `no`, which the one in "
+                    f"{folder} does not have"
                 )
 
 
 def _runs_on_tokens(model: Any) -> bool:
-    """Can its items be token ids that are batched here? Else sentence-transformers has to be given texts."""
+    """Whether items can be token ids, batched here. If not, sentence-transformers must be given texts."""
     encoder, *others = model
     if not isinstance(encoder, Transformer) or not {"text", "message"} & set(encoder.modality_config):
         return False
@@ -175,7 +175,7 @@ def _is_causal(model: Any) -> bool:
 
 
 def _prompts(model: Any) -> Prompts:
-    """As `encode`, `encode_query` and `encode_document` (or `predict`) of sentence-transformers choose them."""
+    """The prompts that sentence-transformers' `encode`, `encode_query`, `encode_document` or `predict` would choose."""
     texts: dict[str, str] = dict(model.prompts)
     default = texts.get(model.default_prompt_name or "", "")
     documents = [texts[name] for name in (DOCUMENT, "passage", "corpus") if name in texts]
@@ -190,7 +190,7 @@ def _tokenizer(model: Any, spec: InputSpec) -> Tokenizer:
 
 
 def _private_copy(tokenizer: Any) -> tokenizers.Tokenizer | None:
-    """The tokenizer's Rust half, cutting and padding nothing; None where it has none."""
+    """A copy of the tokenizer's Rust part that neither truncates nor pads; None if there is no Rust part."""
     rust = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(rust, tokenizers.Tokenizer):
         return None
@@ -202,7 +202,7 @@ def _private_copy(tokenizer: Any) -> tokenizers.Tokenizer | None:
 
 
 def _input_spec(model: Any, forward: Callable[[Arrays], np.ndarray], folder: Path) -> InputSpec:
-    """Raises CheckpointError where the tokenizer makes what the model has no place for."""
+    """The limits and batch format. Raises CheckpointError if the tokenizer makes segments that the model lacks."""
     encoder, tokenizer = model[0].model, model.tokenizer
     prompts = _prompts(model)
     spec = InputSpec(
@@ -229,9 +229,9 @@ def _check_segments(encoder: nn.Module, tokenizer: Any, folder: Path) -> None:
     highest = frame_of_pairs(rust).highest_segment
     if highest >= table.num_embeddings:
         raise CheckpointError(
-            f"the tokenizer in {folder} numbers the texts of a pair 0 to {highest}, and the model "
-            f"({type(encoder).__name__}, type_vocab_size {table.num_embeddings}) has no such number: it was not made "
-            "for pairs with this tokenizer"
+            f"the tokenizer in {folder} uses segments 0 to {highest} for pairs, but the model "
+            f"({type(encoder).__name__}, type_vocab_size {table.num_embeddings}) has fewer: it was not made for pairs "
+            "with this tokenizer"
         )
 
 
@@ -244,7 +244,7 @@ def _prompt_tokens(model: Any, prompt: str) -> int:
 
 
 def _tried(spec: InputSpec, forward: Callable[[Arrays], np.ndarray], folder: Path) -> InputSpec:
-    """With the largest limit that the model can bear, up to its own: a table may be shorter than its config says."""
+    """Lower `max_tokens` to what the model can run: its position table may be shorter than its config says."""
 
     def fails(tokens: int) -> bool:
         id = next(id for id in range(spec.rows) if id != spec.pad_id)
@@ -268,9 +268,9 @@ def _tried(spec: InputSpec, forward: Callable[[Arrays], np.ndarray], folder: Pat
 
 @torch.inference_mode()
 def _compare(graph: Any, rows: Rows, spec: InputSpec) -> None:
-    """Raises ValueError where the graph answers batches of other shapes than it was traced with otherwise than torch.
+    """Raises ValueError if the graph's answers differ from torch's on batches of other shapes than the traced one.
 
-    Tracing keeps the branches of Python that the example took.
+    Tracing keeps only the Python branches that the example took.
     """
     import openvino as ov
 
@@ -283,16 +283,16 @@ def _compare(graph: Any, rows: Rows, spec: InputSpec) -> None:
         expected = rows(**{name: torch.from_numpy(array) for name, array in batch.items()}).numpy()
         found = compiled(batch)[0]
         if not np.abs(found - expected).max() <= CLOSE * max(1.0, np.abs(expected).max()):
-            raise ValueError("its graph answers otherwise than torch")
+            raise ValueError("the graph's answers differ from torch's")
 
 
 def _traced(rows: nn.Module, example: Arrays) -> Any:
-    """Trace `rows` with two texts of unlike length, so that masks are part of it; any batch and length may follow."""
+    """Trace `rows` on texts of different lengths, so that masks are included. The graph takes any batch and length."""
     import openvino as ov
 
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of every Python branch that tracing makes fixed
+        warnings.simplefilter("ignore")  # it warns of every Python branch that tracing fixes
         return ov.convert_model(
             rows.eval(),
             example_input=inputs,

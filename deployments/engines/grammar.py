@@ -1,8 +1,8 @@
-"""An answer that is written token by token under a grammar, so that even a bad model answers in it.
+"""Generates an answer token by token under a grammar, so that even a bad model's answer is well formed.
 
-Where the grammar leaves no choice, which in JSON is most of the time, its tokens are read along with the next one that
-the model chooses, and take no step of their own. One that comes near its limit is brought to an end: from there on it
-may only close what is open, wherever the grammar lets it.
+Most tokens of JSON are forced: the grammar leaves no choice. They take no step of their own, as the model reads them
+together with the next token that it chooses. Near its limit an answer is wrapped up: from there on it may only close
+what is open, wherever the grammar allows that.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from deployments.engines.sequences import Sequence
 
 CLOSE_FROM = 0.75
-"""Of its limit: what is left must do for the names of the fields that are still to come."""
+"""Share of the token limit at which closing starts. The rest must suffice for the names of the remaining fields."""
 
 
 class Writing:
-    """One answer on its way."""
+    """One answer being generated."""
 
     def __init__(self, sequence: Sequence, matcher: LLMatcher, eos: int, max_tokens: int) -> None:
         self.sequence = sequence
@@ -30,12 +30,12 @@ class Writing:
         self.max_tokens = max_tokens
         self.written: list[int] = []
         self.forced = 0
-        """Of the tokens written, those that the grammar did not leave to the model."""
+        """Number of written tokens that the grammar forced."""
         self.to_read: list[int] = []
-        """Of the tokens written, those that the model has not read."""
+        """Written tokens that the model has not read yet."""
         self.ended = False
         if matcher.is_error():
-            raise RuntimeError(f"the schema makes no grammar: {matcher.get_error()}")
+            raise RuntimeError(f"the schema can't be made into a grammar: {matcher.get_error()}")
         self._force()
 
     @property
@@ -47,9 +47,9 @@ class Writing:
         return len(self.written) >= CLOSE_FROM * self.max_tokens
 
     def write(self, token: int) -> None:
-        """The model has chosen this token; appends what must follow."""
+        """Append the token that the model chose, and the tokens that must follow it."""
         self.to_read = []
-        if self.ended:  # the grammar had left nothing to choose
+        if self.ended:  # the forced tokens had already ended the answer
             return
         self._append([token])
         self._force()
@@ -62,7 +62,7 @@ class Writing:
 
     def _append(self, tokens: list[int]) -> None:
         if tokens:
-            self.matcher.consume_tokens(tokens)  # a grammar in trouble stops
+            self.matcher.consume_tokens(tokens)  # a matcher that fails stops
         self.ended = self.matcher.is_stopped() or self.eos in tokens
         tokens = [token for token in tokens if token != self.eos]
         self.written += tokens
@@ -70,7 +70,7 @@ class Writing:
 
 
 class Closing:
-    """Which tokens close what is open in JSON, and open nothing."""
+    """Knows the tokens that close what is open in JSON and open nothing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
@@ -80,8 +80,8 @@ class Closing:
         self.letter = tokens.index("a")
 
     def among(self, allowed: np.ndarray) -> np.ndarray:
-        """Of the tokens that are allowed those that close; all where none does. Both bool, shape (vocabulary,)."""
-        # Where a letter may stand a string is open, and brackets are part of it.
+        """The allowed tokens that close; all allowed tokens if none does. Both are bool, shape (vocabulary,)."""
+        # If a letter is allowed, a string is open, and brackets would be part of it.
         for kind in (self.strings,) if allowed[self.letter] else (self.lists, self.strings):
             close = np.zeros_like(allowed)
             close[: kind.size] = kind[: close.size]
@@ -92,7 +92,7 @@ class Closing:
 
 
 def choose(logits: torch.Tensor, writings: Iterable[Writing], closing: Closing) -> list[int]:
-    """For each answer the likeliest of the tokens that may follow; `logits` has shape (answers, vocabulary)."""
+    """The likeliest allowed token for each answer. `logits` has shape (answers, vocabulary)."""
     allowed = np.zeros(logits.shape, dtype=bool)
     for row, writing in enumerate(writings):
         if writing.ended:

@@ -1,4 +1,4 @@
-"""What an encoder takes: rows of token ids, within the limits of its checkpoint."""
+"""Inputs of encoders: rows of token ids, within the limits of the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ QUERY, DOCUMENT = "query", "document"
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Token ids of one item, and their segments where the model tells two texts apart: int64, shape (tokens,)."""
+    """Token ids of one item, and their segments if the model distinguishes two texts: int64, shape (tokens,)."""
 
     ids: np.ndarray
     segments: np.ndarray | None = None
     unpooled: int = 0
-    """Leading tokens, those of a prompt, that pooling leaves out."""
+    """Leading tokens, from a prompt, that pooling leaves out."""
 
     def after_prompt(self, tokens: int) -> Encoded:
-        """The same, with so many tokens of a prompt at its beginning that pooling leaves out."""
+        """A copy whose first `tokens`, from a prompt, are left out by pooling."""
         return replace(self, unpooled=tokens) if tokens else self
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model wants before its texts, by name."""
+    """The prompts that a model expects before its texts, by name."""
 
     texts: dict[str, str] = field(default_factory=dict)
     default: str = ""
-    """Before a text of which nothing is said."""
+    """Prompt for texts without a prompt name or input type."""
     of_input_type: dict[str, str] = field(default_factory=dict)
-    """Before queries and before documents."""
+    """Prompts for queries and for documents."""
 
     def text(self, name: str | None, input_type: str | None) -> str:
-        """Raises ItemError for a name that the model has no prompt of."""
+        """Look up the prompt to use. Raises ItemError if the model has no prompt of that name."""
         if name is not None:
             if name not in self.texts:
                 known = ", ".join(self.texts) or "none"
@@ -56,36 +56,36 @@ class Prompts:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The limits of a checkpoint, and how token ids become a batch."""
+    """The limits of a checkpoint, and how to pad token ids into a batch."""
 
     max_tokens: int
-    """Of one item, special tokens included."""
+    """Most tokens of one item, special tokens included."""
     rows: int
-    """Of the embedding table: every id is below it."""
+    """Rows of the embedding table; every id must be below this."""
     pad_id: int = 0
     pads_left: bool = False
-    """As a causal model reads its last token."""
+    """True for causal models, whose last token is read."""
     segments: bool = False
-    """The model is told which tokens are of the second text."""
+    """The model takes segments, which mark the tokens of the second text."""
     cuts_left: bool = False
-    """Of a text that is too long, the end stays."""
+    """Texts that are too long lose their beginning, not their end."""
     splits_specials: bool = False
-    """Special tokens in a text are read as plain text."""
+    """Special tokens within a text are read as plain text."""
     prompts: Prompts = Prompts()
     unpooled: dict[str, int] = field(default_factory=dict)
-    """Leading tokens that pooling leaves out, by prompt; empty where it takes all."""
+    """Leading tokens that pooling leaves out, by prompt; empty if it leaves out none."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> InputSpec:
-        """Raises OSError, ValueError or TypeError for a file that is not there or was not written by `write`."""
+        """Raises OSError, ValueError or TypeError if the file is missing or was not written by `write`."""
         known = json.loads(path.read_text(encoding="utf-8"))
         return cls(**known | {"prompts": Prompts(**known["prompts"])})
 
     def batch(self, items: Sequence[Encoded], multiple: int = 1) -> Arrays:
-        """Model inputs as int64 arrays of shape (items, longest), the longest rounded up to a multiple if it may be."""
+        """Pad to int64 arrays of shape (items, longest), the longest rounded up to `multiple` if possible."""
         lengths = np.fromiter((len(item.ids) for item in items), np.int64, len(items))
         width = int(-(-lengths.max() // multiple) * multiple)
         if width > self.max_tokens:
@@ -104,11 +104,11 @@ class InputSpec:
         return rows
 
     def checked(self, item: Encoded, token_of: Callable[[int], str | None]) -> Encoded:
-        """Raises ItemError for a token whose id the embedding table has no row for."""
+        """Return the item. Raises ItemError for a token whose id has no row in the embedding table."""
         if item.ids.size and (highest := int(item.ids.max())) >= self.rows:
             raise ItemError(
-                f"it has the token {token_of(highest)!r} of id {highest}, for which the checkpoint has no embedding: "
-                f"there are {self.rows}"
+                f"token {token_of(highest)!r} has id {highest}, for which the checkpoint has no embedding: there are "
+                f"{self.rows}"
             )
         return item
 

@@ -1,4 +1,4 @@
-"""How long a text may be for a model, from its weights rather than from what its files say."""
+"""The longest text a model can take, read from its weights instead of its config."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from torch import nn
 
 POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
-"""Names of tables with a row for each place in a text; those of relative positions have others."""
+"""Names of tables with a row per position. Tables of relative positions have other names."""
 
 
 def positions(model: nn.Module) -> float:
-    """Places that the model's table of positions has rows for; infinite where it has none.
+    """Positions for which the model's table has rows; infinite if it has no such table.
 
-    RoBERTa's begin after the padding id, OPT's after an offset of 2.
+    RoBERTa's positions begin after the padding id, OPT's after an offset of 2.
     """
     limits = [
         table.num_embeddings

@@ -1,8 +1,8 @@
 """Encoders on OpenVINO, which runs small batches on a CPU up to three times as fast as torch.
 
-The torch model is traced and converted once, with its pooling and head; the graph is kept on disk, its weights as fp16.
-They are mapped from there, so replicas share them. In bf16 and int8 a layer's weights are packed when it first runs and
-its mapped ones are never read again: what stays in memory is one copy of two bytes (one byte in int8) a weight.
+The torch model is traced and converted once, with its pooling and head. The graph is kept on disk, with fp16 weights
+that are mapped into memory, so that replicas share them. In bf16 and int8 a layer packs its weights when it first runs
+and never reads the mapped ones again. So one copy stays in memory: two bytes a weight, or one byte in int8.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ logger = logging.getLogger("ray.serve")
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 STORED = {"fp32": "fp32", "bf16": "half", "int8": "int8"}
 INT8_GROUP = 128
-"""Activations that share a scale in int8. 32 is OpenVINO's own choice, 128 ran 1.2 times as fast, as near to fp32."""
+"""Activations that share a scale in int8. OpenVINO's default is 32; 128 ran 1.2 times as fast, as close to fp32."""
 SMALL = 2**14
-"""Weights of fewer numbers than this stay as they are in int8."""
+"""Weight matrices with fewer numbers than this are not quantised to int8."""
 WIDTH = 4
-"""OpenVINO prepares for each shape that it has not seen: 4 to 9 ms of 45 for a batch of 30 pairs. So few are used."""
+"""Batch widths are multiples of this, to keep shapes few: a new one costs 4 to 9 ms of 45 for a batch of 30 pairs."""
 WARM_LENGTHS = (1, 16)
 MOST_BROKEN = 16
-"""Failures after which no batch is run any more, so that the replica is replaced: the memory of each is lost."""
+"""Failures after which every batch fails, so that the replica is replaced: each failure leaks memory."""
 MADV_DONTNEED = 4
 
 
 class Converted:
-    """A model's graph at one precision, with what its inputs are made by, in the cache folder."""
+    """A model's graph at one precision, with its tokenizer and input spec, in the cache folder."""
 
     def __init__(self, folder: Path, output: str, precision: str) -> None:
         if precision not in HINTS:
-            raise ValueError(f"it has no {precision}, only {', '.join(HINTS)}")
+            raise ValueError(f"it does not support {precision}, only {', '.join(HINTS)}")
         self.precision = precision
         name = disk_cache.key(output, contents(folder), disk_cache.versions(), disk_cache.code())
         self.folder = disk_cache.cache_folder() / f"openvino-{name}"
@@ -64,7 +64,7 @@ class Converted:
         return self.path.is_file()
 
     def input_spec(self, most_tokens: int) -> InputSpec:
-        """With room for no more than `most_tokens`, as a model may have no limit of its own."""
+        """The input spec, limited to `most_tokens`, as a model may have no limit of its own."""
         spec = InputSpec.read(self.path.with_name("inputs.json"))
         return replace(spec, max_tokens=min(spec.max_tokens, most_tokens))
 
@@ -73,7 +73,7 @@ class Converted:
         return TextTokenizer(rust, spec)
 
     def save(self, model: ov.Model, spec: InputSpec, tokenizer: tokenizers.Tokenizer) -> None:
-        """Write all under another name and move it into place: replicas may do so at once."""
+        """Write all files under another name, then move them into place, as several replicas may save at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=self.folder, suffix=".part"))
         try:
@@ -92,14 +92,15 @@ class Converted:
 
 
 class OpenVinoForward:
-    """A compiled graph, which runs as many batches at once as there are threads, each on one of them.
+    """A compiled graph, which runs as many batches at once as there are threads, each on a thread of its own.
 
-    So cores that others need for a moment hold up one batch and not all: a batch on several threads waits at each layer
-    for the slowest.
+    A core that is busy elsewhere for a moment then delays one batch and not all. A batch on several threads would wait
+    for the slowest at every layer.
 
-    A graph that has failed once is not to be trusted again: with one thread OpenVINO swallows the error and from then
-    on writes each batch's answer where the next one's belongs. So it is compiled anew, and what ran on the old one
-    meanwhile has failed, too. The old one is kept, as its thread may still write, and ending it ends the process.
+    A graph that has failed once can't be trusted again: with one thread, OpenVINO swallows the error and from then on
+    writes each batch's answer where the next one's belongs. So the graph is compiled again, and batches that ran on the
+    old one meanwhile fail, too. The old graph is kept, as its thread may still write, and destroying it would end the
+    process.
     """
 
     multiple = WIDTH
@@ -112,7 +113,7 @@ class OpenVinoForward:
             "INFERENCE_PRECISION_HINT": HINTS[converted.precision],
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads,
-            "ENABLE_CPU_PINNING": False,  # several replicas would be pinned to the same first core
+            "ENABLE_CPU_PINNING": False,  # else several replicas would be pinned to the same first core
         }
         if converted.precision == "int8":
             self._settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = INT8_GROUP
@@ -127,9 +128,9 @@ class OpenVinoForward:
         _let_go(self._path.with_suffix(".bin"))
 
     def __call__(self, batch: Arrays) -> np.ndarray:
-        """Raises RuntimeError where the graph fails or its answer is not a number."""
+        """Raises RuntimeError if the graph fails or its answer is not a number."""
         if len(self._broken) > MOST_BROKEN:
-            raise RuntimeError(f"its graph has failed {len(self._broken)} times")
+            raise RuntimeError(f"the graph has failed {len(self._broken)} times")
         graph = self._graph
         request = graph.requests.get()
         rows = np.full((len(batch["input_ids"]), graph.width), np.nan, np.float32)
@@ -146,17 +147,17 @@ class OpenVinoForward:
         finally:
             graph.requests.put(request)
         if graph is not self._graph:
-            raise RuntimeError("another batch has broken the graph")
+            raise RuntimeError("another batch broke the graph")
         return rows
 
-    def _compile(self, model: ov.Model) -> Graph:
+    def _compile(self, model: ov.Model) -> CompiledGraph:
         compiled = self._core.compile_model(model, "CPU", self._settings)
         requests: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
         for _ in range(self.parallel):
             requests.put(compiled.create_infer_request())
-        return Graph(compiled, requests, int(compiled.output(0).partial_shape[1].get_length()))
+        return CompiledGraph(compiled, requests, int(compiled.output(0).partial_shape[1].get_length()))
 
-    def _replace(self, graph: Graph, *in_use: Any) -> None:
+    def _replace(self, graph: CompiledGraph, *in_use: Any) -> None:
         with self._lock:
             self._broken.append((graph, in_use))
             if graph is self._graph and len(self._broken) <= MOST_BROKEN:
@@ -164,8 +165,8 @@ class OpenVinoForward:
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
-    """A compiled graph with its requests, each of which may run one batch at a time, and the width of its rows."""
+class CompiledGraph:
+    """A compiled graph, its requests, each of which runs one batch at a time, and the width of its rows."""
 
     compiled: ov.CompiledModel
     requests: queue.SimpleQueue[ov.InferRequest]
@@ -173,7 +174,7 @@ class Graph:
 
 
 def to_int8(model: ov.Model) -> ov.Model:
-    """Put 8-bit integers and a scale for each row in place of the weights of linear layers and embedding tables."""
+    """Replace the weights of linear layers and embedding tables by 8-bit integers with a scale per row."""
     for node in model.get_ops():
         if node.get_type_name() != "Constant" or not node.get_element_type().is_real():
             continue
@@ -190,7 +191,7 @@ def to_int8(model: ov.Model) -> ov.Model:
 
 
 def _takes_rows(target: Any) -> bool:
-    """Whether a weight's rows are its outputs: a transposed product's right side, or the table of a look-up."""
+    """Whether a weight's rows are its outputs: the right side of a transposed product, or the table of a look-up."""
     node = target.get_node()
     if node.get_type_name() == "MatMul":
         return bool(target.get_index() == 1 and node.get_attributes()["transpose_b"])
@@ -198,7 +199,7 @@ def _takes_rows(target: Any) -> bool:
 
 
 def _held_bytes(model: ov.Model, precision: str) -> int:
-    """Bytes of weights in memory once all has run: in fp32 layers are packed twice, for one row and for several."""
+    """Bytes of weights in memory once all layers have run. In fp32 each is packed twice: for one row, and for more."""
     held = 0
     for node in model.get_ops():
         if node.get_type_name() == "Constant":
@@ -208,7 +209,7 @@ def _held_bytes(model: ov.Model, precision: str) -> int:
 
 
 def _let_go(path: Path) -> None:
-    """Drop the mapped pages of a file from this process's memory; those still needed come back as they are read."""
+    """Drop a file's mapped pages from this process's memory. Pages still needed are loaded again when read."""
     if sys.platform != "linux":
         return
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Next words from a causal language model with KoGPT2's conventions: a token that begins with `▁` begins a word."""
+"""Predicts next words with a causal language model whose tokens follow KoGPT2: `▁` begins a word."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deployments.engines.contract import Stepping
 from deployments.engines.limits import positions
 from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Turn
-from deployments.engines.word_search import Candidate, Prefix, Search
+from deployments.engines.word_search import Candidate, Prefix, WordSearch
 from deployments.load_progress import LoadProgress
 from deployments.messages import Prompt, Word
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
@@ -27,13 +27,13 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first
 WORD_START = "▁"
 MAX_INPUT_TOKENS = 128
 CHARS_PER_TOKEN = 16
-"""More than a token has in any text: what lies before so many for each token read is never tokenised."""
+"""More characters than a token has in any text. Text further back than this per token read is never tokenised."""
 MAX_WORD_TOKENS = 10
 MAX_FIRST_TOKENS = 50
 COLDEST = 1e-30
-"""A lower temperature gives the likeliest token all there is, and would be zero in single precision."""
+"""Lowest temperature. Here the likeliest token has all the probability; less would round to zero in float32."""
 HEAD_ROWS = 256
-"""Rows whose probabilities over the whole vocabulary are worked out at once."""
+"""Rows whose probabilities over the whole vocabulary are computed at once."""
 
 SPECIALS = {
     "bos_token": "</s>",
@@ -42,16 +42,16 @@ SPECIALS = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
-"""KoGPT2's, which its files don't name: AutoTokenizer makes a GPT-2 tokenizer of them that loses all Korean."""
+"""KoGPT2's special tokens, which its files don't name. AutoTokenizer's GPT-2 tokenizer would lose all Korean."""
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""A token that stands for a part of a character."""
+"""A token for one byte of a character."""
 
 
-class Predictor(Stepping[Prompt, Prefix, Search]):
+class Predictor(Stepping[Prompt, Prefix, WordSearch]):
     """Candidates are the likeliest first tokens, each continued greedily until the word ends.
 
-    A step reads, in one pass, the prefixes of the searches that have just begun and a token of each candidate of the
-    others. A candidate adds one token's keys and values to its search's: the prefix is kept once, not once for each.
+    In one pass, a step reads the prefixes of new searches and one token of each candidate of the others. The candidates
+    of a search share the keys and values of its prefix, and each adds those of its own tokens.
     """
 
     runtimes = ("torch",)
@@ -88,7 +88,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         model, facts = load_model(build, folder, spec.precision, progress, _probed)
         if _positions(model) < MAX_WORD_TOKENS:
             raise CheckpointError(
-                f"the model in {folder} has {_positions(model)} positions, and a word alone may take {MAX_WORD_TOKENS}"
+                f"the model in {folder} has {_positions(model)} positions, but a word alone may take {MAX_WORD_TOKENS}"
             )
         return cls(model, tokenizer, facts, int(spec.prefix_cache_mb * 2**20))
 
@@ -104,8 +104,8 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         unknown = next((id for id in ids if id >= self.rows), None)
         if unknown is not None:
             raise ItemError(
-                f"it has the token {self.tokens[unknown]!r} of id {unknown}, for which the checkpoint has no "
-                f"embedding: there are {self.rows}"
+                f"token {self.tokens[unknown]!r} has id {unknown}, for which the checkpoint has no embedding: there "
+                f"are {self.rows}"
             )
         return Prefix(ids or [self.tokenizer.bos_token_id], len(words) < len(text) or not words, request)
 
@@ -113,30 +113,30 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         return len(item.ids)
 
     def run(self, items: list[Prefix]) -> list[list[Word]]:
-        """The items' results, all read from nothing: it is by runs of the same items that engines are measured."""
+        """Run the items without the prefix cache, as measurements run the same items again and again."""
         kept, self.prefixes = self.prefixes, Prefixes(max_bytes=0)
         try:
             return super().run(items)
         finally:
             self.prefixes = kept
 
-    def begin(self, item: Prefix) -> Search:
-        return Search(item)
+    def begin(self, item: Prefix) -> WordSearch:
+        return WordSearch(item)
 
     @torch.inference_mode()
-    def step(self, works: list[Search]) -> None:
+    def step(self, works: list[WordSearch]) -> None:
         begun = [search for search in works if not search.candidates]
         grown = [search for search in works if search.candidates]
         turns = [search.turn(self.prefixes) for search in (*begun, *grown)]
         try:
             hidden = self.reader.read(turns)
-        except Exception:  # perhaps for want of memory
+        except Exception:  # perhaps out of memory
             self.prefixes.clear()
             raise
         ends = np.cumsum([0, *(len(turn.ids) for turn in turns[: len(begun)])])
         candidates = self._candidates([search.item for search in begun], hidden[ends[1:] - 1]) if begun else []
-        following = self._likeliest(hidden[ends[-1] :])
-        # Only from here on searches change: a step that ran out of memory can be taken again.
+        next_tokens = self._likeliest(hidden[ends[-1] :])
+        # Searches change only from here on, so a step that ran out of memory can be repeated.
         for turn in turns:
             turn.sequence.length += len(turn.ids)
         for search, turn, found in zip(begun, turns, candidates, strict=False):
@@ -144,7 +144,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
             search.candidates = found
             search.growing = found if search.item.prompt.complete_word else []
         for search, turn in zip(grown, turns[len(begun) :], strict=True):
-            self._grow(search, turn, following)
+            self._grow(search, turn, next_tokens)
         for search in works:
             if not search.growing:
                 search.result = self._best(search)
@@ -155,7 +155,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         return logits
 
     def _candidates(self, items: list[Prefix], hidden: torch.Tensor) -> list[list[Candidate]]:
-        """The first tokens of each item's words; `hidden` is what the last token of each item came to."""
+        """The candidates' first tokens, per item. `hidden` are the hidden states of the items' last tokens."""
         logits = torch.cat([self._logits(rows) for rows in torch.split(hidden, HEAD_ROWS)])
         temperatures = torch.tensor([max(item.prompt.temperature, COLDEST) for item in items], device=logits.device)
         scaled = (logits - logits.max(-1, keepdim=True).values) / temperatures[:, None]
@@ -174,12 +174,12 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
             for count, tokens, values, found in lists
         ]
 
-    def _grow(self, search: Search, turn: Turn, following: Iterator[tuple[int, float]]) -> None:
-        """Give each growing candidate its next token, or end it."""
+    def _grow(self, search: WordSearch, turn: Turn, next_tokens: Iterator[tuple[int, float]]) -> None:
+        """Give each growing candidate its next token, or finish it."""
         growing = []
         for place, candidate in enumerate(search.growing, turn.sequence.length - len(turn.ids)):
             candidate.places.append(place)
-            token, probability = next(following)
+            token, probability = next(next_tokens)
             ends = self.ends_word[token]
             if not ends:
                 candidate.ids.append(token)
@@ -192,7 +192,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
         search.give_up_hopeless()
 
     def _likeliest(self, hidden: torch.Tensor) -> Iterator[tuple[int, float]]:
-        """The likeliest token after each row, and its probability."""
+        """The likeliest token after each row, with its probability."""
         tokens: list[int] = []
         probabilities: list[float] = []
         for rows in torch.split(hidden, HEAD_ROWS):
@@ -205,7 +205,7 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
     def _appended(self, candidate: Candidate) -> str:
         return "".join(self.tokens[id] for id in candidate.ids).replace(WORD_START, " ")
 
-    def _best(self, search: Search) -> list[Word]:
+    def _best(self, search: WordSearch) -> list[Word]:
         best: dict[str, Word] = {}
         for candidate in search.candidates:
             append = self._appended(candidate)
@@ -223,16 +223,16 @@ class Predictor(Stepping[Prompt, Prefix, Search]):
 
     @staticmethod
     def agreement(original: list[list[list[Word]]], answers: list[list[list[Word]]]) -> dict[str, float]:
-        """The share of prompts whose best word is the same."""
+        """Share of prompts whose best word is the same."""
         first, second = ([words[0].text if words else "" for batch in batches for words in batch]
                          for batches in (original, answers))  # fmt: skip
         return {"same_word": sum(map(str.__eq__, first, second)) / len(first)}
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Raises CheckpointError for one that does not divide text into words as KoGPT2's does."""
+    """Load the tokenizer. Raises CheckpointError if it does not mark words as KoGPT2's does."""
     if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"there is no tokenizer.json in {folder}; save the tokenizer as a fast one")
+        raise CheckpointError(f"there is no tokenizer.json in {folder}; save the tokenizer as a fast tokenizer")
     try:
         bare = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -240,19 +240,19 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     known = bare.get_vocab()
     made = read_json(folder / "config.json").get("architectures") if (folder / "config.json").is_file() else None
     told = (
-        f"next_word needs a language model with KoGPT2's tokenizer; the one in {folder} ({made or 'of no known kind'})"
+        f"next_word needs a language model with KoGPT2's tokenizer; the one in {folder} ({made or 'of unknown kind'})"
     )
     if not any(token.startswith(WORD_START) for token in known):
-        raise CheckpointError(f"{told} has no tokens that begin with {WORD_START!r}, by which words are told apart")
+        raise CheckpointError(f"{told} has no tokens that begin with {WORD_START!r}, which marks the start of a word")
     if SPECIALS["eos_token"] not in known:
-        raise CheckpointError(f"{told} has no token {SPECIALS['eos_token']!r}, with which texts begin and end")
+        raise CheckpointError(f"{told} has no token {SPECIALS['eos_token']!r}, which begins and ends texts")
     specials = {role: token for role, token in SPECIALS.items() if token in known}
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, **specials)
     return tokenizer
 
 
 def _positions(model: PreTrainedModel) -> int:
-    """Tokens that a text may have, at most."""
+    """Most tokens that a text may have."""
     stated = getattr(model.config, "max_position_embeddings", None) or math.inf
     return int(min(positions(model), stated, 2**31 - 1))
 

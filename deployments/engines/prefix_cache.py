@@ -1,4 +1,4 @@
-"""What was read for one prompt, for the next one that begins alike: people type on."""
+"""Keeps what was read of earlier prompts, for later ones with the same beginning: people type on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections import OrderedDict
 from deployments.engines.sequences import Sequence
 
 SHORTEST = 8
-"""Tokens that prompts must share: fewer are read as fast as they are copied and looked up."""
+"""Fewest tokens that prompts must share. Reading fewer is as fast as looking them up and copying them."""
 
 Ids = tuple[int, ...]
 Key = tuple[str, Ids]
-"""Whose prompt, and its tokens: a tenant must not learn from the time an answer takes what another has asked."""
+"""Tenant and tokens of a prompt. Tenants share nothing, so response times don't reveal what another tenant asked."""
 
 
 class Prefixes:
-    """The prompts read last, in `max_bytes`; the one that has not been used for the longest time goes first.
+    """The prompts read most recently, within `max_bytes`. The least recently used prompt is evicted first.
 
-    A token of KoGPT2 takes 72 kB on a CPU and half of that on a GPU, one of LLaVA 1.5 7b 1 MB and 512 kB.
+    A token of KoGPT2 takes 72 kB on a CPU and half of that on a GPU; one of LLaVA 1.5 7b takes 1 MB and 512 kB.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -27,8 +27,9 @@ class Prefixes:
         self._by_start: dict[Key, set[Key]] = {}
 
     def sequence(self, tenant: str, ids: list[int]) -> Sequence:
-        """A sequence that has read as many of the first `ids` as are known of the tenant's prompts, and leaves the last
-        one to read.
+        """A sequence that has read the longest prefix of `ids` that is cached for the tenant.
+
+        At least the last id is left to read.
         """
         best, shared = None, SHORTEST - 1
         for other in self._by_start.get((tenant, tuple(ids[:SHORTEST])), ()):
@@ -42,7 +43,7 @@ class Prefixes:
         return self._kept[best].copy_of_first(shared)
 
     def keep(self, tenant: str, ids: list[int], sequence: Sequence) -> None:
-        """The first tokens of the sequence are these, of a prompt of the tenant's."""
+        """Cache the tenant's prompt `ids`, which are the first tokens of `sequence`."""
         key = (tenant, tuple(ids))
         if len(ids) < SHORTEST or sequence.nbytes(len(ids)) > self.max_bytes:
             return
@@ -51,7 +52,7 @@ class Prefixes:
             return
         try:
             kept = sequence.copy_of_first(len(ids))
-        except (RuntimeError, MemoryError):  # no memory for what is only a convenience
+        except (RuntimeError, MemoryError):  # out of memory, and the cache is optional
             self.clear()
             return
         self._kept[key] = kept
@@ -76,7 +77,7 @@ def _start(key: Key) -> Key:
 
 
 def _common(ids: list[int], others: Ids) -> int:
-    """How many of the first ids are the same."""
+    """Length of the common prefix."""
     for place, (one, other) in enumerate(zip(ids, others, strict=False)):
         if one != other:
             return place

@@ -1,4 +1,4 @@
-"""What only sentence-transformers itself can make of texts: inputs by chat templates, and models without token ids."""
+"""Encoders that only sentence-transformers can run: inputs built by chat templates, and models without token ids."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ UNBOUNDED = 2**31 - 1
 
 
 class ReferenceTokenizer:
-    """Token ids as sentence-transformers makes them, for one thread at a time.
+    """Token ids as sentence-transformers makes them, one thread at a time.
 
-    A text is cut here before, where it has more tokens than can matter: a template may be all that comes after it.
+    A text with more tokens than can matter is shortened first. Only the template's own text can follow it.
     """
 
     def __init__(self, model: Any, spec: InputSpec, rust: tokenizers.Tokenizer | None) -> None:
@@ -31,7 +31,7 @@ class ReferenceTokenizer:
         self._lock = threading.Lock()
 
     def encode(self, text: str, pair: str | None = None, truncate: bool = True) -> Encoded:
-        """Raises ItemError where `truncate` is off and the text is longer, and for a token the model does not know."""
+        """Raises ItemError if `truncate` is off and the text is too long, and for a token the model does not know."""
         cut = self._cutter.shortened if self._cutter else str
         given = cut(text) if pair is None else (cut(text), cut(pair))
         with self._lock:
@@ -47,17 +47,17 @@ class ReferenceTokenizer:
 
 
 @dataclass(frozen=True, eq=False)
-class Referred:
-    """An item that is a text to the end."""
+class ReferenceItem:
+    """An item that stays a text, as sentence-transformers tokenises it later."""
 
     text: str
     way: tuple[str, InputType | None]
-    """The prompt before it, and what it is, by which a Router chooses modules."""
+    """The prompt before the text, and its input type, by which a Router chooses modules."""
     tokens: int
 
 
 class ReferenceEncoder:
-    """Vectors by sentence-transformers' own `encode`: tables of static embeddings, routers and other modules."""
+    """Vectors from sentence-transformers' own `encode`: for static embeddings, routers and other modules."""
 
     parallel = 1
 
@@ -83,34 +83,34 @@ class ReferenceEncoder:
         truncate: bool = True,
         prompt: str = "",
         input_type: InputType | None = None,
-    ) -> Referred:
+    ) -> ReferenceItem:
         try:
             with self._lock:
                 ids = self.model.preprocess([text], prompt=prompt or None, task=input_type).get("input_ids")
         except ValueError as error:
-            raise ItemError(f"the model does not take it: {first_line(error)}") from error
+            raise ItemError(f"the model can't take it: {first_line(error)}") from error
         encoded = Encoded(np.zeros(0, np.int64) if ids is None else ids.flatten().numpy())
         self._spec.checked(encoded, lambda id: str(id))
         if not truncate and self._count(prompt + text, len(encoded.ids)) > self._spec.max_tokens:
             raise too_long(self._spec.max_tokens)
-        return Referred(text, (prompt, input_type), len(encoded.ids))
+        return ReferenceItem(text, (prompt, input_type), len(encoded.ids))
 
     def _count(self, text: str, cut: int) -> int:
-        """Tokens of a text of which `cut` are left where it is cut."""
+        """Tokens of the whole text; `cut`, its tokens after truncation, if they can't be counted."""
         if self._rust is None:
             return cut
         whole = tokenizers.Tokenizer.from_str(self._rust.to_str())
         whole.no_truncation()
         return len(whole.encode(text, add_special_tokens=False).ids)
 
-    def prepare_ids(self, ids: list[int], truncate: bool = True) -> Referred:
+    def prepare_ids(self, ids: list[int], truncate: bool = True) -> ReferenceItem:
         raise ItemError("this model takes texts, not token ids")
 
-    def tokens(self, item: Referred) -> int:
+    def tokens(self, item: ReferenceItem) -> int:
         return item.tokens
 
     @torch.inference_mode()
-    def rows(self, items: list[Referred]) -> np.ndarray:
+    def rows(self, items: list[ReferenceItem]) -> np.ndarray:
         found: np.ndarray | None = None
         for way in {item.way for item in items}:
             places = [place for place, item in enumerate(items) if item.way == way]

@@ -1,4 +1,4 @@
-"""A cross-encoder: how well a document answers a query, read together."""
+"""A cross-encoder: reads a query and a document together and scores how well the document answers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from deployments.messages import Pair, Scores, sigmoid
 from deployments.spec import ModelSpec
 
 CALIBRATION_DOCUMENTS = 8
-"""For each query."""
+"""Documents per query."""
 
 
 class Reranker:
-    """One item is a query and a document as one row of token ids; its result is the model's logit."""
+    """One item is a query and a document as one row of token ids. Its result is the model's logit."""
 
     runtimes = ("openvino", "torch")
     checks_files = True
@@ -56,9 +56,9 @@ class Reranker:
 
     @staticmethod
     def agreement(original: list[Scores], answers: list[Scores]) -> dict[str, float]:
-        """Spearman's correlation of all logits, the share of queries with the same document first, and a cosine.
+        """Spearman's correlation of all logits, share of queries with the same first document, and cosine of scores.
 
-        A document that the original scores as high as its first one is a first one, too.
+        Every document that ties for first place in the original counts as first.
         """
         first, second = (np.stack([batch.logits for batch in batches]) for batches in (original, answers))
         same = first[np.arange(len(first)), second.argmax(axis=1)] == first.max(axis=1)

@@ -1,11 +1,11 @@
-"""Reading tokens of many sequences in one pass, without padding.
+"""Reads tokens of many sequences in one pass, without padding.
 
-All matrix multiplications of a pass run over the tokens of all sequences together. Only attention is worked out
-sequence by sequence, from keys and values that each keeps for itself: so sequences of any lengths, some at their
-first token and some at their last, share a pass, and may join and leave between passes.
+All matrix multiplications of a pass run over the tokens of all sequences together. Only attention runs sequence by
+sequence, on keys and values that each sequence keeps for itself. So sequences of any lengths, some at their first token
+and some at their last, share a pass, and may join and leave between passes.
 
-On a CPU attention is worked out in fp32 whatever the model's precision is: for a single token after 900 others, with
-20 heads of 64, torch took 1.15 ms in bf16 and 0.55 in fp32, and for many tokens about the same in both.
+On a CPU, attention runs in fp32 whatever the model's precision is. For a single token after 900 others, with 20 heads
+of 64, torch took 1.15 ms in bf16 and 0.55 ms in fp32; for many tokens both took about the same.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from deployments.spec import CheckpointError
 
 ATTENTION = "dure_sequences"
 ROOM = 64
-"""Tokens that a sequence has room for beyond those it has just read."""
+"""Spare tokens that a sequence allocates whenever it grows."""
 MAPPED_BYTES = 32 * 2**10
-"""On a CPU what is kept is memory of its own from here on: it lives longer than activations, and among them in the heap
-it leaves holes. Next words at KoGPT2's size, 64 clients for a minute: 1.79 to 1.91 GB became 1.55 to 1.80."""
+"""On a CPU, keys and values of this size or more get a memory mapping of their own. They outlive activations, so on the
+heap they would leave holes. Next words at KoGPT2's size, 64 clients for a minute: 1.79 to 1.91 GB became 1.55 to 1.80.
+"""
 
 
 class Sequence:
-    """Keys and values of the tokens that were read so far, in the order in which they were read.
+    """Keys and values of the tokens read so far, in the order in which they were read.
 
-    Each layer keeps its own, where it works: a model may be spread over several devices.
+    Each layer keeps its own on its own device, as a model may be spread over several.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self.kept: list[torch.Tensor] = []
-        """Of each layer that has read anything, shape (2, heads, room, width)."""
+        """Keys and values per layer that has read anything, shape (2, heads, room, width)."""
 
     def of_layer(self, layer: int, like: torch.Tensor, tokens: int) -> torch.Tensor:
-        """What a layer keeps, with room for so many tokens more; `like` are keys, shape (heads, tokens, width)."""
+        """A layer's keys and values, with room for `tokens` more. `like` are keys, shape (heads, tokens, width)."""
         if layer == len(self.kept):
             self.kept.append(like.new_empty(2, like.shape[0], 0, like.shape[2]))
         kept = self.kept[layer]
@@ -55,7 +56,7 @@ class Sequence:
         return kept
 
     def copy_of_first(self, tokens: int) -> Sequence:
-        """A sequence that has read this one's first tokens."""
+        """A new sequence that has read this one's first tokens."""
         copy = Sequence()
         copy.length = tokens
         firsts = [kept[:, :, :tokens] for kept in self.kept]
@@ -63,52 +64,54 @@ class Sequence:
         return copy
 
     def nbytes(self, tokens: int) -> int:
-        """Of its first tokens."""
+        """Bytes of the first tokens' keys and values."""
         return sum(kept[:, :, :tokens].nbytes for kept in self.kept)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one sequence reads in a pass."""
+    """The tokens that one sequence reads in a pass."""
 
     sequence: Sequence
     ids: list[int]
     positions: list[int]
     visible: np.ndarray | None = None
-    """Which tokens of the sequence, these included, each of these sees: bool, shape (ids, length + ids). None: all
-    that come before it, and itself."""
+    """Which tokens of the sequence each new token attends to: bool, shape (ids, length + ids). None: all before it and
+    itself."""
     embeddings: torch.Tensor | None = None
-    """What is read in the place of the ids' own embeddings, shape (ids, width)."""
+    """Embeddings to read instead of the ids' own, shape (ids, width)."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A turn's place among the tokens of a pass."""
+    """Position of a turn among the tokens of a pass."""
 
     begin: int
     end: int
     sequence: Sequence
     bias: torch.Tensor | None
-    """What is added to the scores of attention, shape (tokens, tokens of the sequence); None: nothing."""
+    """Added to the attention scores, shape (tokens, tokens of the sequence); None: nothing is added."""
 
 
 class Reader:
-    """Reads turns with a causal language model of transformers that takes its attention from AttentionInterface.
+    """Reads turns with a causal language model of transformers that uses AttentionInterface.
 
-    Raises CheckpointError for one that does not.
+    Raises CheckpointError if the model does not use it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         if not model._supports_attention_backend:
-            raise CheckpointError(f"{type(model).__name__} has an attention of its own, which can't be read in steps")
+            raise CheckpointError(
+                f"{type(model).__name__} has its own attention implementation, which can't run in steps"
+            )
         self.model = model
-        self.device = device()  # not the model's: of one that is spread, that may be the disk
+        self.device = device()  # not the model's, which may be the disk if the model is spread
         model.set_attn_implementation(ATTENTION)
 
     def read(self, turns: Sequence_[Turn]) -> torch.Tensor:
         """The last hidden state of each token of the turns, in order: shape (tokens, width).
 
-        The sequences hold what was read, but grow by it only when their `length` is told so.
+        Keys and values are stored in the sequences, but count only once the caller increases their `length`.
         """
         spans, begin = [], 0
         for turn in turns:
@@ -150,9 +153,11 @@ def _attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface; query, key and value have shape (1, heads, tokens, width)."""
+    """Implements transformers' attention interface. Query, key and value have shape (1, heads, tokens, width)."""
     if more.get("softcap") or more.get("s_aux") is not None:
-        raise CheckpointError(f"{type(module).__name__} caps its scores or has sinks, which can't be read in steps")
+        raise CheckpointError(
+            f"{type(module).__name__} caps attention scores or has attention sinks, which can't run in steps"
+        )
     result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     query, key, value = (each.to(_dtype(each)) for each in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
@@ -175,7 +180,7 @@ def _attend(
 
 
 def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Of the same type and on the same device. Raises MemoryError, or torch's error on a GPU, for want of memory."""
+    """An empty tensor of the type and device of `like`. Raises MemoryError, or torch's error, if memory is short."""
     nbytes = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or nbytes < MAPPED_BYTES:
         return like.new_empty(shape)
@@ -187,7 +192,7 @@ def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _dtype(tensor: torch.Tensor) -> torch.dtype:
-    """In which attention is worked out for such tensors."""
+    """The type in which attention runs for such tensors."""
     return torch.float32 if tensor.device.type == "cpu" else tensor.dtype
 
 

@@ -1,4 +1,4 @@
-"""Token ids of a text or a pair of texts, as its model's tokenizer makes and cuts them."""
+"""Turns a text or a pair of texts into token ids, cut the way the model's tokenizer cuts them."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from deployments.engines.inputs import Encoded, InputSpec
 from deployments.spec import ItemError
 
 FIRST_CHARS = 8
-"""For each token that a model takes: more than a token has in most texts. What is longer is tokenised in parts."""
+"""Characters per token of the model's limit, more than most texts need. Longer texts are tokenised in parts."""
 SPARE = 32
-"""Tokens beyond the limit that a part has to have: where it was cut off, its last ones may differ."""
+"""Tokens beyond the limit that a part must have, as its last tokens may differ where it was cut off."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The token ids of a text, or of so much of it as its model can take."""
+    """The token ids of a text, or of as much of it as the model can take."""
 
     ids: list[int]
     whole: bool
 
 
 class TextTokenizer:
-    """Encodes texts for one model in any number of threads, with the ids that its tokenizer gives.
+    """Encodes texts for one model, in any number of threads, with the same ids as the model's tokenizer.
 
-    Truncation is done here: transformers sets it anew on every call on a tokenizer that all threads share, and that of
-    pairs in Rust builds all combinations of the parts that it cuts off, gigabytes for two texts of 100,000 letters. Of
-    a long text no more is tokenised than the limit can need.
+    Truncation is done here for two reasons. transformers sets it on every call, on a tokenizer that all threads share.
+    And truncating pairs in Rust builds all combinations of the parts that are cut off, which takes gigabytes for two
+    texts of 100,000 letters. Only as much of a long text is tokenised as the limit can need.
     """
 
     def __init__(self, rust: Tokenizer, spec: InputSpec) -> None:
-        """`rust` cuts and pads nothing."""
+        """`rust` must neither truncate nor pad."""
         self.rust = rust
         self.spec = spec
         self._frames = (_frame(rust, "a"), _frame(rust, ("a", "a")))
         self._last = threading.local()
-        """Of each thread: the last text of a pair and its part. The pairs of a request share their query."""
+        """Per thread, the last first text of a pair and its part: the pairs of a request share their query."""
 
     def encode(self, text: str, pair: str | None = None, truncate: bool = True) -> Encoded:
-        """Ids with the model's special tokens, cut to its limit from the end of the longer text.
+        """Ids with the model's special tokens. Beyond the model's limit, the longer text is cut at its end.
 
-        Raises ItemError where `truncate` is off and the text is longer, and for a token that the model does not know.
+        Raises ItemError if `truncate` is off and the text is too long, and for a token that the model does not know.
         """
         texts = [text] if pair is None else [text, pair]
         frame = self._frames[len(texts) - 1]
@@ -61,9 +61,9 @@ class TextTokenizer:
         return self.spec.checked(encoded, self.rust.id_to_token)
 
     def part(self, text: str) -> Part:
-        """A text's ids, or more of its first (or last) ones than the model takes.
+        """All ids of a text, or one more of its first (or last) ids than the model takes.
 
-        A part of a long text will do if it ends between two words, or if one of twice its length begins alike.
+        A part of a long text suffices if it ends between two words, or if a part twice as long has the same first ids.
         """
         limit = self.spec.max_tokens
         before: list[int] = []
@@ -84,7 +84,7 @@ class TextTokenizer:
         return part
 
     def shortened(self, text: str) -> str:
-        """So much of a text that it makes more tokens than the model takes, where the text does."""
+        """Enough of a text to exceed the model's limit, or all of it."""
         for size in self._sizes(text):
             part, _ = self._split(text, size)
             if len(self._ids(part)) >= self.spec.max_tokens + SPARE:
@@ -92,12 +92,12 @@ class TextTokenizer:
         return text
 
     def _sizes(self, text: str) -> Sequence[int]:
-        """Characters of the parts of a text to try, if it is so long that a part may do."""
+        """Lengths in characters of the parts to try; none if the text is short."""
         first = FIRST_CHARS * self.spec.max_tokens + SPARE
         return list(itertools.takewhile(lambda size: size < len(text), (first << times for times in range(32))))
 
     def _split(self, text: str, size: int) -> tuple[str, bool]:
-        """The first (or last) characters of a text, and whether the rest begins with another word."""
+        """The first (or last) `size` characters of a text, and whether the cut lies between two words."""
         if self.spec.cuts_left:
             part = text[-size:]
             at = part.find(" ", 0, size // 4)
@@ -107,7 +107,7 @@ class TextTokenizer:
         return (part[:at], True) if at >= 0 else (part, False)
 
     def _ids(self, text: str) -> list[int]:
-        [found] = self.rust.encode_batch_fast([text], add_special_tokens=False)  # without the interpreter lock
+        [found] = self.rust.encode_batch_fast([text], add_special_tokens=False)  # releases the GIL
         ids: list[int] = found.ids
         return ids
 
@@ -115,18 +115,18 @@ class TextTokenizer:
         return ids[len(ids) - size :] if self.spec.cuts_left else ids[:size]
 
     def _longest_first(self, texts: list[str], parts: list[Part], room: int) -> list[int]:
-        """How much of each of two texts fits: the longer gives way first, as in tokenizers' truncation."""
+        """Tokens left of each of two texts: the longer one is cut first, as in tokenizers' `longest_first`."""
         lengths = [len(part.ids) for part in parts]
         half = room // 2
         if min(lengths) > half and room % 2 and not all(part.whole for part in parts):
-            lengths = [len(self._ids(text)) for text in texts]  # the longer one has the odd token
+            lengths = [len(self._ids(text)) for text in texts]  # the longer text gets the odd token
         short = min(*lengths, half)
         return [short, room - short] if lengths[0] <= lengths[1] else [room - short, short]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The special tokens before, between and after texts, and the segment of each place: gaps and texts in turn."""
+    """The special tokens before, between and after texts, with the segments of the gaps and of the texts."""
 
     gaps: list[list[int]]
     gap_segments: list[list[int]]
@@ -151,7 +151,7 @@ class Frame:
 
 
 def frame_of_pairs(rust: Tokenizer) -> Frame:
-    """What a tokenizer puts around two texts."""
+    """The frame that a tokenizer puts around two texts."""
     return _frame(rust, ("a", "a"))
 
 
@@ -160,7 +160,7 @@ def too_long(limit: int) -> ItemError:
 
 
 def _frame(rust: Tokenizer, texts: str | tuple[str, str]) -> Frame:
-    """What the tokenizer puts around texts, learnt from what it does with short ones."""
+    """The frame that the tokenizer puts around texts, learnt by encoding short ones."""
     encoding = rust.encode(*([texts] if isinstance(texts, str) else texts))
     frame = Frame([[]], [[]], [])
     before = None

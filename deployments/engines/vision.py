@@ -1,4 +1,4 @@
-"""LLaVA, which looks at an image and answers in JSON that obeys a schema."""
+"""LLaVA: looks at an image and answers in JSON that matches a schema."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from deployments.messages import Answer, Question, Refusal
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
 
 CONVERSATION = "USER: <image>\n{prompt} ASSISTANT:"
-"""LLaVA 1.5's, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""
+"""LLaVA 1.5's prompt template, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""
 MAX_ANSWER_TOKENS = 512
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An item: the prompt's ids with the image's places among them, the image's pixels, and the answer's grammar."""
+    """An item: the prompt's ids, including the image's, the image's pixels, and the answer's grammar."""
 
     ids: list[int]
     key: list[int]
-    """The same, with a number of the image's own at its places: what begins alike has been read alike."""
+    """`ids` with a number unique to the image in place of its tokens, so that equal keys mean equal images, too."""
     pixels: torch.Tensor
     grammar: str
     tenant: str
@@ -62,7 +62,7 @@ class Look:
 
     @property
     def cost(self) -> int:
-        """Tokens that it reads next."""
+        """Tokens that the next step reads."""
         return len(self.writing.to_read) if self.writing else len(self.item.ids)
 
     @property
@@ -73,8 +73,8 @@ class Look:
 class Vision(Stepping[Question, Seen, Look]):
     """Greedy decoding under a grammar made from the schema.
 
-    A step reads, in one pass, the images and prompts that have just come and what was last written of other answers.
-    What was read of the last prompts is kept: of the same image with other copy, only the copy is read.
+    In one pass, a step reads new images and prompts, and the last written tokens of other answers. Recent prompts stay
+    in the prefix cache: if the image is the same and the text differs, only the text is read.
     """
 
     checks_files = True
@@ -94,7 +94,7 @@ class Vision(Stepping[Question, Seen, Look]):
         self.closing = Closing(self.tokenizer)
         self.rows: int = model.get_input_embeddings().num_embeddings
         self.room: int = model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
-        """Tokens that a prompt may have, its image's among them."""
+        """Most tokens of a prompt, including its image's."""
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
         self.reader = Reader(model.model.language_model)
         self.device = self.reader.device
@@ -119,7 +119,7 @@ class Vision(Stepping[Question, Seen, Look]):
     def prepare(self, request: Question) -> Seen:
         image = decode(request.image)
         prompt = request.prompt
-        if len(prompt) > self.room * self.longest_token:  # what is certainly too long is not tokenised
+        if len(prompt) > self.room * self.longest_token:  # certainly too long, so don't tokenise it
             raise ItemError(f"the prompt has more than {self.room} tokens; shorten the text", "prompt")
         for special in self.specials:
             prompt = prompt.replace(special, special[0] + " " + special[1:])
@@ -127,14 +127,14 @@ class Vision(Stepping[Question, Seen, Look]):
         ids: list[int] = seen["input_ids"][0].tolist()
         if len(ids) > self.room:
             raise ItemError(
-                f"the prompt has {len(ids)} tokens with the image, more than {self.room}; shorten the text", "prompt"
+                f"the prompt has {len(ids)} tokens, image included, and the limit is {self.room}; shorten the text",
+                "prompt",
             )
         unknown = next((id for id in ids if id >= self.rows and id != self.image_id), None)
         if unknown is not None:
             token = self.tokenizer.convert_ids_to_tokens(unknown)
             raise ItemError(
-                f"it has the token {token!r} of id {unknown}, for which the checkpoint has no embedding: there are "
-                f"{self.rows}",
+                f"token {token!r} has id {unknown}, for which the checkpoint has no embedding: there are {self.rows}",
                 "prompt",
             )
         own = -int.from_bytes(hashlib.sha256(request.image).digest()) - 1
@@ -156,10 +156,10 @@ class Vision(Stepping[Question, Seen, Look]):
             hidden = self.reader.read(turns)
             last = np.cumsum([len(turn.ids) for turn in turns]) - 1
             chosen = choose(self.model.lm_head(hidden[last]).float(), writings, self.closing)
-        except Exception:  # perhaps for want of memory
+        except Exception:  # perhaps out of memory
             self.prefixes.clear()
             raise
-        # Only from here on works change: a step that ran out of memory can be taken again.
+        # Works change only from here on, so a step that ran out of memory can be repeated.
         for look, writing, turn, token in zip(works, writings, turns, chosen, strict=True):
             turn.sequence.length += len(turn.ids)
             if look in started:
@@ -171,7 +171,7 @@ class Vision(Stepping[Question, Seen, Look]):
                 look.result = self._answer(look, writing)
 
     def _start(self, looks: list[Look]) -> list[tuple[Writing, Turn]]:
-        """First the prompt is read with the image in it, and what the grammar makes each answer begin with."""
+        """First turns: each reads the prompt with the image in it, and the tokens that the grammar forces first."""
         sequences = [self.prefixes.sequence(look.item.tenant, look.item.key) for look in looks]
         unseen = [
             look
@@ -195,7 +195,7 @@ class Vision(Stepping[Question, Seen, Look]):
         return started
 
     def _images(self, looks: list[Look]) -> list[torch.Tensor]:
-        """What the tower makes of each image, shape (tokens, width)."""
+        """The vision tower's features of each image, shape (tokens, width)."""
         if not looks:
             return []
         pixels = torch.stack([look.item.pixels for look in looks]).to(self.device, self.model.dtype)
@@ -215,23 +215,26 @@ class Vision(Stepping[Question, Seen, Look]):
             json.loads(text)
         except ValueError:
             if writing.matcher.is_error():
-                return Refusal(f"the schema is too much for its grammar: {writing.matcher.get_error()}", "failed")
+                return Refusal(f"the schema is too complex for a grammar: {writing.matcher.get_error()}", "failed")
             return Refusal(f"the answer did not end within {MAX_ANSWER_TOKENS} tokens", "failed")
         return Answer(text, len(writing.written), look.steps, writing.forced)
 
 
 def _processor(folder: Path) -> ProcessorMixin:
-    """With what older layouts leave to the model's config. Raises CheckpointError naming what can't be read."""
+    """Load the processor, filling in what older layouts keep in the model's config.
+
+    Raises CheckpointError naming what can't be read.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"config or processor in {folder} can't be read: {first_line(error)}") from error
+        raise CheckpointError(f"the config or processor in {folder} can't be read: {first_line(error)}") from error
     if not isinstance(config, LlavaConfig) or not isinstance(processor, LlavaProcessor):
-        raise CheckpointError(f"vision needs a LLaVA; in {folder} there is a {config.model_type}")
+        raise CheckpointError(f"vision needs a LLaVA; {folder} contains a {config.model_type}")
     if processor.patch_size is None:
         processor.patch_size = config.vision_config.patch_size
-        # CLIP's towers see a token of the whole image before those of its patches.
+        # CLIP's towers put one token for the whole image before those of its patches.
         processor.num_additional_image_tokens = int("clip" in config.vision_config.model_type)
     if processor.vision_feature_select_strategy is None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy

@@ -1,4 +1,4 @@
-"""The search for a next word: candidates that grow side by side behind one prefix."""
+"""The search for a next word: candidates that grow in parallel after a shared prefix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deployments.messages import Prompt, Word
 
 @dataclass(frozen=True)
 class Prefix:
-    """An item: the ids of the input's last tokens, and what is asked of them."""
+    """An item: the ids of the input's last tokens, and the prompt they are from."""
 
     ids: list[int]
     begins_word: bool
@@ -29,11 +29,11 @@ class Candidate:
     ids: list[int]
     confidence: float
     places: list[int] = field(default_factory=list)
-    """Of its tokens in its search's sequence."""
+    """Indices of its tokens in the search's sequence."""
 
 
-class Search:
-    """The work on one item: candidates that grow side by side behind the prefix, each seeing it and its own tokens."""
+class WordSearch:
+    """The work on one item: candidates that grow in parallel, each seeing the prefix and its own tokens."""
 
     def __init__(self, item: Prefix) -> None:
         self.item = item
@@ -41,21 +41,21 @@ class Search:
         self.candidates: list[Candidate] = []
         self.growing: list[Candidate] = []
         self.ended: dict[str, float] = {}
-        """Confidence by text; the larger one where two candidates became the same word."""
+        """Confidence by text. If two candidates became the same word, the larger confidence."""
         self.result: list[Word] | None = None
 
     @property
     def cost(self) -> int:
-        """Tokens that it reads next."""
+        """Tokens that the next step reads."""
         return len(self.growing) or len(self.item.ids)
 
     @property
     def written(self) -> int:
-        """Of the longest candidate."""
+        """Tokens of the longest candidate."""
         return max((len(candidate.ids) for candidate in self.candidates), default=0)
 
     def turn(self, prefixes: Prefixes) -> Turn:
-        """What is not known of the prefix, or else the last token of each growing candidate."""
+        """What to read next: first the uncached part of the prefix, later the last token of each growing candidate."""
         if self.sequence is None:
             self.sequence = prefixes.sequence(self.item.prompt.tenant, self.item.ids)
         prefix, length = len(self.item.ids), self.sequence.length
@@ -74,7 +74,7 @@ class Search:
             self.ended[text] = max(self.ended.get(text, 0.0), confidence)
 
     def give_up_hopeless(self) -> None:
-        """A confidence never grows: below the `top_k` best words that have ended it can't be among them any more."""
+        """Drop candidates below the `top_k` best finished words. Confidences only fall, so they can't get back in."""
         if len(self.ended) >= self.item.prompt.top_k:
             bar = heapq.nlargest(self.item.prompt.top_k, self.ended.values())[-1]
             self.growing = [candidate for candidate in self.growing if candidate.confidence >= bar]

@@ -1,7 +1,7 @@
-"""Which runtime and precision a model is served in: measured once on this machine, kept on disk.
+"""Chooses the runtime and precision of a model: measured once on this machine, then kept on disk.
 
-`deployments.precision.measuring` says how. Engines without `calibration` and `agreement` are loaded as they are. Vision
-is one: a copy in fp32 of the models that it is for would not fit, so its `auto` is plain half precision.
+`deployments.precision.measuring` measures. Engines without `calibration` and `agreement` are loaded as they are. Vision
+is one: its models would not fit in memory in fp32, so its `auto` is plain half precision.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from deployments.spec import Facts, ModelSpec, Precision, Runtime
 
 FP32_BYTES = 4
 FREE_SHARE = 0.25
-"""An original that takes more than this of the free memory is not loaded to compare with."""
+"""Largest share of the free memory that the original may take to be loaded for comparison."""
 
 Way = tuple[Runtime, Precision]
 
 
 def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Any:
-    """The model in `folder` as `engine` runs it best, within what the spec leaves open; the facts say what and why."""
+    """Load the model in `folder` the best way that the spec allows. The facts say which way, and why."""
     ways = open_ways(engine, spec)
     if not ways:
         return engine.load(spec, folder, progress)
@@ -47,7 +47,7 @@ def load_best(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress
 
 
 def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> dict[str, Any]:
-    """What would be chosen and why, measured now whatever is on disk. Raises ValueError where nothing is to choose."""
+    """Measure now, whatever is on disk, and return the choice. Raises ValueError if there is nothing to choose."""
     ways = open_ways(engine, spec) if hasattr(engine, "calibration") else []
     if not ways:
         raise ValueError(f"models with task {spec.task} and precision {spec.precision} are loaded as they are")
@@ -57,7 +57,7 @@ def measure(engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) 
 
 
 def open_ways(engine: Any, spec: ModelSpec) -> list[Way]:
-    """Ways to run a model that there are to measure; none for the original itself."""
+    """Ways to run a model that can be measured; none for fp32, the original, and for int4."""
     if spec.precision in ("fp32", "int4"):
         return []
     gpu = _on_gpu(spec)
@@ -79,7 +79,7 @@ def open_ways(engine: Any, spec: ModelSpec) -> list[Way]:
 
 
 def _choice(engine: Any, spec: ModelSpec, folder: Path, ways: list[Way], progress: LoadProgress) -> dict[str, Any]:
-    """From disk, or measured by one process of this machine at a time."""
+    """The choice on disk, or a new measurement, by one process of this machine at a time."""
     name = "choice-" + disk_cache.key(
         *(_path(engine), spec.precision, spec.runtime, spec.threads or disk_cache.cores(), _hardware(spec)),
         *(contents(folder), disk_cache.versions(), disk_cache.code(), _source(engine)),
@@ -92,7 +92,7 @@ def _choice(engine: Any, spec: ModelSpec, folder: Path, ways: list[Way], progres
         if not _is_choice(choice):
             choice = _measured(engine, spec, folder, ways, progress)
             if not choice["fallback_reason"] or spec.runtime == spec.precision == "auto":
-                disk_cache.write(name, choice)  # what was asked for may be had next time
+                disk_cache.write(name, choice)  # next time, what was asked for may work
     return choice
 
 
@@ -107,7 +107,7 @@ def _path(engine: type) -> str:
 
 
 def _source(engine: type) -> str | None:
-    """The digest of the engine's file: a user's own may change at any time."""
+    """Digest of the engine's source file, as users may change their own engines at any time."""
     file = inspect.getsourcefile(engine)
     return disk_cache.digest(Path(file)) if file else None
 
@@ -129,7 +129,7 @@ def _hardware(spec: ModelSpec) -> str:
 
 
 def _too_large(spec: ModelSpec, weights: int) -> str | None:
-    """Why an original of so many weights can't be loaded to compare with; None where it can."""
+    """Why an original with this many weights can't be loaded for comparison; None if it can."""
     original = FP32_BYTES * weights
     if _on_gpu(spec):
         from deployments.memory import gpu_free_bytes
@@ -141,7 +141,7 @@ def _too_large(spec: ModelSpec, weights: int) -> str | None:
         return None
     return (
         f"not measured: the original in fp32 takes {original / 2**20:.0f} MB, "
-        f"more than {FREE_SHARE:.0%} of the {free / 2**20:.0f} MB that are free"
+        f"more than {FREE_SHARE:.0%} of the {free / 2**20:.0f} MB of free memory"
     )
 
 

@@ -1,8 +1,8 @@
-"""Measures the ways to run a model: how near its answers are to the original's in fp32, how fast, how large.
+"""Measures ways to run a model: how close the answers are to the original's in fp32, how fast it is, how large.
 
-A way whose answers are too far from the original's is refused. With `precision: auto` it must also hold at most 60 % of
-the original's bytes; the fastest of those left is served, or the nearest to the original among those about as fast, and
-the original where none is left.
+A way whose answers are too far from the original's is refused. With `precision: auto`, its weights must also take at
+most 60 % of the original's bytes. Of the ways left, those about as fast as the fastest are compared, and the one
+closest to the original is served. If none is left, the original is served.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ from deployments.spec import CheckpointError, Facts, ModelSpec, Precision, Runti
 logger = logging.getLogger("ray.serve")
 
 KEPT, WARNED = 0.95, 0.90
-"""Figures from here up are kept, and kept with a warning; below they are refused."""
+"""Lowest figures at which a candidate is kept, and kept with a warning. Below both it is refused."""
 MOST_BYTES = 0.6
+"""Largest share of the original's bytes that the weights may take with `precision: auto`."""
 NEARLY = 0.95
-"""Of the fastest one's speed. Of those who reach it the nearest to the original wins: that much is noise."""
+"""Share of the fastest candidate's speed that counts as equally fast, as smaller differences are noise. Among equally
+fast candidates the one closest to the original wins."""
 SHORT, LONG = 32, 8
-"""Items of two batches whose speed is measured: the shortest of the calibration, and the longest. Both and a single
-short item count alike."""
+"""Sizes of two batches whose speed is measured: of the shortest calibration items, and of the longest. Both batches and
+a single short item carry equal weight."""
 TIMED_S, MAX_ROUNDS = 0.2, 4
 INFORMATIVE = {"scores_cosine"}
-"""Figures that decide nothing: the cosine of whole lists of scores stays high where their order is lost."""
+"""Figures for information only: the cosine of whole lists of scores stays high even if their order is lost."""
 
 
 @dataclass
 class Candidate:
-    """A way to run a model, and what was measured of it."""
+    """A way to run a model, with its measurements."""
 
     runtime: Runtime
     precision: Precision
     weights_mb: float | None = None
     items_per_s: dict[str, float] = field(default_factory=dict)
-    """On a CPU of one core's time, whatever else the machine does meanwhile."""
+    """On a CPU, items per second of CPU time, so that other load on the machine does not count."""
     metrics: dict[str, float | None] = field(default_factory=dict)
-    """None for a figure that is not a number."""
+    """None if a figure is not a number."""
     verdict: str = "skipped"
-    """`kept`, `warned` or `refused` by the figures; `skipped` for the `reason`."""
+    """`kept`, `warned` or `refused`, by the figures; `skipped`, for the `reason` given."""
     reason: str | None = None
     fallback: str | None = None
-    """Why this was loaded where something else had been asked for."""
+    """Why this was loaded instead of what was asked for."""
 
     @property
     def name(self) -> str:
@@ -76,14 +78,14 @@ class Candidate:
 
 
 def choose(engine: str, spec: ModelSpec, folder: Path, ways: list[Way], progress: LoadProgress) -> dict[str, Any]:
-    """`runtime` and `precision` to serve, their `quality` and `fallback_reason`; `engine` is MODULE:CLASS."""
+    """Return the `runtime` and `precision` to serve, with `quality` and `fallback_reason`. `engine` is MODULE:CLASS."""
     hold_to(spec)
     measurement = _Measurement(engine_at(engine), spec, folder, progress)
     return measurement.choose([Candidate(*way) for way in ways])
 
 
 class _Measurement:
-    """One candidate after the other is loaded, compared with the original, and dropped."""
+    """Loads one candidate after the other, compares it with the original, and drops it."""
 
     def __init__(self, engine: Any, spec: ModelSpec, folder: Path, progress: LoadProgress) -> None:
         self.engine = engine
@@ -128,9 +130,9 @@ class _Measurement:
         return max(as_fast, key=lambda each: (each.verdict == "kept", each.nearness), default=None)
 
     def _try(self, candidate: Candidate, base: Candidate, others: list[Candidate], answers: list[Any]) -> None:
-        """Measure a candidate, or say in its `reason` why it is out of the question.
+        """Measure a candidate, or set its `reason` for being skipped.
 
-        One that can't be had becomes what was loaded in its place, unless that is measured anyway.
+        If something else was loaded instead, the candidate becomes that, unless that is a candidate of its own.
         """
         loaded = self.engine.load(self._spec(candidate), self.folder, LoadProgress(lambda _: None))
         facts: Facts = loaded.facts
@@ -149,7 +151,7 @@ class _Measurement:
                 self._note(candidate, loaded, answers, self._answers(loaded))
             except CheckpointError:
                 raise
-            except Exception as error:  # the original is there to be served
+            except Exception as error:  # the original can still be served
                 candidate.verdict, candidate.reason = "refused", f"it fails: {first_line(error)}"
         del loaded
         _tidy()
@@ -173,7 +175,7 @@ class _Measurement:
         return [loaded.run(list(map(loaded.prepare, group))) for group in self.engine.calibration()]
 
     def _speeds(self, loaded: Any) -> dict[str, float]:
-        """Items a second, the best of a few rounds."""
+        """Items per second, the best of a few rounds."""
         items = [loaded.prepare(request) for group in self.engine.calibration() for request in group]
         items.sort(key=loaded.cost)
         speeds = {}
@@ -199,7 +201,7 @@ def _mb(size: int) -> float:
 
 
 def _tidy() -> None:
-    """Give the memory of what was dropped back to the system."""
+    """Return the memory of dropped models to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

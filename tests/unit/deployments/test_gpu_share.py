@@ -76,7 +76,7 @@ def test_a_replica_over_its_share_is_logged_once(caplog: pytest.LogCaptureFixtur
         for memory.mib in (900, 1210, 1300, 900, 1300):
             share.news()
     assert [record.getMessage() for record in caplog.records] == [
-        "m takes 1210 MB of its GPU, and its share is 1000 MB; num_gpus: 0.13 would do"
+        "m uses 1210 MB of GPU memory, more than its share of 1000 MB; num_gpus: 0.13 would be enough"
     ]
 
 
