@@ -113,7 +113,7 @@ class Outage:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=240, help="of load, at least")
+    parser.add_argument("--seconds", type=int, default=240, help="least duration of the load")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="dure-outages-"))

@@ -56,7 +56,7 @@ def main() -> None:
     failed = [each for each in tries.of if each.status != 200]
     answered = tries.answered()
     print(f"{len(answered)} answered, {len(failed)} not; p50 {quantile(answered, 0.5):.2f} s, "
-          f"p95 {quantile(answered, 0.95):.2f}; first answer from zero after {answered[0].seconds:.1f} s")  # fmt: skip
+          f"p95 {quantile(answered, 0.95):.2f}; first answer after {answered[0].seconds:.1f} s from zero")  # fmt: skip
     starts = [0.0, *itertools.accumulate(seconds for seconds, _ in PROFILE)]
     for number, (start, (_, clients)) in enumerate(zip(starts, PROFILE, strict=False)):
         changes = [each for each in samples if start <= each.at < starts[number + 1]]

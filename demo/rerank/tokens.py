@@ -18,7 +18,7 @@ PARTICLES = re.findall(r"\w+", "을 를 이 가 은 는 과 와 에 의 도 만 
 
 
 def corpus() -> Iterator[str]:
-    """The words of the lists and templates without held-out subjects; particles are texts of their own.
+    """The words of the lists and templates except held-out subjects, then letters and particles inside made-up words.
 
     Words are spelled without their particles, so that a Korean noun is the same piece in a question and in an answer.
     Each letter occurs both at the start of a word and inside one.

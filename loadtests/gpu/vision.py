@@ -70,7 +70,7 @@ def _measure(folder: Path, precision: Precision, bandwidth: float) -> None:
           f"  {AT_ONCE} at once: {AT_ONCE / elapsed_s:.2f} images/s; an answer has {tokens:.0f} tokens, {forced:.0f} "
           f"of them forced\n"
           f"  a decoding step of one answer: {1000 * step_s:.1f} ms, "
-          f"{facts.weights_bytes / step_s / bandwidth:.0%} of the memory bandwidth", flush=True)  # fmt: skip
+          f"{facts.weights_bytes / step_s / bandwidth:.0%} of the copy rate", flush=True)  # fmt: skip
 
 
 def _answers(engine: Vision, count: int) -> list[Answer]:

@@ -99,14 +99,14 @@ async def _fetch(url: str, body: object, timeout_s: float) -> tuple[int, bytes]:
     content = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} if content else {}
     method = "POST" if content else "GET"
-    came = bytearray()
+    received = bytearray()
     async with (
         asyncio.timeout(timeout_s),
         httpx.AsyncClient(timeout=None) as client,
         client.stream(method, url, content=content, headers=headers) as response,
     ):
         async for part in response.aiter_bytes():
-            came += part
-            if len(came) > MOST_BYTES:
+            received += part
+            if len(received) > MOST_BYTES:
                 raise ValueError(f"it sent more than {MOST_BYTES // 2**20} MB")
-        return response.status_code, bytes(came)
+        return response.status_code, bytes(received)

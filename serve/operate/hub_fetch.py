@@ -25,7 +25,7 @@ STALE_S = 3600.0
 
 @dataclass(frozen=True)
 class Download:
-    """A hub repository that models of a config load from, and what of it is missing on this machine."""
+    """A hub repository that models of a config load from, with the files that this machine lacks."""
 
     models: tuple[str, ...]
     listing: hub.Listing
@@ -72,7 +72,7 @@ def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
 
 
 def shortage(downloads: list[Download]) -> str | None:
-    """What is missing of disk space, for a message; None if everything fits."""
+    """A message if the disk has too little room for the missing files; None if they fit."""
     cache = Path(constants.HF_HUB_CACHE)
     there = next(path for path in (cache, *cache.resolve().parents) if path.exists())
     wanted, free = sum(download.bytes for download in downloads), shutil.disk_usage(there).free

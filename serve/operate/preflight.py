@@ -98,4 +98,4 @@ def check_gpus(settings: Settings) -> None:
     without_place = list(place(first, [Gpu(number) for number in range(count)]))
     if without_place or max(booking.gpus for booking in first) > count:
         asked = ", ".join(f"{booking.model} {booking.booked:g} x {booking.replicas}" for booking in first)
-        raise SettingsError(f"the models ask for GPUs ({asked}), but don't fit on the {count} of this machine")
+        raise SettingsError(f"the models ask for GPUs ({asked}); this machine has {count}, and they don't fit")

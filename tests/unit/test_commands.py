@@ -200,7 +200,7 @@ def test_a_server_that_sends_without_end_is_left() -> None:
         (["bench", "nosuch"], "No such command 'nosuch'; see `dure bench --help`"),
         (["bench", "precision", "embeder"], "unknown model 'embeder'; did you mean 'embedder'?"),
         (["bench", "batch-sizes", "embedder", "--sizes", "1,x"], "--sizes '1,x' is not a list of whole numbers"),
-        (["bench", "batch-sizes", "embedder", "--sizes", "0"], "--sizes '0' is no list"),
+        (["bench", "batch-sizes", "embedder", "--sizes", "0"], "--sizes '0' is not a list"),
         (["bench", "batch-sizes", "embedder", "--sizes", "1000000000"], "from 1 to 10000"),
         (["bench", "batch-sizes", "embedder", "--sizes", "9" * 5000], "from 1 to 10000"),
     ],
