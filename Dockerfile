@@ -1,12 +1,12 @@
-# Dure on CPUs. On NVIDIA's GPUs, with an index of torch that suits the driver:
+# Dure on CPUs. For NVIDIA GPUs, name a torch index that suits the driver:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg PACKAGES="boto3 s3fs" .
 FROM python:3.11-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# What a place needs besides: openvino on CPUs, s3fs for images of adverts on S3, boto3 on a head that `ray up` starts.
+# Extra packages: openvino on CPUs, s3fs for images of adverts on S3, boto3 on a head that `ray up` starts.
 ARG PACKAGES=openvino
 
-# wget for KubeRay's probes and the health check; ssh and rsync for a head of `ray up` to reach its workers by.
+# KubeRay's probes and the health check need wget. A head that `ray up` starts reaches its workers by ssh and rsync.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends bash openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -16,7 +16,7 @@ RUN apt-get update \
 
 WORKDIR /dure
 COPY constraints.txt pyproject.toml ./
-# torch comes first and alone, as in the Makefile. That of TORCH_INDEX has a suffix to its version, so pip prefers it.
+# Install torch first and alone, as in the Makefile. Builds in TORCH_INDEX have a version suffix, so pip prefers them.
 RUN pip install --no-cache-dir --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch
 RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
     > /tmp/dependencies \
@@ -30,7 +30,7 @@ COPY serve serve
 RUN pip install --no-cache-dir --no-deps --editable . \
     && python -m compileall -q deployments serve
 
-# What serve/operate/environment.py asks for wherever Ray starts.
+# The variables that serve/operate/environment.py sets wherever Ray starts.
 ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT=1 \
     RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER=1s \
@@ -46,7 +46,7 @@ ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_worker_niceness=0 \
     OMP_WAIT_POLICY=PASSIVE \
     TOKENIZERS_PARALLELISM=false
-# /models: a volume, or filled in an image made from this one by `RUN dure fetch --config configs/gpu.yaml`.
+# /models is a volume, or is filled in a derived image by `RUN dure fetch --config configs/gpu.yaml`.
 ENV HOME=/home/dure HF_HOME=/models/huggingface DURE_CACHE=/models/dure
 
 USER 1000:1000

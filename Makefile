@@ -83,7 +83,7 @@ bench-outages: $(INSTALLED)
 bench-deploys: $(INSTALLED)
 	$(BIN)/python -m loadtests.deploys $(ARGS)
 
-# torch comes first and alone: resolved together with the rest, pip may take a build with gigabytes of CUDA.
+# Install torch first and alone: if resolved with the rest, pip may pick a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Dure needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""`make demo-check`: how good the demo checkpoints are on held-out data, run by the engines that serve them."""
+"""`make demo-check`: measures the demo checkpoints on held-out data, run by the engines that serve them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def predictor(engine: Any) -> next_word.Predict:
 
 
 def answers(engine: Any, cases: list[adverts.Case]) -> list[BaseModel]:
-    """What the engine makes of the cases' images, several at once."""
+    """The engine's answers about the images of the cases, BATCH at a time."""
     given: list[BaseModel] = []
     remaining = iter(cases)
     while batch := list(islice(remaining, BATCH)):
@@ -82,7 +82,7 @@ def check_rerank() -> bool:
 
 
 def main() -> None:
-    """Print all figures; exits with 1 where one misses its bound."""
+    """Print all figures, and exit with 1 if one misses its bound."""
     held = []
     for name, check in (("next word", check_next_word), ("adverts", check_adverts), ("rerank", check_rerank)):
         started = time.monotonic()

@@ -1,8 +1,8 @@
 """Adverts under load, on both databases, and while things die: `make bench-adverts`.
 
-Clients take adverts through both stages. Then everything that is on record is looked at: answers against their schema,
-a trace for each call that started, no variant left at running, an event delivered for each stage that was done. In a
-second round the vision replica is killed three times, and the database is away for a few seconds.
+Clients take adverts through both stages. Then everything on record is checked: answers match their schema, each call
+that started has a trace, no variant is left running, and each finished stage has its event delivered. In a second
+round the vision replica is killed three times, and the database is unavailable for a few seconds.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ TENANT = "loadtest"
 MODEL = {"task": "vision", "source": "demo/adverts/checkpoint", "max_batch_items": 8, "max_queue": 64}
 KILLS = 3
 AWAY_S = 3.0
-"""How long the database is away."""
+"""How long the database is unavailable."""
 TRIES = 8
 SETTLE_S = 60.0
-"""For leases to end and events to be delivered."""
+"""Longest wait for leases to end and events to be delivered."""
 LEASE_S = 10.0
 
 
@@ -62,7 +62,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Store:
-    """A database, and how it is made to be away for a while."""
+    """A database, and how to make it unavailable for AWAY_S."""
 
     name: str
     url: str
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _round(store: Store, requests: int, clients: int, troubled: bool) -> list[str]:
-    """What went wrong."""
+    """Run one round on one database; returns what went wrong."""
     with tempfile.TemporaryDirectory() as folder, hook_on(servers.free_port()) as hook:
         more = {
             "store": {"url": store.url, "assets": folder},
@@ -117,7 +117,7 @@ def _round(store: Store, requests: int, clients: int, troubled: bool) -> list[st
 
 
 def _advert(client: httpx.Client, seen: Seen, first: Case, second: Case) -> str | None:
-    """Takes an advert through both stages, as a patient client does."""
+    """Take an advert through both stages, as a patient client does. Returns its job id."""
     data = {"tenant_id": TENANT, "desc_eng": first.prompt.rpartition("Copy: ")[2].partition("\n")[0]}
     made = _patiently(seen, lambda: client.post("jobs", data=data, files={"image": _png(first)}))
     if made is None:
@@ -146,7 +146,7 @@ def _stage(client: httpx.Client, seen: Seen, path: str, ids: dict[str, str], sha
 
 
 def _patiently(seen: Seen, request: Callable[[], httpx.Response]) -> httpx.Response | None:
-    """Asked again after what passes; None where it does not pass."""
+    """Repeat a request until it succeeds, up to TRIES times. None if it never does."""
     for _ in range(TRIES):
         try:
             response = request()
@@ -163,7 +163,7 @@ def _patiently(seen: Seen, request: Callable[[], httpx.Response]) -> httpx.Respo
 
 
 def _look_at_record(client: httpx.Client, seen: Seen, jobs: list[str], hook: Hook) -> list[str]:
-    """What of it is not as it should be, after a while."""
+    """What is wrong on record, once it has settled or SETTLE_S have passed."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         states, traces = _record(client, jobs)
@@ -177,23 +177,23 @@ def _look_at_record(client: httpx.Client, seen: Seen, jobs: list[str], hook: Hoo
           f"verdict; {len(hook.calls)} deliveries of {len(delivered)} events")  # fmt: skip
     known = {trace["vlm_trace_id"] for trace in traces}
     problems = {
-        "answers against the schema": seen.invalid,
+        "answers that violate the schema": seen.invalid,
         "answers without a trace": len(set(seen.trace_ids) - known),
         "answers with the same trace": len(seen.trace_ids) - len(set(seen.trace_ids)),
-        "verdicts on record that nobody was given": len(done - set(seen.trace_ids)),
-        "traces without an end": sum(trace["response"] is None for trace in traces),
-        "variants at running": sum(state.endswith("running") for state, _ in states),
+        "verdicts on record that no client received": len(done - set(seen.trace_ids)),
+        "traces without a response": sum(trace["response"] is None for trace in traces),
+        "variants left running": sum(state.endswith("running") for state, _ in states),
         "variants that failed without a reason": sum(
             state.endswith("failed") and not reason for state, reason in states
         ),
-        "events that were not delivered": len(done - delivered),
-        "requests that were given up": seen.given_up,
+        "events not delivered": len(done - delivered),
+        "requests given up": seen.given_up,
     }
     return [f"{count} {problem}" for problem, count in problems.items() if count]
 
 
 def _record(client: httpx.Client, jobs: list[str]) -> tuple[list[tuple[str, str | None]], list[dict[str, Any]]]:
-    """Each variant's state and reason, and all traces."""
+    """State and reason of each variant, and all traces."""
     states = []
     for job in jobs:
         shown = client.get(f"jobs/{job}", params={"tenant_id": TENANT}).raise_for_status().json()
@@ -209,13 +209,13 @@ def _record(client: httpx.Client, jobs: list[str]) -> tuple[list[tuple[str, str 
 
 
 class Trouble:
-    """Kills the vision replica again and again, and takes the database away once."""
+    """Kills the vision replica KILLS times, and makes the database unavailable once."""
 
     def __init__(self, store: Store, port: int) -> None:
         self.store = store
         self.health = f"http://127.0.0.1:{port}/health"
         self.killed: list[float] = []
-        """Seconds until another one had loaded its model."""
+        """Seconds from each kill until another replica had loaded its model."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -224,7 +224,7 @@ class Trouble:
         self._over.set()
         self._thread.join()
         each = ", ".join(f"{seconds:.1f}" for seconds in self.killed)
-        return f"{len(self.killed)} replicas killed (another one ready after {each} s), database away for {AWAY_S:g} s"
+        return f"{len(self.killed)} replicas killed (the next ready after {each} s), database away for {AWAY_S:g} s"
 
     def _run(self) -> None:
         for number in range(KILLS):
@@ -244,7 +244,7 @@ class Trouble:
 
 
 def _replica(deployment: str) -> psutil.Process | None:
-    """The process of a deployment of the server under test; there is one of each."""
+    """The process of a deployment of the server under test, which has one replica of each."""
     mark = str(servers.BENCH / "dure")
     for process in psutil.process_iter():
         try:
@@ -272,7 +272,7 @@ def _store(name: str) -> Iterator[Store]:
 
 
 def _lock(file: Path) -> None:
-    """What comes closest to a restart: nobody else can write."""
+    """Lock the database against all other writers, which comes closest to a restart."""
     connection = sqlite3.connect(file, timeout=10, isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
     time.sleep(AWAY_S)

@@ -1,4 +1,4 @@
-"""The engine alone, in a loop at its best batch size, on all cores: the limit that a server can come close to."""
+"""The engine alone, in a loop at its best batch size, on all cores: the upper limit for any server."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from loadtests.load import Measure, Workload
 from serve.config.tasks import model_spec
 
 Draw = Callable[[int], list[Any]]
-"""A set of requests from a seed."""
+"""Makes a set of requests from a seed."""
 SETS = 24
-"""Sets of requests that are run in turn: servers too are given texts, and with them shapes, that they have not seen."""
+"""Sets of requests that are run in turn: servers, too, get texts, and thus shapes, that they have not seen before."""
 BATCHES = (8, 16, 32, 64, 128)
 TUNE_S = 1.0
 
 
 class Bare:
-    """An engine of Dure without a server, which runs as many batches at once as it can.
+    """One of Dure's engines without a server, running as many batches at once as it can.
 
-    Items of like length share a batch.
+    Items of similar length share a batch.
     """
 
     def __init__(self, task: str, source: str, precision: str, runtime: str) -> None:
@@ -44,7 +44,7 @@ class Bare:
         self.batches: dict[str, int] = {}
 
     def tune(self, workload: Workload, draw: Draw) -> None:
-        """Find the batch size that is best for these requests. A lone client's requests run one by one."""
+        """Find the best batch size for these requests. A lone client's requests run one by one."""
         if workload.clients == 1:
             self.batches[workload.name] = workload.items
             return
@@ -52,7 +52,7 @@ class Bare:
         self.batches[workload.name] = max(BATCHES, key=lambda batch: _rate(self._run(sets, batch), TUNE_S))
 
     def measure(self, workload: Workload, draw: Draw, seconds: float) -> tuple[Measure, Measure]:
-        """Items a second when all are tokenised beforehand, and when tokenising is part of the loop."""
+        """Items per second with all texts tokenised beforehand, and with tokenising as part of the loop."""
         batch = self.batches[workload.name]
         sets = [draw(seed) for seed in range(SETS)]
         ready = [self._prepared(requests) for requests in sets]
@@ -82,7 +82,7 @@ class Bare:
 
 
 def _rate(passes: Iterator[int], seconds: float) -> float:
-    """Items a second: the median of as many whole passes as fit, the first of which warms up."""
+    """Items per second: the median of as many whole passes as fit, after one to warm up."""
     next(passes)
     rates = []
     begun = time.perf_counter()

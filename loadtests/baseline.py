@@ -1,6 +1,6 @@
-"""Requests per second of a running Dure, closed loop, every request fresh: `python -m loadtests.baseline`.
+"""Requests per second of a running Dure, closed loop, no request repeated: `python -m loadtests.baseline`.
 
-A first measure without a peer beside it, so compare it only with itself on the same machine.
+It measures no peer, so compare it only with itself on the same machine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, ray {ray.__version__}, ", end="")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{ROUNDS} rounds of {SECONDS} s, alternating, medians; 4 documents a rerank request")
+    print(f"{ROUNDS} rounds of {SECONDS} s, alternating, medians; 4 documents per rerank request")
     print(f"{'endpoint':<16} {'clients':>7} {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'failed':>7}")
     for clients in (1, CLIENTS):
         rounds = [{path: measure(path, clients) for path in CASES} for _ in range(ROUNDS)]

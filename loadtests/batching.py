@@ -1,7 +1,7 @@
 """What batching and reloading cost and save, without a peer: `make bench-batching`.
 
-Three promises: with an engine that takes 100 ms for up to 32 items, nearly all of its time is used and a lone client
-loses little; an engine that runs out of memory fails no request; a model that is reloaded under load fails none either.
+It checks three promises. An engine that takes 100 ms for up to 32 items is busy nearly all the time, and a lone client
+loses little. An engine that runs out of memory fails no request. Nor does a model that is reloaded under load.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Answers:
 
     @property
     def longest_pause_s(self) -> float:
-        """Without any answer to any client."""
+        """Longest time without an answer to any client."""
         at = sorted(self.at)
         return max(after - before for before, after in itertools.pairwise(at))
 
@@ -76,7 +76,7 @@ def _closed_loops(server: Server, seconds: int, rounds: int) -> None:
         {count: load(server.url, body, Workload("closed", "", count, 1, 4, 4), seconds) for count in CLIENTS}
         for _ in range(rounds)
     ]
-    print(f"\n100 ms a batch of up to {MOST_ITEMS}, closed loop, medians of {rounds} rounds of {seconds} s")
+    print(f"\n100 ms per batch of up to {MOST_ITEMS}, closed loop, medians of {rounds} rounds of {seconds} s")
     for count in CLIENTS:
         rate = statistics.median(each[count].requests_per_s for each in measured)
         p50 = statistics.median(each[count].p50_ms or 0 for each in measured)
@@ -88,7 +88,7 @@ def _closed_loops(server: Server, seconds: int, rounds: int) -> None:
 
 
 def _out_of_memory(server: Server, seconds: int) -> None:
-    """Items of 10 to 200 tokens: full batches would hold many times what fits."""
+    """Send items of 10 to 199 tokens: full batches would hold many times what fits."""
     url = server.url.replace("simulated", "tight")
     over = threading.Event()
 
@@ -133,7 +133,7 @@ def _reload(server: Server) -> None:
 
 
 def _crowd(clients: int, over: threading.Event, ask: Any, seconds: float) -> Answers:
-    """So many clients that ask again and again, until it is `over` or so many seconds have passed."""
+    """Run so many clients that ask again and again, until `over` is set or the time has passed."""
     answers = Answers()
     deadline = time.monotonic() + seconds
 

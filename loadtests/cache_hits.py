@@ -1,6 +1,6 @@
-"""How fast a prediction comes from the cache, in memory and from Redis, to a lone client: `make bench-cache`.
+"""How fast a lone client gets a prediction from the cache, in memory and in Redis: `make bench-cache`.
 
-One Dure for each, and one whose cache is off, asked in turn for the same words again and again.
+One Dure with each cache, and one without, are asked in turn for the same words again and again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 @contextmanager
 def _redis() -> Iterator[str]:
-    """The address of a Redis of our own."""
+    """Run a Redis for this benchmark; yields its address."""
     port = servers.free_port()
     with tempfile.TemporaryDirectory() as folder:
         command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]

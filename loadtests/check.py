@@ -1,4 +1,4 @@
-"""Are a server's answers right while many requests are in flight? Compared with the bare model's own in fp32."""
+"""Checks a server's answers while many requests are in flight, against those of the bare model in fp32."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MIN_RANK_CORRELATION = 0.97
 
 
 class WrongAnswers(Exception):
-    """A server answered something else than the model does."""
+    """A server's answers differ from the model's."""
 
 
 class EmbeddingCheck:
-    """Every vector is that of its own text: near the model's own, and nearest to it among all."""
+    """Every vector belongs to its text: near the model's vector for it, and nearest to that one among all."""
 
     def __init__(self, folder: Path) -> None:
         drawn = iter(texts(1000, 4, 250, seed=1))
@@ -41,11 +41,11 @@ class EmbeddingCheck:
         cosines = np.concatenate(vectors) @ np.concatenate(self.expected).T
         worst = float(cosines.diagonal().min())
         if worst < MIN_COSINE or (cosines.argmax(axis=1) != np.arange(len(cosines))).any():
-            raise WrongAnswers(f"{server.name} ({server.settings}): cosine with the model's own vector {worst:.4f}")
+            raise WrongAnswers(f"{server.name} ({server.settings}): cosine with the model's vector {worst:.4f}")
 
 
 class RerankCheck:
-    """Every ranking is that of its own request: ordered as the model orders it, and more so than any other's."""
+    """Every ranking belongs to its request: ordered as the model orders it, more closely than any other request's."""
 
     def __init__(self, folder: Path, documents: int) -> None:
         drawn = iter(texts(IN_FLIGHT * documents, 12, 60, seed=1))
@@ -66,11 +66,13 @@ class RerankCheck:
         correlations = np.corrcoef(_ranks(scores), _ranks(self.expected))[: len(scores), len(scores) :]
         worst = float(correlations.diagonal().min())
         if worst < MIN_RANK_CORRELATION or (correlations.argmax(axis=1) != np.arange(len(scores))).any():
-            raise WrongAnswers(f"{server.name} ({server.settings}): rank correlation with the model's own {worst:.4f}")
+            raise WrongAnswers(
+                f"{server.name} ({server.settings}): rank correlation with the model's order {worst:.4f}"
+            )
 
 
 async def _ask(server: Server, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers, in order, with IN_FLIGHT requests at once. Raises WrongAnswers for any but a 200."""
+    """The answers, in order, with IN_FLIGHT requests at once. Raises WrongAnswers for any status but 200."""
     answers: list[dict[str, Any]] = []
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=IN_FLIGHT)) as client:
         for start in range(0, len(bodies), IN_FLIGHT):

@@ -1,7 +1,7 @@
-"""Measures Dure beside its peers: one run, alternating rounds, medians and the ratio.
+"""Compares Dure with its peers in one run: alternating rounds, medians and ratios.
 
-All servers that are compared run at once and only one of them is loaded at a time; other peers are halted meanwhile.
-Dure's cluster is not, and takes about a tenth of a core when idle, which is to its peers' disadvantage.
+All servers run at once, and only one is loaded at a time; other peers are stopped meanwhile. Dure's cluster is not,
+and takes about a tenth of a core when idle, which is to its peers' disadvantage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loadtests.report import Report, Result
 from loadtests.servers import NotStarted, Server, alone, served_as, versions
 
 TUNE_S = 3
-"""Seconds of each workload for each choice of a peer's settings, to find its best."""
+"""Seconds that each workload runs on each choice of a peer's settings, to find the best choice."""
 BARE_ITEMS = 256
 
 Choices = dict[str, Server]
@@ -33,7 +33,7 @@ Choices = dict[str, Server]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is compared. `body` is the JSON that wrk fills; `check` raises WrongAnswers."""
+    """What is compared. `body` is the JSON in which wrk fills the blanks; `check` raises WrongAnswers."""
 
     name: str
     title: str
@@ -41,14 +41,14 @@ class Benchmark:
     workloads: list[Workload]
     body: Callable[[Workload], str]
     requests: Callable[[Workload, int], list[Any]]
-    """As many requests for the bare engine as BARE_ITEMS, from a seed."""
+    """Makes BARE_ITEMS requests for the bare engine from a seed."""
     task: str
     dure: Callable[[], Server]
     peers: dict[str, Callable[[], list[Server]]]
-    """The choices of settings of each peer; made only when it is asked for, as that may install it."""
+    """Each peer's choices of settings, made only when needed, because making them may install the peer."""
     check: Callable[[], Callable[[Server], None]]
     bare: Callable[[str, str], Bare]
-    """The bare engine in a precision on a runtime."""
+    """Makes the bare engine in a precision on a runtime."""
 
 
 def main(benchmark: Benchmark) -> None:
@@ -73,7 +73,7 @@ def _options(benchmark: Benchmark) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=8, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", type=_some_of(peers), default=peers, help=f"peers, of {','.join(peers)}")
-    parser.add_argument("--settings", default="", help="try only peers' settings with this in them: bf16")
+    parser.add_argument("--settings", default="", help="try only peers' settings that contain this, such as bf16")
     parser.add_argument("--workloads", type=_some_of(workloads), default=workloads, help=f"of {','.join(workloads)}")
     return parser.parse_args()
 
@@ -131,7 +131,7 @@ def _best(
     seconds: int,
     report: Report,
 ) -> Choices:
-    """The best of a peer's settings for each workload, each tried for `seconds`. One with wrong answers is out."""
+    """A peer's best settings for each workload, each tried for `seconds`. Settings with wrong answers are left out."""
     tried: dict[str, list[tuple[float, Server]]] = {workload.name: [] for workload in workloads}
     for server in variants:
         with server.running():

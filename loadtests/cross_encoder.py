@@ -1,8 +1,8 @@
 """A cross-encoder of the shape of cross-encoder/ms-marco-MiniLM-L6-v2: a trained encoder under a seeded random head.
 
-What it says means nothing, but it costs what the trained one costs and rounds as it does, and no weights have to be
-fetched. Random weights throughout round worse than any trained ones: in bf16 they put another document first for one
-query in eight, which no quality gate should let pass.
+Its scores mean nothing, but it costs as much as the trained one and has similar rounding errors, and no weights have
+to be fetched. A model of random weights throughout rounds worse than any trained one: in bf16 it ranks another document
+first for one query in eight, which no quality gate should let pass.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from loadtests.load import texts
 
 SEED = 2
 SCORE_STD = 1.5
-"""Of the logits of random pairs; a sigmoid still tells them apart."""
+"""Standard deviation of the logits of random pairs; a sigmoid still tells them apart."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
 def write_checkpoint(folder: Path, encoder: Path) -> None:
-    """Write weights, config and tokenizer in the hub's layout, over the encoder in the folder `encoder`."""
+    """Write weights, config and tokenizer in the hub's layout; the encoder comes from the folder `encoder`."""
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = BertForSequenceClassification.from_pretrained(encoder, num_labels=1, dtype=torch.float32).eval()

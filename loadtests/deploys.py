@@ -1,4 +1,4 @@
-"""A deploy of another config and a rollback under load, on three nodes: what fails, and how long requests wait."""
+"""Deploys another config and rolls it back under load, on three nodes: what fails, and how long requests wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings beside Infinity, LitServe, FastAPI and the bare engine: `make bench-embeddings`."""
+"""Compares embeddings with Infinity, LitServe, FastAPI and the bare engine: `make bench-embeddings`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = resolve(SOURCE, None)
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
 LITSERVE_BATCHES = ((32, 0), (32, 2), (32, 10), (2, 0))
-"""Requests in a batch, and the milliseconds it waits to fill up."""
+"""Requests per batch, and the milliseconds a batch waits to fill up."""
 
 WORKLOADS = [
     Workload("short", "One text of 12 words a request, 64 clients", 64, 1, 12, 12),

@@ -1,4 +1,4 @@
-"""Inputs that nobody has sent before, except that people often begin their sentences alike."""
+"""Inputs that nobody has sent before, although many sentences begin alike, as people's do."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ CASES = [pairs.Writer(language, DRAW) for language in LANGUAGES]
 
 
 def sentence() -> str:
-    """In Korean."""
+    """A Korean sentence."""
     return SENTENCES.sentence(DRAW.choice(SENTENCES.grammar.templates))
 
 
 def case(documents: int) -> pairs.Case:
-    """A question and so many documents, in Korean or English."""
+    """A question and `documents` documents, in Korean or English."""
     return DRAW.choice(CASES).case("training", documents)
 
 
 def copy() -> str:
-    """Of the example's product, or of another thing."""
+    """Advertising copy for the example's product, or for something else."""
     return ad_copy(DRAW, DRAW.choice(["mug", None]))
 
 
@@ -47,7 +47,7 @@ def picture(example: str) -> bytes:
 
 
 def form(example: str | None = None, **fields: str) -> dict[str, Any]:
-    """The body and header of a multipart request, with a picture where there is an example."""
+    """The body and header of a multipart request; with a picture if an example is named."""
     files = {"image": ("image.png", picture(example))} if example else {}
     body, content_type = encode_multipart_formdata(fields | files)
     return {"data": body, "headers": {"Content-Type": content_type}}

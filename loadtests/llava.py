@@ -1,8 +1,8 @@
-"""Checkpoints of LLaVA 1.5's form with seeded random weights, which cost what trained ones cost.
+"""Checkpoints of LLaVA 1.5's form with seeded random weights, which cost as much as trained ones.
 
-The tokenizer is of Llama's kind, learnt on the README, so that the names of a verdict's fields take several tokens as
-they do there, and filled up to Llama's size with strings that nobody writes. Of these a fixed share ends a sentence and
-the JSON string that it stands in, so that answers have natural lengths; for the rest what is written means nothing.
+The tokenizer is of Llama's kind. It is trained on the README, so that the names of a verdict's fields take several
+tokens as they do in Llama, and filled up to Llama's size with made-up strings. A fixed share of these ends a sentence
+and the JSON string around it, so that answers have natural lengths. Otherwise the answers mean nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHAT = (
     "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}{% endfor %} ASSISTANT:"
 )
-"""LLaVA 1.5's, for servers that ask the checkpoint for it."""
+"""LLaVA 1.5's chat template, for servers that read it from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ SHAPES = {
     "7b": Shape(4096, 11008, 32, 32, 1024, 24, 16),
     "13b": Shape(5120, 13824, 40, 40, 1024, 24, 16),
 }
-"""The last two are those of LLaVA 1.5."""
+"""The last two are LLaVA 1.5's own."""
 
 
 def write_checkpoint(folder: Path, size: str, device: str = "cpu") -> Path:
-    """Write weights in half precision, tokenizer and processor, once; the folder."""
+    """Write weights in half precision, tokenizer and processor, unless they are there. Returns the folder."""
     if (folder / "written").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)

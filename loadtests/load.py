@@ -1,4 +1,4 @@
-"""Closed-loop load from wrk: so many clients, each with its next request as soon as it has its answer."""
+"""Closed-loop load from wrk: each client sends its next request as soon as it has its answer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ HERE = Path(__file__).parent
 WORDS_FILE = HERE / "words.txt"
 WARM_UP_S = 1
 SETTLE_S = 1.0
-"""After a run, for the requests that wrk left behind: servers that don't see a client go still answer them."""
+"""Pause after a run: servers that don't notice a disconnect still answer the requests that wrk left behind."""
 MIN_ANSWERS = 3
-"""To each client: wrk does not count what is under way at the end, which would be a large part of fewer."""
+"""Answers per client. wrk does not count requests in flight at the end, which would be a large part of fewer."""
 LONGEST_S = 40
 PATIENCE_S = 60
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the clients ask for: `items` texts a request, each of `shortest` to `longest` words."""
+    """What the clients ask for: `items` texts per request, each of `shortest` to `longest` words."""
 
     name: str
     title: str
@@ -32,13 +32,13 @@ class Workload:
     words: Path = WORDS_FILE
 
     def texts(self, count: int, seed: int) -> list[str]:
-        """Texts of the words and lengths that wrk sends."""
+        """Texts with the words and lengths that wrk sends."""
         return texts(count, self.shortest, self.longest, seed, self.words)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One server under one workload. `failed` counts answers other than 200 and requests without an answer."""
+    """One server under one workload. `failed` counts statuses other than 200 and requests without an answer."""
 
     items_per_s: float
     requests_per_s: float
@@ -54,9 +54,9 @@ def texts(count: int, shortest: int, longest: int, seed: int, words: Path = WORD
 
 
 def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
-    """Warm up, then measure for `seconds`, or longer where requests are slower than that.
+    """Warm up, then measure for `seconds`, or longer if requests are too slow for that.
 
-    In the JSON `body` each TEXT and NUMBER is replaced by a fresh one.
+    Each TEXT and NUMBER in the JSON `body` is replaced by a fresh one.
     """
     _wrk(url, body, workload, WARM_UP_S)
     while True:

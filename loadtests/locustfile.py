@@ -1,8 +1,8 @@
 """A day's traffic on a running Dure: `make loadtest ARGS="--shape spike --users 40"`.
 
-People who type, who search and who have an advert checked, programs that index documents, and one that watches. How
-many there are when is told by `loadtests/shapes.py`; `--users` is a day's peak. Inputs are fresh, but people often
-begin their sentences alike. At the end there is a line for each endpoint, and every job that was made is deleted.
+The users are people who type, search or have adverts checked, programs that index documents, and one that watches.
+`loadtests/shapes.py` has their number over time; `--users` is a day's peak. Inputs are fresh, although many sentences
+begin alike. At the end a line is printed for each endpoint, and every job that was made is deleted.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from serve.services.adverts.verdicts import Judgement, Validation
 TENANT = "loadtest"
 RUN_S = 120
 ENDS_S = 30.0
-"""For what people are in the midst of when the time is up: it is seen through, and counts."""
+"""People may finish what they are doing within this long after the end, and it counts."""
 ALL_AT_ONCE = 100.0
-"""People a second: the shape alone says how fast they come."""
+"""People per second: high enough that the shape alone decides how fast they come."""
 KEY_S, DEBOUNCE_S = 0.2, 0.3
-"""Between two letters on average, and from the last one until what stands there is sent."""
+"""Average time between two letters, and from the last letter until the text is sent."""
 WORDS, FOUND = 5, 3
-"""Next words and documents that are asked for."""
+"""Next words and documents to ask for."""
 
 
 class Typist(Visitor):
-    """Types sentences letter by letter and waits, at each pause, for the words that may follow."""
+    """Types sentences letter by letter and waits for the next words at each pause."""
 
     weight = 5
     wait_time = between(1, 5)
@@ -97,7 +97,7 @@ class Searcher(Visitor):
 
 
 class Indexer(Visitor):
-    """A program that has many documents to embed."""
+    """A program with many documents to embed."""
 
     weight = 1
     wait_time = between(2, 6)
@@ -108,7 +108,7 @@ class Indexer(Visitor):
 
 
 class Advertiser(Visitor):
-    """Has adverts checked: mostly at a glance, sometimes with all of it on record."""
+    """Has adverts checked: mostly with single requests, sometimes as a job on record."""
 
     weight = 1
     wait_time = between(2, 6)
@@ -123,7 +123,7 @@ class Advertiser(Visitor):
 
     @task(1)
     def story(self) -> None:
-        """A job, stage 1, the finished advert, stage 2, a look at it all; then it is deleted."""
+        """Make a job, run stage 1, upload the finished advert, run stage 2, read the job, delete it."""
         sent = form("red-mug", tenant_id=TENANT, desc_eng=copy())
         made = self.ask("POST", "/api/yh/jobs", lambda answer: {"job_id", "job_variants_id"} <= answer.keys(), **sent)
         if made is None:
@@ -155,7 +155,7 @@ class Advertiser(Visitor):
 
 
 class Monitor(Visitor):
-    """The one that watches."""
+    """Watches the server."""
 
     fixed_count = 1
     wait_time = constant(5)
@@ -175,7 +175,7 @@ class Monitor(Visitor):
 
 
 class Traffic(LoadTestShape):
-    """The chosen shape, from the start to the end of `--run-time`."""
+    """The chosen shape, stretched over `--run-time`."""
 
     use_common_options = True
 
@@ -187,7 +187,7 @@ class Traffic(LoadTestShape):
 
 @events.init_command_line_parser.add_listener
 def _arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=list(SHAPES), default="day", help="how many people come when")
+    parser.add_argument("--shape", choices=list(SHAPES), default="day", help="how the number of people changes")
     parser.set_defaults(stop_timeout=ENDS_S, host=os.environ.get("DURE_URL", "http://127.0.0.1:8000"))
 
 
@@ -204,7 +204,7 @@ def _begin(environment: Environment, **_: Any) -> None:
 
 @events.test_stop.add_listener
 def _delete_jobs(environment: Environment, **_: Any) -> None:
-    """Until none is left: some may have been under way when their advertisers were stopped."""
+    """Delete jobs until none is left: some may still have been in progress when their advertisers stopped."""
     if Advertiser not in environment.user_classes:
         return
     with httpx.Client(base_url=environment.host, timeout=60) as client:
@@ -226,7 +226,7 @@ def _end(environment: Environment, **_: Any) -> None:
 
 
 def embed(visitor: Visitor, given: str | list[str]) -> None:
-    """One text, or a list, which has a line of its own at the end."""
+    """Embed one text, or a list, which has a line of its own in the table."""
     is_list = isinstance(given, list)
     count = len(given) if is_list else 1
 
@@ -240,21 +240,21 @@ def embed(visitor: Visitor, given: str | list[str]) -> None:
 
 
 def are_words(found: list[dict[str, Any]]) -> bool:
-    """Some, the best first, none twice."""
+    """At least one and at most WORDS words, best first, no duplicates."""
     confidences = [word["confidence"] for word in found]
     texts = {word["text"] for word in found if isinstance(word["append"], str)}
     return 0 < len(texts) == len(found) <= WORDS and confidences == sorted(confidences, reverse=True)
 
 
 def are_hits(found: list[dict[str, Any]], score: str, documents: int) -> bool:
-    """As many as were asked for, the best first, none twice."""
+    """As many hits as were asked for, best first, no duplicates."""
     scores = [hit[score] for hit in found]
     indexes = {hit["index"] for hit in found}
     return len(indexes) == len(found) == min(FOUND, documents) and scores == sorted(scores, reverse=True)
 
 
 def ends_well(told: str) -> bool:
-    """Events of how far it is, and at last the result, or a refusal where a model on the way is full."""
+    """The last of the progress events is the result, or a refusal because a model's queue is full."""
     last = told.rstrip().split("\n\n")[-1]
     refused = '"status":429' in last or '"status":503' in last
     return last.startswith("event: result") or (last.startswith("event: error") and refused)

@@ -1,8 +1,8 @@
-"""What the server of a shipped config holds in memory, process by process: `make bench-memory`.
+"""Memory of a server with a shipped config, process by process: `make bench-memory`.
 
-In PSS, the proportional set size: what a process has alone, and its part of what it shares with others. The sum over
-all processes is what would be free without them. Once right after the start, and again after some load on every model,
-as buffers and caches fill then.
+It is measured as PSS, the proportional set size: a process's own memory, plus its part of what it shares with others.
+The sum over all processes is what would be free without them. It is taken right after the start, and again after some
+load on every model, which fills buffers and caches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loadtests.report import machine
 TARGET_MB = 2700
 LOAD_S = 30
 CLIENTS = 4
-"""Of each endpoint."""
+"""Clients per endpoint."""
 IMAGE = servers.ROOT / "demo/adverts/examples/red-mug.png"
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def by_process(root: int) -> dict[str, float]:
-    """MB of each process that the server has started and of itself; several of a name are numbered."""
+    """MB of the server's process and of each that it has started; those with the same name are numbered."""
     found: dict[str, float] = {}
     for process in servers.processes(root):
         try:
@@ -71,7 +71,7 @@ def _name(process: psutil.Process) -> str:
 
 
 async def load(url: str, seconds: float) -> None:
-    """Every model asked by a few clients, with fresh texts of mixed length."""
+    """Have a few clients ask every model, with fresh texts of mixed length."""
     draw, until = random.Random(1), time.monotonic() + seconds
     words = texts(4000, 2, 120, 1)
 

@@ -1,8 +1,8 @@
 """A checkpoint of the shape of skt/kogpt2-base-v2 with seeded random weights, in KoGPT2's layout.
 
-What it says means nothing, but it costs what the trained one costs. A token is one character; 35 % of them begin a
-word, so that words come to an end as they do in Korean, and the first tokens' probabilities differ enough for answers
-to be compared between precisions.
+Its predictions mean nothing, but it costs as much as the trained one. A token is one character. 35 % of the tokens
+begin a word, so that words end as often as in Korean, and the probabilities of the first tokens differ enough to
+compare answers between precisions.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ VOCABULARY = 51_200
 BEGIN_SHARE = 0.35
 SEED = 4
 WEIGHT_STD = 0.06
-"""Three times GPT-2's own: probabilities as uneven as those of a trained model."""
+"""Three times GPT-2's own, which makes probabilities as uneven as those of a trained model."""
 RANGES = ((0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x3400, 0x4DBF))
 CHARACTERS = [chr(code) for first, last in RANGES for code in range(first, last + 1)]
 """Ideographs and Hangul syllables."""
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Write weights, config and tokenizer, and a file of words of two tokens each, whose path is returned."""
+    """Write weights, config and tokenizer, and a file of words of two tokens each. Returns the path of that file."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(SEED)
     specials = sorted(set(SPECIALS.values()))

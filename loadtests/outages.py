@@ -1,8 +1,8 @@
-"""Processes and a machine of a cluster are killed under load, one after the other: what fails, and for how long.
+"""Kills processes and a node of a cluster under load, one after the other: what fails, and for how long.
 
-Three nodes on this machine, two ingress replicas. A steady number of clients searches through one port. In
-turn a model's replica, the admission actor, an ingress replica, a HAProxy and a node get a SIGKILL, each when what was
-killed before is back. What a client is refused or loses is asked for once more, which is counted by itself.
+Three nodes run on this machine, with two ingress replicas. A steady number of clients searches through one port. In
+turn a model's replica, the admission actor, an ingress replica, a HAProxy and a node get a SIGKILL, each once the one
+before has recovered. A client repeats a refused or lost request once; repeats are counted separately.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from tests.nodes import NODE, Nodes
 CLIENTS = 6
 PAUSE_S = 0.05
 RETRY_S = 1.0
-"""After which a client asks again that was told nothing else."""
+"""Wait of a client before it asks again, if the answer names no other."""
 SHARE = 0.45
-"""Of a GPU, so that one holds a replica of each model. Ray places by what is left on a node in all: where it is 0.4 of
-each of two GPUs, a replica of 0.6 waits for ever."""
+"""Share of a GPU, so that one GPU holds a replica of each model. Ray places replicas by the sum of what is free on a
+node: with 0.4 free on each of two GPUs, a replica that needs 0.6 waits forever."""
 BETWEEN_S = 5.0
 RECOVER_S = 90.0
 REPLICA_S = 10.0
-"""For a model's replica; with loading it anew, which is quick here."""
+"""Longest recovery of a model's replica, with loading the model, which is quick here."""
 INGRESS, HAPROXY = "ServeReplica:dure:ingress", "haproxy -"
 ATTEMPTS = 200
 GOOD_IN_A_ROW = 10
-"""So many answers without a failure between them, and what was killed is over."""
+"""An outage is over after this many answers without a failure in between."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Load:
 
     url: str
     kind: str = "none"
-    """Of what was killed last."""
+    """Kind of the last outage."""
     answered: Counter[str] = field(default_factory=Counter)
     failed_once: Counter[str] = field(default_factory=Counter)
     failed_again: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class Load:
     last_failure: float = 0.0
     in_a_row: int = 0
     unwanted: frozenset[int] = frozenset()
-    """Ports of clients that are to connect anew."""
+    """Client ports whose connections are to be opened anew."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
@@ -70,7 +70,7 @@ class Load:
                     pass
 
     def _ask(self, client: httpx.Client) -> int | None:
-        """Returns the port that was asked from."""
+        """Search once, and once more if it fails. Returns the client port, or None without a connection."""
         stamp = time.monotonic_ns()
         body = {"query": f"Who pays {stamp}?", "documents": [f"{stamp} the tenant pays", "It rains."], "top_k": 1}
         began = time.monotonic()
@@ -106,14 +106,14 @@ class Outage:
     kill: Callable[[], None]
     is_back: Callable[[], bool]
     prepare: Callable[[], None] = lambda: None
-    """Before the kill, not measured."""
+    """Runs before the kill and is not measured."""
     may_fail_once: bool = False
     at_most_s: float = RECOVER_S
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=240, help="of load, at least")
+    parser.add_argument("--seconds", type=int, default=240, help="least duration of the load")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="dure-outages-"))
@@ -171,7 +171,7 @@ def _suffer(outage: Outage, load: Load) -> list[str]:
             return [f"{outage.kind}: not back after {RECOVER_S:g} s"]
         time.sleep(0.1)
     back_s = time.monotonic() - killed_at
-    time.sleep(BETWEEN_S)  # what fails until the next one is killed is this one's, too
+    time.sleep(BETWEEN_S)  # failures until the next kill count as this outage's, too
     failing_s = max(0.0, load.last_failure - killed_at)
     once, again = load.failed_once[outage.kind], load.failed_again[outage.kind]
     print(f"{outage.kind}: {once} requests failed once, {again} again; failures for {failing_s:.1f} s, as many "
@@ -210,7 +210,7 @@ def _process(nodes: Nodes, kind: str, title: str, **more: Any) -> Outage:
 
 
 def _node(nodes: Nodes, load: Load, port: int, with_ingress: bool) -> Outage:
-    """A machine that is not the head, for which another one has come."""
+    """Kills a node other than the head, after another node has joined to replace it."""
     kind = "node with an ingress" if with_ingress else "node without an ingress"
     titles = [INGRESS, *(f"ServeReplica:dure:{name}" for name in ("embedder", "reranker", "search"))]
     victim = 0
@@ -222,7 +222,7 @@ def _node(nodes: Nodes, load: Load, port: int, with_ingress: bool) -> Outage:
         workers = {int(process.environ()[NODE].rpartition(".")[2]) for process in nodes.processes()} - {0}
         chosen = workers & doors if with_ingress else workers - doors
         if not chosen:
-            sys.exit(f"{kind}: Serve has placed the ingress so that there is none; run this again")
+            sys.exit(f"{kind}: there is none, because of where Serve placed the ingress; run this again")
         victim = min(chosen)
         wanted[:] = [len(nodes.actors(title)) for title in titles]
         nodes.add(cpus=4, gpus=1)
@@ -230,8 +230,10 @@ def _node(nodes: Nodes, load: Load, port: int, with_ingress: bool) -> Outage:
             leave()
 
     def leave() -> None:
-        """Let no client's connection end at the victim, as a balancer in front of the nodes with an ingress does. Serve
-        has a HAProxy on every node with a replica, and here the kernel chooses among them."""
+        """Move all client connections away from the victim, as a load balancer in front of the ingress nodes would.
+
+        Serve runs a HAProxy on every node with a replica, and on one machine the kernel chooses among them.
+        """
         for _ in range(ATTEMPTS):
             of_clients = {end.laddr for end in psutil.Process().net_connections("tcp") if end.raddr}
             ends = {
@@ -244,7 +246,7 @@ def _node(nodes: Nodes, load: Load, port: int, with_ingress: bool) -> Outage:
             if len(ends) == CLIENTS and not load.unwanted:
                 return
             time.sleep(PAUSE_S)
-        sys.exit(f"{kind}: clients' connections still end there")
+        sys.exit(f"{kind}: clients are still connected to it")
 
     def is_back() -> bool:
         return [len(nodes.actors(title)) for title in titles] == wanted

@@ -1,8 +1,8 @@
-"""Four times the load that can be borne, for two minutes: what is still answered, how late, and what the others hear.
+"""Four times the load that the server can bear, for two minutes: what is answered, how late, and how it refuses.
 
-For each endpoint, first the peak, once memory holds still: so many clients that the queue is never empty and nobody is
-refused. Then new requests at four times that rate, whatever becomes of those before; who is refused comes back at the
-time that `Retry-After` says, with the ticket. Then the peak again, as machines are not as fast at all times.
+Each endpoint is first measured at its peak, once memory is stable: with enough clients that the queue is never empty,
+but nobody is refused. Then new requests come at four times that rate, however earlier ones fare; refused clients come
+back after `Retry-After` with their ticket. Then the peak is measured again, because a machine's speed varies.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from loadtests.report import machine
 from loadtests.visits import Tries, Visits, median, prepared, quantile, run
 
 WARM_S = 90
-"""The predictor's memory holds still only then, with its prefix cache full. The engine alone, 64 clients: 973 MB, 1.36
-GB after 10 s, 1.5 to 1.8 GB from 40 s on.
+"""The predictor's memory is stable only then, with its prefix cache full. Measured with the engine alone and 64
+clients: 973 MB, 1.36 GB after 10 s, 1.5 to 1.8 GB from 40 s on.
 """
 PEAK_S = 20
 SETTLE_S = 15
-"""After which no room is held any more for those who do not come back."""
+"""After this long, no room is kept any more for clients that do not come back."""
 TIMES = 4.0
 PREPARED = 10_000
-"""Bodies: the load should not take from the cores what is measured on them."""
+"""Request bodies made beforehand: making them under load would take CPU time from the server."""
 WORDS = WORDS_FILE.read_text(encoding="utf-8").split()
 DRAW = random.Random(1)
 
@@ -45,7 +45,7 @@ class Endpoint:
     path: str
     body: Callable[[], Any]
     clients: int
-    """For the peak."""
+    """Clients that reach the peak."""
     queue: int
     """Requests that may wait or run."""
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int) -> list[str]:
-    """What of it is not as promised."""
+    """Measure one endpoint; returns the promises it breaks."""
 
     async def scenario(session: aiohttp.ClientSession) -> tuple[list[Tries], Tries, list[dict[str, float]]]:
         url = server.url + endpoint.path
@@ -152,7 +152,7 @@ def measure(name: str, server: servers.Server, endpoint: Endpoint, seconds: int)
 
 
 def own_memory() -> dict[str, float]:
-    """MB of each process of the server under test that it shares with no other."""
+    """Unshared MB of each process of the server under test."""
     time.sleep(1)
     mark = str(servers.BENCH / "dure")
     own = {}

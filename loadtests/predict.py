@@ -1,7 +1,7 @@
-"""Next words beside the algorithm that Dure replaces, and beside what the machine can do: `make bench-predict`.
+"""Compares next words with the algorithm that Dure replaces, and with the machine's limits: `make bench-predict`.
 
-Dure is asked over HTTP, its cache off. The other one runs in this process, one request after the other without any
-server, which is the most that it can reach.
+Dure is asked over HTTP, with its cache off. The other algorithm runs in this process, one request after the other and
+without a server, which is the fastest it can be.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ DURE: dict[str, Any] = {
 }
 TRIED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEER_PROMPTS = 4
-"""A round; each takes seconds."""
+"""Prompts per round; each takes seconds."""
 CHECKED = 16
 SAME_BEST_WORD = 0.8
-"""Of the prompts: with random weights words come close, and bf16 rounds differently in batches of other shapes."""
+"""Smallest share of prompts with the same best word. With random weights, probabilities of words are close, and bf16
+rounds differently in batches of other shapes."""
 SPEED_S = 1.0
 
 
@@ -113,16 +114,16 @@ def _fastest(workload: Workload) -> tuple[FullPasses, str]:
 def _one_by_one(peer: FullPasses, workload: Workload, seed: int) -> Measure:
     times = [_timed(lambda text=text: peer.predict(text)) for text in workload.texts(PEER_PROMPTS, seed)]  # type: ignore[misc]
     rate = len(times) / sum(times)
-    # A lone client is answered at once; of many, each waits for all others.
+    # A lone client is answered at once. With many, each waits for all the others.
     return Measure(rate, rate, 1000 * statistics.median(times) * workload.clients)
 
 
 def _check(server: servers.Server, peer: FullPasses, workloads: list[Workload]) -> None:
-    """Raises WrongAnswers where Dure, asked for all at once, says other words than the definition."""
+    """Raises WrongAnswers if Dure, asked for all prompts at once, predicts other words than full passes."""
     prompts = [text for workload in workloads for text in workload.texts(CHECKED // len(workloads), 7)]
     answers = asyncio.run(_ask(server, prompts))
     same = [answer[0]["text"] == peer.predict(text)[0][0] for text, answer in zip(prompts, answers, strict=True)]
-    print(f"The best word is that of full passes for {sum(same)} of {len(same)} prompts", flush=True)
+    print(f"The best word is the same as with full passes for {sum(same)} of {len(same)} prompts", flush=True)
     if sum(same) < SAME_BEST_WORD * len(same):
         raise WrongAnswers(f"Dure predicts other words: the same best one for {sum(same)} of {len(same)} prompts")
 
@@ -141,11 +142,11 @@ class Pass:
     read: int
     """Tokens that went through the layers."""
     judged: int
-    """Tokens of which the next one's probabilities were worked out."""
+    """Tokens for which the probabilities of the next one were computed."""
 
 
 def _limits(engine: Predictor, workloads: list[Workload]) -> None:
-    """How far the engine's steps are from what memory and arithmetic allow."""
+    """Print how far the engine's steps are from what memory and arithmetic allow."""
     head = engine.model.get_output_embeddings().weight
     layers = sum(each.numel() for each in engine.model.base_model.h.parameters())
     bandwidth, rate = _bandwidth(), _matrix_rate(head.dtype)
@@ -169,12 +170,12 @@ def _limits(engine: Predictor, workloads: list[Workload]) -> None:
             for each in passes
         ]
         tokens = sum(each.read for each in passes)
-        print(f"{workload.title}: {tokens / seconds:.0f} tokens/s, {1000 * seconds / len(passes):.1f} ms a step, "
+        print(f"{workload.title}: {tokens / seconds:.0f} tokens/s, {1000 * seconds / len(passes):.1f} ms per step, "
               f"{seconds / sum(limits):.2f} times the limit of {1000 * sum(limits) / len(passes):.1f} ms")  # fmt: skip
 
 
 def _typed_on(engine: Predictor, workloads: list[Workload]) -> None:
-    """What is gained where a prompt goes on from one that was read before, by a word."""
+    """Print the gain if a prompt extends one that was read before by a word."""
     for workload in workloads:
         fresh: list[float] = []
         further: list[float] = []
@@ -193,7 +194,7 @@ def _typed_on(engine: Predictor, workloads: list[Workload]) -> None:
 
 
 def _stepped(engine: Predictor, items: list[Any]) -> None:
-    """As a replica does it; `run` reads everything from nothing."""
+    """Run the items step by step, as a replica does; `run` would not use the prefix cache."""
     works = [engine.begin(item) for item in items]
     while left := [work for work in works if work.result is None]:
         engine.step(left)
@@ -216,14 +217,14 @@ def _watched(engine: Predictor, passes: list[Pass]) -> Any:
 
 
 def _bandwidth() -> float:
-    """Bytes copied a second."""
+    """Bytes copied per second."""
     source = torch.zeros(2**27, dtype=torch.uint8)
     target = torch.empty_like(source)
     return source.nbytes / _median_s(lambda: target.copy_(source))
 
 
 def _matrix_rate(dtype: torch.dtype) -> float:
-    """Operations a second of the larger matrices of a layer, with many tokens."""
+    """Operations per second for the larger matrices of a layer, with many tokens."""
     tokens, weights = torch.randn(1024, 768).to(dtype), torch.randn(3072, 768).to(dtype)
     return 2 * tokens.numel() * len(weights) / _median_s(lambda: torch.nn.functional.linear(tokens, weights))
 

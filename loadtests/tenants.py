@@ -1,7 +1,7 @@
 """Two tenants in one lane, one with twenty times the other's load: how much later does the small one get its answers?
 
-Alternating rounds: the small tenant alone, then beside the flood. Each client sends its next search as soon as it has
-its answer; who is refused comes back when told to, with the ticket.
+Rounds alternate: the small tenant alone, then beside the flood. Each client sends its next search as soon as it has its
+answer; refused clients come back when told to, with their ticket.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(url: str, clients: int, options: argparse.Namespace) -> float:
-    """How many times as long the small tenant's p95 is beside the flood."""
+    """The small tenant's p95 beside the flood, as a multiple of that alone."""
 
     body = prepared(search, PREPARED)
 

@@ -1,7 +1,7 @@
-"""Many people typing, each over a WebSocket of their own, as a browser's input field would: `make bench-typing`.
+"""Many people typing, each over a WebSocket of their own, as in a browser's input field: `make bench-typing`.
 
-Each types bursts of characters and pauses; what stands there is sent once nothing was typed for a while. The demo
-checkpoint is served. Beside it, what connections cost that nobody types on.
+Each types bursts of characters with pauses; the text is sent once nothing has been typed for a while. The server runs
+the demo checkpoint. Afterwards the cost of idle connections is measured.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from loadtests.report import machine
 
 BURST, KEY_S, PAUSE_S, DEBOUNCE_S = 5, 0.15, 2.0, 0.3
 LAST_ANSWERS = 100
-"""Tenths of a second that the last ones may take."""
+"""Longest wait for the last answers, in tenths of a second."""
 OPENING = 50
-"""Connections that are opened at once."""
+"""Connections opened at once."""
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Seen:
     answered: list[float] = field(default_factory=list)
     """Seconds from input to answer."""
     overtaken: int = 0
-    """Inputs that a newer one followed before their answer had come."""
+    """Inputs replaced by a newer one before their answer came."""
     stale: int = 0
-    """Answers to inputs that had been overtaken."""
+    """Answers to overtaken inputs."""
     errors: list[str] = field(default_factory=list)
 
 
@@ -53,7 +53,7 @@ class Field:
     seen: Seen
     newest: int = 0
     waiting: dict[int, float] = field(default_factory=dict)
-    """When each input that has no answer yet was sent."""
+    """When each input without an answer was sent."""
 
     async def type(self, text: str, until: float, start_s: float) -> None:
         await asyncio.sleep(start_s)
@@ -106,9 +106,9 @@ def main() -> None:
 
 
 async def _typing(url: str, clients: int, seconds: int) -> str:
-    """What went wrong, or nothing."""
+    """What went wrong; empty if nothing did."""
     draw, seen = random.Random(0), Seen()
-    texts = [f"{prefix} {following}" for prefix, following in heldout()]
+    texts = [f"{prefix} {word}" for prefix, word in heldout()]
     sockets = await _open(url, clients)
     fields = [Field(socket, seen) for socket in sockets]
     listening = [asyncio.create_task(each.listen()) for each in fields]

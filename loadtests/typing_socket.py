@@ -1,4 +1,4 @@
-"""What a page does with its WebSocket while somebody types: sends what stands there, waits for the next words."""
+"""What a page does with its WebSocket while somebody types: it sends the text and waits for the next words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECONNECT_S = 2.0
 
 
 class Refused(Exception):
-    """To be asked again after so many seconds, where they are known."""
+    """The request was refused; ask again after `pause_s`, if known."""
 
     def __init__(self, pause_s: float | None = None) -> None:
         super().__init__(pause_s)
@@ -28,13 +28,13 @@ class Refused(Exception):
 
 
 class WrongAnswer(Exception):
-    """An error, or something that is no prediction."""
+    """The answer is an error, or not a prediction."""
 
 
 class TypingSocket:
-    """A connection that is opened when it is needed, also after it was lost.
+    """A connection that is opened when needed, also after a loss.
 
-    Each input is reported by `report`, Locust's event `request`, with the time until its predictions came.
+    Each input is passed to `report`, Locust's event `request`, with the time until its predictions came.
     """
 
     def __init__(self, url: str, report: Callable[..., None]) -> None:
@@ -43,7 +43,7 @@ class TypingSocket:
         self.socket: WebSocket | None = None
 
     def ask(self, text: str, right: Right) -> None:
-        """Send what stands there and wait for the words after it."""
+        """Send the text and wait for the next words."""
         started = time.perf_counter()
         told: dict[str, Any] = {"request_type": "WS", "exception": None}
         pause_s = 0.0

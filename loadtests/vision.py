@@ -1,6 +1,6 @@
-"""Verdicts about images beside plain `generate` and beside `transformers serve`: `make bench-vision`.
+"""Compares verdicts about images with plain `generate` and with `transformers serve`: `make bench-vision`.
 
-All with the same weights, of LLaVA's form. Dure is held to the schema of a verdict; the others are asked for JSON in
+All have the same weights, of LLaVA's form. Dure must follow the schema of a verdict; the others are asked for JSON in
 the prompt and write as many tokens as Dure's answers have. Every request has an image of its own.
 """
 
@@ -43,7 +43,7 @@ CLIENTS = 8
 PRECISIONS: tuple[Precision, ...] = ("bf16", "int8", "int4")
 SCHEMA = json.dumps(Validation.model_json_schema())
 SAMPLE = 8
-"""Questions that the engine answers by itself, for the tokens and steps of an answer."""
+"""Questions for the engine alone, to learn the tokens and steps of an answer."""
 FRESH = itertools.count()
 
 
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def picture() -> bytes:
-    """An image that nobody has seen."""
+    """An image that has not been sent before."""
     draw = np.random.default_rng(next(FRESH))
     coarse = Image.fromarray(draw.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     out = io.BytesIO()
@@ -98,7 +98,7 @@ def copy() -> str:
 
 
 def _engine(source: str, precision: Precision, questions: int) -> int:
-    """Load the engine alone and have it answer; tokens of an answer."""
+    """Load the engine alone and have it answer. Returns the tokens of an answer."""
     started = time.perf_counter()
     engine = load_engine(model_spec("m", "vision", source, precision=precision), LoadProgress(lambda _: None))
     assert isinstance(engine, Vision)
@@ -130,7 +130,7 @@ class Plain:
         self.tokens = tokens
 
     def rate(self, seconds: float) -> float:
-        """Images a second."""
+        """Images per second."""
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             self.answer()
@@ -175,9 +175,9 @@ def _ask_transformers(client: httpx.Client, url: str, folder: str, tokens: int) 
 
 
 def _load(ask: Callable[[httpx.Client], Any], seconds: float) -> float:
-    """Answers a second to clients, each with its next request as soon as it has its answer.
+    """Answers per second to clients that send their next request as soon as they have their answer.
 
-    What is under way at the end is waited for, and counts with the time that it takes.
+    Requests in flight at the end are waited for, and count with the time that they take.
     """
 
     def client(until: float) -> Iterator[float]:

@@ -1,7 +1,7 @@
-"""Somebody who uses Dure in the load test: checks every answer, and comes back when told to.
+"""A user of Dure in the load test, who checks every answer and comes back when told to.
 
-A 429 or 503 with Retry-After is a refusal. It is no failure, but has a request type of its own in Locust's statistics.
-Whoever is refused waits so long and asks again, with the ticket if one came along.
+A 429 or 503 with Retry-After is a refusal. It is not a failure, and has a request type of its own in Locust's
+statistics. A refused user waits as long as it says and asks again, with the ticket if there is one.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from locust import FastHttpUser
 from locust.stats import RequestStats, StatsEntry
 
 TRIES = 4
-"""Times that somebody asks for the same before giving up."""
+"""Times that a user asks for the same before giving up."""
 PATIENCE_S = 150.0
 TICKET = "X-Dure-Ticket"
 REFUSED = " refused"
-"""Follows the request type of what was refused."""
+"""Suffix of the request type for refusals."""
 SHOWN = 160
-"""Characters of an answer that was not expected."""
+"""Characters shown of an unexpected answer."""
 
 PAUSES: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
 """The seconds of Retry-After, by name and type of the request."""
 
 Right = Callable[[Any], bool]
-"""Whether an answer is as it should be; one of WRONG, raised on the way, means that it is not."""
+"""Whether an answer is right. It is wrong, too, if this raises one of WRONG."""
 WRONG = (LookupError, TypeError, ValueError, AttributeError)
 
 
 class Visitor(FastHttpUser):
-    """A user who asks and is told."""
+    """A user who asks Dure over HTTP."""
 
     abstract = True
     network_timeout = PATIENCE_S
 
     def ask(self, method: str, path: str, right: Right, *, name: str = "", **content: Any) -> Any:
-        """The answer, JSON or text; None if it is not there, as it failed or was refused time and again."""
+        """The answer, JSON or text; None if the request failed or was refused TRIES times."""
         headers = content.pop("headers", {})
         for _ in range(TRIES):
             with self.client.request(
@@ -59,13 +59,13 @@ class Visitor(FastHttpUser):
 
 
 def pause_asked(status: int, retry_after: str | None) -> float | None:
-    """Seconds, where a request was refused."""
+    """Seconds to wait if a request was refused, else None."""
     return float(retry_after) if status in (429, 503) and retry_after else None
 
 
 def _checked(response: Any, right: Right) -> Any:
-    """The answer. None where there is none or it is wrong, which is a failure then."""
-    if not response.status_code:  # no connection; Locust knows
+    """The answer; None if there is none or it is wrong, which is then reported as a failure."""
+    if not response.status_code:  # no connection, which Locust has counted
         return None
     if 200 <= response.status_code < 300:
         with contextlib.suppress(*WRONG):
@@ -78,7 +78,7 @@ def _checked(response: Any, right: Right) -> Any:
 
 
 def table(stats: RequestStats) -> str:
-    """One line for each endpoint, as Markdown. Times are of what was answered."""
+    """A Markdown table with a line for each endpoint. Times are those of answered requests."""
     head = ("endpoint", "requests", "/s", "p50 ms", "p95 ms", "p99 ms", "failed", "refused", "Retry-After s")
     rows = [head, ("---", *["---:"] * (len(head) - 1))]
     known = {(entry.name, entry.method.removesuffix(REFUSED)) for entry in stats.entries.values()}

@@ -1,4 +1,4 @@
-"""Many requests at once from one small process: an open or a closed loop, with what was refused asked again."""
+"""Many requests at once from one small process, in an open or a closed loop; refused requests are repeated."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import orjson
 PATIENCE_S = 150.0
 
 Body = Callable[[], bytes]
-"""A fresh one each time, JSON."""
+"""Makes a fresh JSON body on each call."""
 
 
 def prepared(make: Callable[[], Any], count: int) -> Body:
-    """So many are made beforehand, which takes longer than to send them; further ones when they are wanted."""
+    """Make `count` bodies beforehand, because making one takes longer than sending it; any others on demand."""
     ready = iter([orjson.dumps(make()) for _ in range(count)])
     return lambda: next(ready, None) or orjson.dumps(make())
 
 
 @dataclass(frozen=True)
 class Try:
-    """One request, from when it was sent until its answer was there."""
+    """One request, from sending it to its answer."""
 
     at: float
-    """Since the start of the run."""
+    """Seconds since the start of the run."""
     seconds: float
     status: int
-    """0: no answer."""
+    """0 if there was no answer."""
     with_ticket: bool
     retry_after_s: float = 0.0
     ticket: str | None = None
@@ -41,7 +41,7 @@ class Try:
 
 @dataclass
 class Tries:
-    """All that was sent in a run of so many seconds."""
+    """All requests of a run of `run_s` seconds."""
 
     run_s: float
     of: list[Try] = field(default_factory=list)
@@ -59,12 +59,12 @@ class Tries:
         return [each for each in self.of if each.with_ticket]
 
     def goodput(self) -> float:
-        """Answers a second while the run lasted."""
+        """Answers per second during the run."""
         return sum(each.at + each.seconds <= self.run_s for each in self.answered()) / self.run_s
 
 
 def quantile(tries: list[Try], share: float) -> float:
-    """Of their seconds; 0 where there are none."""
+    """A quantile of their seconds; 0 if there are none."""
     times = sorted(each.seconds for each in tries)
     return times[min(len(times) - 1, int(share * len(times)))] if times else 0.0
 
@@ -105,7 +105,7 @@ class Visits:
         return made
 
     async def visit(self, tries: int = 10) -> None:
-        """Until there is an answer, or the run is over, or it has been refused so often."""
+        """Ask until there is an answer, the run is over, or the request has been refused `tries` times."""
         body, ticket = self.body(), None
         for _ in range(tries):
             made = await self.send(body, ticket)
@@ -118,7 +118,7 @@ class Visits:
                 return
 
     async def closed(self, clients: int) -> Tries:
-        """So many clients, each with its next request as soon as it has its answer."""
+        """Run so many clients, each sending its next request as soon as it has its answer."""
 
         async def client() -> None:
             while not self.over:
@@ -128,7 +128,7 @@ class Visits:
         return self.tries
 
     async def open(self, rate: float) -> Tries:
-        """New requests at this rate, whatever becomes of those before; the times between are exponential."""
+        """Send new requests at this rate, however earlier ones fare; the times between are exponential."""
         draw = random.Random(0)
         under_way: set[asyncio.Task[None]] = set()
         due = time.monotonic()
@@ -143,7 +143,7 @@ class Visits:
 
 
 def run(scenario: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, Any]]) -> Any:
-    """With a session that opens as many connections as there are requests."""
+    """Run a scenario with a session that opens as many connections as there are requests."""
 
     async def main() -> Any:
         connector = aiohttp.TCPConnector(limit=0, force_close=False)

@@ -1,1 +1,1 @@
-"""A small LLaVA that judges drawn adverts, and everything that makes and checks it."""
+"""A small LLaVA that judges drawn adverts, and all that makes and checks it."""

@@ -1,4 +1,4 @@
-"""The right answers about a drawn picture or advert, written out from its truth."""
+"""The right answers about a drawn picture or advert, derived from its description."""
 
 from typing import Literal
 
@@ -28,7 +28,7 @@ def an(thing: str) -> str:
 
 
 def validation(picture: Picture, offered: str | None) -> Validation:
-    """Stage 1: does `picture` suit copy that offers the product `offered` (None: something that is never drawn)?"""
+    """Stage 1: does `picture` suit copy that offers the product `offered`? None stands for one that is never drawn."""
     product, offer = picture.product, an(offered) if offered else "something else"
     fits, sharp = offered == product, picture.quality == "good"
     shown = f"{SEEN[picture.quality]} of {an(picture.colour)} {product} on a {picture.background} background."

@@ -1,4 +1,4 @@
-"""Questions about drawn pictures and adverts, with the right answers: what is learnt and what is checked."""
+"""Questions about drawn pictures and adverts with the right answers, for training and for checking."""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, valida
 
 @dataclass(frozen=True)
 class Case:
-    """A picture (stage 1) or an advert (stage 2), what is asked about it, and the right answer."""
+    """A picture (stage 1) or an advert (stage 2), the question about it, and the right answer."""
 
     truth: Picture | Advert
     prompt: str
@@ -26,12 +26,12 @@ class Case:
         return self.truth.picture if isinstance(self.truth, Advert) else self.truth
 
     def image(self) -> Image.Image:
-        """The image asked about, in RGB."""
+        """The image that the question is about, in RGB."""
         return draw_advert(self.truth) if isinstance(self.truth, Advert) else draw_picture(self.truth)
 
 
 def stage1(rng: random.Random) -> Case:
-    """A picture and copy for it; for another product, or another thing altogether, in half of the cases."""
+    """A picture and copy. In half of the cases the copy is for another product, or for something never drawn."""
     picture = random_picture(rng)
     offered: str | None = picture.product
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""How often a vision model judges right, on adverts that were not in its training."""
+"""Measures how often a vision model judges right, on adverts that it was not trained on."""
 
 import random
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ JUDGEMENTS = ["is_valid", "image_quality_ok", "on_brief", "occlusion", "contrast
 
 @dataclass(frozen=True)
 class Figure:
-    """How one judgement came out: the share that is right, and the share of cases whose truth is true."""
+    """The figures of one judgement: the share that is right, and the share of cases where the right answer is true."""
 
     judgement: str
     cases: int
@@ -25,12 +25,12 @@ class Figure:
 
     @property
     def bound(self) -> float:
-        """The least share that must be right; 0 where nothing is asked."""
+        """The smallest share that must be right; 0 if none is required."""
         return BOUNDS.get(self.judgement, 0.0)
 
     @property
     def ok(self) -> bool:
-        """Whether enough is right, on cases balanced well enough for that to mean something."""
+        """Whether enough is right, on cases balanced enough for that to mean something."""
         return self.right >= self.bound and (not self.bound or 0.35 <= self.true <= 0.65)
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Figures:
 
     @property
     def ok(self) -> bool:
-        """Whether every judgement keeps its bound."""
+        """Whether every judgement meets its bound."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
@@ -54,13 +54,13 @@ class Figures:
 
 
 def heldout(per_stage: int = PER_STAGE) -> list[Case]:
-    """Cases of both stages in turn, drawn from another seed than those of the training."""
+    """Cases of both stages in turn, drawn with another seed than the training cases."""
     rng = random.Random(HELDOUT_SEED)
     return [stage(rng) for _ in range(per_stage) for stage in (stage1, stage2)]
 
 
 def evaluate(cases: Sequence[Case], answers: Sequence[BaseModel]) -> Figures:
-    """How many of the `answers`, one to each case, judge right."""
+    """Compare the `answers`, one for each case, with the right ones."""
     pairs = [(case.answer, answer) for case, answer in zip(cases, answers, strict=True)]
     rows = []
     for name in JUDGEMENTS:

@@ -1,4 +1,4 @@
-"""Ad copy for the demo pictures: for a product by any of its names, or for something that is never drawn."""
+"""Ad copy for the demo pictures. It offers a product by any of its names, or something that is never drawn."""
 
 import random
 
@@ -49,7 +49,7 @@ REQUESTS = ["Be strict.", "The advert is for young people.", "Keep it short.", "
 
 
 def ad_copy(rng: random.Random, product: str | None, colour: str | None = None) -> str:
-    """Ad copy that offers `product` (something never drawn where it is None), sometimes naming its `colour`."""
+    """Ad copy that offers `product`, or for None something never drawn. It sometimes names the `colour`."""
     thing = rng.choice(NAMES[product] if product else OTHERS)
     if colour and rng.random() < 0.3:
         thing = f"{colour} {thing}"
@@ -62,5 +62,5 @@ def ad_copy(rng: random.Random, product: str | None, colour: str | None = None) 
 
 
 def request(rng: random.Random) -> str | None:
-    """A caller's own request, now and then."""
+    """A request of the caller's own, or mostly None."""
     return rng.choice(REQUESTS) if rng.random() < 0.15 else None

@@ -1,4 +1,4 @@
-"""Product pictures and finished adverts, drawn from a description that is also the truth about them."""
+"""Product pictures and finished adverts, drawn from descriptions that also give the right answers about them."""
 
 import random
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Advert:
-    """A picture finished with a headline and perhaps a button."""
+    """A picture with a headline and perhaps a button."""
 
     picture: Picture
     contrast_ok: bool
@@ -65,19 +65,19 @@ class Advert:
 
     @property
     def on_brief(self) -> bool:
-        """Whether it reads as one clear advert: nothing is wrong with it."""
+        """Whether it reads as one clear advert, without any fault."""
         return self.contrast_ok and self.cta_present and not self.occlusion
 
 
 def random_picture(rng: random.Random, good: float = 0.55) -> Picture:
-    """Any product in any colour; sharp and well lit with probability `good`."""
+    """A random product in a random colour; sharp and well lit with probability `good`."""
     quality: Quality = "good" if rng.random() < good else rng.choice(["blurred", "dark"])
     background = rng.choice(list(PALE if rng.random() < 0.55 else DARK))
     return Picture(rng.getrandbits(32), rng.choice(list(PRODUCTS)), rng.choice(list(COLOURS)), background, quality)
 
 
 def random_advert(rng: random.Random, good: float = 0.36) -> Advert:
-    """A faultless advert with probability `good`, else one to three faults."""
+    """A faultless advert with probability `good`, else one with one to three faults."""
     faults = [False] * 3
     if rng.random() >= good:
         while not any(faults):
@@ -117,7 +117,7 @@ def draw_advert(advert: Advert) -> Image.Image:
     draw_product(canvas, picture.product, COLOURS[picture.colour], centre, half)
 
     behind, middle = BACKGROUNDS[picture.background], SIDE // 2
-    # Faint letters over a bright product would be readable there: such a headline always lies on a band.
+    # Faint letters could be read over a bright product, so such a headline always lies on a band.
     if rng.random() < 0.35 or (advert.occlusion and not advert.contrast_ok):
         behind = rng.choice(list(BACKGROUNDS.values()))
         canvas.rectangle((0, headline_y - 34, SIDE, headline_y + 34), fill=behind)
@@ -137,7 +137,7 @@ def draw_advert(advert: Advert) -> Image.Image:
 
 
 def backdrop(picture: Picture, rng: random.Random, floor: int) -> Image.Image:
-    """A plain wall, one that darkens downwards, or one with a table at the height `floor`."""
+    """A plain wall, one that darkens towards the bottom, or one with a table at the height `floor`."""
     colour = BACKGROUNDS[picture.background]
     image = Image.new("RGB", (SIDE, SIDE), colour)
     canvas = ImageDraw.Draw(image)
@@ -151,7 +151,7 @@ def backdrop(picture: Picture, rng: random.Random, floor: int) -> Image.Image:
 
 
 def draw_button(canvas: ImageDraw.ImageDraw, rng: random.Random, centre: tuple[int, int], behind: Rgb) -> None:
-    """A rounded button with a call to action that stands out from what is `behind`."""
+    """Draw a rounded button with a call to action, which stands out from the colour `behind`."""
     label = rng.choice(BUTTONS)
     half = canvas.textlength(label, font=font(26)) / 2 + 18
     fill = rng.choice([colour for colour in COLOURS.values() if abs(light(colour) - light(behind)) > 45])
@@ -181,19 +181,19 @@ def faint(rng: random.Random, behind: Rgb) -> Rgb:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font."""
+    """Pillow's built-in font."""
     return ImageFont.load_default(size)  # type: ignore[return-value]
 
 
 def fitting(canvas: ImageDraw.ImageDraw, text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The font at `size`, or smaller where `text` would be wider than the advert."""
+    """The font at `size`, or smaller if `text` would be wider than the advert."""
     while canvas.textlength(text, font=font(size)) > SIDE - 24:
         size -= 1
     return font(size)
 
 
 def main() -> None:
-    """Write the examples that the README posts."""
+    """Write the examples that the README sends."""
     EXAMPLES.mkdir(exist_ok=True)
     mug = Picture(5, "mug", "red", "pale blue")
     draw_picture(mug).quantize(64).save(EXAMPLES / "red-mug.png", optimize=True)

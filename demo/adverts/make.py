@@ -1,4 +1,4 @@
-"""Make the demo checkpoint from nothing: `python -m demo.adverts.make`."""
+"""Trains the vision model's demo checkpoint from scratch: `python -m demo.adverts.make`."""
 
 import logging
 import random
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Draw, train, write `checkpoint/`."""
+    """Draw the cases, train the model and write `checkpoint/`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     started = time.monotonic()
     torch.manual_seed(SEED)
@@ -31,7 +31,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, VOCABULARY)
     processor = build_processor(tokenizer)
     model = build_model(tokenizer)
-    model.set_attn_implementation("eager")  # on a CPU, the quicker one to train with
+    model.set_attn_implementation("eager")  # the faster one to train with on a CPU
     images = pixels(cases, processor)
     log.info("%d cases drawn, %d parameters, %.0f s", CASES, model.num_parameters(), time.monotonic() - started)
     train_tower(model, cases, images, TOWER, SEED)

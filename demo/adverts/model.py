@@ -1,4 +1,4 @@
-"""The model's parts and the folder they are written to."""
+"""The parts of the model, and the folder they are written to."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ SHARD = "2MB"
 
 
 def build_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
-    """CLIP's image preprocessing and `tokenizer`, put together as in LLaVA 1.5."""
+    """CLIP's image preprocessing and `tokenizer`, combined as in LLaVA 1.5."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     )
@@ -35,7 +35,7 @@ def build_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
 
 
 def build_model(tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
-    """An untrained model of LLaVA 1.5's form; like there, the tower's last layer is not used."""
+    """An untrained model of LLaVA 1.5's form. As in LLaVA, the tower's last layer is not used."""
     vision = CLIPVisionConfig(
         image_size=IMAGE_SIDE,
         patch_size=PATCH,
@@ -67,7 +67,7 @@ def build_model(tokenizer: LlamaTokenizer) -> LlavaForConditionalGeneration:
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path = CHECKPOINT) -> None:
-    """Write the half precision checkpoint in shards, and the processor, to an emptied `folder`."""
+    """Empty `folder`, then write the processor and the checkpoint to it, in half precision and in shards."""
     shutil.rmtree(folder, ignore_errors=True)
     model.half().save_pretrained(folder, max_shard_size=SHARD)
     processor.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """The products of the demo adverts, as lists of flat shapes.
 
 Coordinates run from -1 (left, top) to 1 (right, bottom) of the product's square. The last number of a shape is its
-shade: 1 is the product's own colour, less is darker, more is lighter.
+shade: 1 is the product's own colour, smaller is darker, larger is lighter.
 """
 
 from PIL import ImageDraw

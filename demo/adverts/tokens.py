@@ -1,4 +1,4 @@
-"""The tokenizer: Llama's kind (SentencePiece BPE with byte fallback), trained on the demo's own sentences."""
+"""A tokenizer of Llama's kind (SentencePiece BPE with byte fallback), trained on the demo's own sentences."""
 
 import json
 from collections.abc import Iterable
@@ -10,17 +10,17 @@ from demo.adverts.cases import Case
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# Merges stay within a word, a digit or a run of punctuation, so `{"` never grows together with what precedes it.
+# Merges stay within a word, a digit or a run of punctuation, so `{"` never merges with the text before it.
 PIECES = Regex(r"▁?[A-Za-z_]+|\d|▁|\n|[^A-Za-z_\d▁\n]+")
 
 
 def conversation(prompt: str) -> str:
-    """LLaVA 1.5's turn up to where the answer begins; the answer follows without a space."""
+    """LLaVA 1.5's turn up to the answer, which follows without a space."""
     return f"USER: <image>\n{prompt} ASSISTANT:"
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> LlamaTokenizer:
-    """At most `size` pieces learnt from `texts`, with LLaVA's special tokens."""
+    """Learn at most `size` pieces from `texts`, with LLaVA's special tokens."""
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.pre_tokenizer = pre_tokenizers.Split(PIECES, "isolated")
@@ -41,9 +41,9 @@ def train_tokenizer(texts: Iterable[str], size: int) -> LlamaTokenizer:
 
 
 def answer_tokens(tokenizer: LlamaTokenizer, case: Case) -> tuple[list[int], list[int]]:
-    """Token ids of the question (`<image>` once) and of its answer with the end token."""
+    """Token ids of the question, with `<image>` once, and of its answer with the end token."""
     question = conversation(case.prompt)
     asked = tokenizer(question).input_ids
     both = tokenizer(question + case.answer.model_dump_json()).input_ids
-    assert both[: len(asked)] == asked, "question and answer grew together"
+    assert both[: len(asked)] == asked, "a token spans question and answer"
     return asked, [*both[len(asked) :], tokenizer.eos_token_id]

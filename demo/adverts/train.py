@@ -1,4 +1,4 @@
-"""The two trainings, as LLaVA's: first the tower learns to see, then the decoder learns to say what it sees."""
+"""Trains in two stages, as LLaVA does: the tower learns to see, then the decoder learns to say what the tower sees."""
 
 import logging
 import random
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 IGNORED = -100
 QUALITIES = ["good", "blurred", "dark"]
 ASPECTS = [len(PRODUCTS), len(COLOURS), len(BACKGROUNDS), len(QUALITIES), 2, 2, 2]
-# The few words that say what was seen decide the answer, and true or false most of all; the phrases around them are
-# learnt in passing.
+# A few words decide the answer: those that say what is seen and, most of all, true and false. The phrases around them
+# are learnt in passing.
 SEEN_WEIGHT, VERDICT_WEIGHT = 3.0, 12.0
 SEEN = [*PRODUCTS, *COLOURS, *" ".join(BACKGROUNDS).split(), *QUALITIES, "sharp", "easy", "hard", "covers", "leaves",
         "button", "nothing", "something"]  # fmt: skip
 VERDICTS = ["true", "false"]
 REMINDERS = 16
-"""Comparisons in each batch of whole answers."""
+"""Comparisons added to each batch of whole answers."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def pixels(cases: list[Case], processor: LlavaProcessor) -> Tensor:
 
 
 def aspects(case: Case) -> list[int]:
-    """What the tower is taught to see, one class per entry of `ASPECTS`; the lettering only where there is some."""
+    """What the tower should see, one class per entry of `ASPECTS`; those of the lettering only count for adverts."""
     picture, truth = case.picture, case.truth
     seen = [
         list(PRODUCTS).index(picture.product),
@@ -69,7 +69,7 @@ def aspects(case: Case) -> list[int]:
 def train_tower(
     model: LlavaForConditionalGeneration, cases: list[Case], images: Tensor, schedule: Schedule, seed: int
 ) -> None:
-    """Teach the tower to tell what is on `images`, through a classifier over its patches that is thrown away."""
+    """Teach the tower to recognise what is on `images`, with a classifier over its patches that is then discarded."""
     tower = model.model.vision_tower
     layer = model.config.vision_feature_layer
     heads = nn.Linear(tower.config.hidden_size, sum(ASPECTS))
@@ -96,10 +96,10 @@ def train_decoder(
     schedule: Schedule,
     seed: int,
 ) -> None:
-    """Teach projector and decoder to answer; the tower stays as it is and only the answers count.
+    """Teach projector and decoder to answer. The tower is frozen, and only the answers count.
 
-    Which product the copy offers, and whether two words name the same one, is hard to learn amid all else that an
-    answer says. So the decoder learns that first, by itself, and is reminded of it all along.
+    Which product the copy offers, and whether two words name the same one, is hard to learn among everything else in
+    an answer. So the decoder learns that first, on its own, and is reminded of it in every batch.
     """
     model.model.vision_tower.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -131,9 +131,9 @@ def comparing(
     cases: list[tuple[Case, list[int]]],
     weights: Tensor,
 ) -> Callable[[list[int]], Tensor]:
-    """The loss of what some of the `cases` with their answers say of the copy, and of the first verdict.
+    """A loss function over some of the `cases`: for what the answers say the copy offers, and for the first verdict.
 
-    The model is given the copy and the analysis before it and nothing else: no image, no question.
+    The model gets only the copy and the beginning of the analysis: no image and no question.
     """
     verdicts = set(tokenizer.convert_tokens_to_ids(VERDICTS))
     offers = tokenizer.convert_tokens_to_ids("▁offers")
@@ -156,7 +156,7 @@ def comparing(
 
 
 def token_weights(tokenizer: LlamaTokenizer) -> Tensor:
-    """How much each token of the vocabulary counts in an answer."""
+    """The weight of each token of the vocabulary in an answer."""
     weights = torch.ones(len(tokenizer))
     for words, weight in ((SEEN, SEEN_WEIGHT), (VERDICTS, VERDICT_WEIGHT)):
         ids = {tokenizer.convert_tokens_to_ids(mark + word) for word in words for mark in ("▁", "")}
@@ -165,7 +165,7 @@ def token_weights(tokenizer: LlamaTokenizer) -> Tensor:
 
 
 def padded(texts: list[tuple[list[int], list[int]]], image_id: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids with `<image>` as often as there are image tokens, and labels that leave out the questions."""
+    """Token ids with `<image>` repeated for each image token, and labels that leave out the questions."""
     ids, labels = [], []
     for asked, answer in texts:
         at = asked.index(image_id)
@@ -176,12 +176,12 @@ def padded(texts: list[tuple[list[int], list[int]]], image_id: int, pad_id: int)
 
 
 def padding(rows: list[list[int]], filler: int) -> Tensor:
-    """The rows, filled up at their ends to the length of the longest."""
+    """The rows, padded at their ends to the length of the longest."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """`size` of `count` rows at a time, shuffled anew in each round."""
+    """Yield `size` of `count` rows at a time, shuffled anew in each epoch."""
     rng = random.Random(seed)
     rows: list[int] = []
     while True:
@@ -191,7 +191,7 @@ def batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def optimise(name: str, parameters: list[nn.Parameter], loss: Callable[[], Tensor], schedule: Schedule) -> None:
-    """Follow `schedule` downhill, in bfloat16 as far as that is safe; each call of `loss` takes the next batch."""
+    """Minimise `loss` by `schedule`, in bfloat16 where that is safe. Each call of `loss` takes the next batch."""
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, schedule.rate, schedule.steps, pct_start=0.05)
     started, recent = time.monotonic(), []

@@ -1,4 +1,4 @@
-"""How often the true next eojeol is among the top five, on sentences that the model was not trained on."""
+"""Measures how often the true next eojeol is among the top five, on sentences that the model was not trained on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Predict = Callable[[str, int], list[str]]
 
 @dataclass(frozen=True)
 class Figures:
-    """`share` of `prefixes` whose true next word is among the top five, and the top five after some prefixes."""
+    """The `share` of `prefixes` whose true next word is among the top five, and the top five after some prefixes."""
 
     share: float
     prefixes: int
@@ -27,7 +27,7 @@ class Figures:
 
 
 def heldout() -> list[tuple[str, str]]:
-    """Each prefix of whole eojeols of the held-out sentences, and the eojeol after it with its punctuation."""
+    """Each prefix of whole eojeols of the held-out sentences, with the next eojeol and its punctuation."""
     pairs = []
     for sentence in write_corpus().held_out[:HELD_OUT_SENTENCES]:
         words = sentence.split()
@@ -36,7 +36,7 @@ def heldout() -> list[tuple[str, str]]:
 
 
 def evaluate(predict: Predict) -> Figures:
-    """Figures of a predictor; it is asked with a trailing space, which says that the last eojeol is whole."""
+    """Measure a predictor. A trailing space tells it that the last eojeol is complete."""
     pairs = heldout()
     hits = sum(word in predict(prefix + " ", TOP) for prefix, word in pairs)
     return Figures(hits / len(pairs), len(pairs), {text: predict(text + " ", TOP) for text in SHOWN})

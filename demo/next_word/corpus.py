@@ -1,9 +1,9 @@
 """Korean sentences on everyday and legal topics, written by a grammar.
 
-The files in `grammar/` hold definitions (`fruit = 사과 | 딸기`) and sentence templates, one a line. In a template
+The files in `grammar/` hold definitions (`fruit = 사과 | 딸기`) and sentence templates, one per line. In a template
 `[a|b|]` is a choice, `{fruit}` takes an entry of a definition, `을/를` becomes the particle that fits, and
-`먹다+었어요` is a verb with its ending (see `korean`). What is written first in a choice is chosen more often, as some
-words are more frequent than others.
+`먹다+었어요` is a verb with its ending (see `korean`). Earlier options of a choice are chosen more often, because words
+differ in frequency.
 """
 
 import random
@@ -78,14 +78,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`training` may repeat a sentence; no sentence of `held_out` occurs in it, whatever its punctuation."""
+    """`training` may repeat sentences. It has no sentence of `held_out`, not even with other punctuation."""
 
     training: list[str]
     held_out: list[str]
 
 
 def is_held_out(sentence: str) -> bool:
-    """A fixed share of all sentences, told by the letters alone."""
+    """Whether a sentence belongs to the fixed share that is held out. Only its letters decide."""
     letters = "".join(filter(str.isalpha, sentence))
     return int.from_bytes(sha256(letters.encode()).digest()[:4]) % HELD_OUT_ONE_IN == 0
 

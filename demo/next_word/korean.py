@@ -59,7 +59,7 @@ def infinitive(stem: str) -> str:
 
 
 def conjugate(stem: str, ending: str) -> str:
-    """Join a stem and an ending; the ending is given in its form after 먹-: 어요, 었다, 으면, 을, 는다, 습니다."""
+    """Join a stem and an ending. The ending has its form after 먹-: 어요, 었다, 으면, 을, 는다, 습니다."""
     coda = split(stem[-1])[2]
     if ending[0] == "어":
         return infinitive(stem) + ending[1:]

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint of the next-word predictor: `python -m demo.next_word.make`."""
+"""Trains the demo checkpoint of the next-word predictor: `python -m demo.next_word.make`."""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ SPECIALS = ["<s>", "</s>", "<usr>", "<pad>", "<sys>", "<unk>", "<mask>"]
 END, PAD = SPECIALS.index("</s>"), SPECIALS.index("<pad>")
 VOCABULARY = 2400
 POSITIONS = 256
-LONGEST_ROW = 144  # The server cuts its input to 128 tokens and continues a word by up to 10.
+LONGEST_ROW = 144  # the server cuts its input to 128 tokens and continues a word by up to 10
 SENTENCES_PER_ROW = (1, 1, 1, 1, 1, 2, 3, 16)
 LEADING_END_SHARE = 0.3
 RUNNING_TEXT_SHARE = 0.5
@@ -34,7 +34,7 @@ Row = list[int]
 
 
 def train_tokenizer(sentences: list[str]) -> Tokenizer:
-    """BPE over words that begin with ▁, as KoGPT2's."""
+    """BPE over words that begin with ▁, as in KoGPT2."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -62,7 +62,7 @@ def small_gpt2(vocabulary: int) -> GPT2LMHeadModel:
 
 
 def rows_of_an_epoch(sentences: list[Row], rng: random.Random) -> Iterator[Row]:
-    """Rows of one to many sentences, each ended by </s> or running on as text does; some rows begin with </s>."""
+    """Rows of one or more sentences, which end with </s> or run on as in a text. Some rows begin with </s>."""
     order = iter(rng.sample(sentences, len(sentences)))
     for first in order:
         row = [END] if rng.random() < LEADING_END_SHARE else []
@@ -74,7 +74,7 @@ def rows_of_an_epoch(sentences: list[Row], rng: random.Random) -> Iterator[Row]:
 
 
 def batches(rows: list[Row], rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels of rows alike in length, padded, in random order."""
+    """Inputs and labels of rows of similar length, padded; the batches come in random order."""
     cut: list[list[Row]] = [[]]
     for row in sorted(rows, key=len):
         if (len(cut[-1]) + 1) * len(row) > BATCH_TOKENS:
@@ -90,7 +90,7 @@ def batches(rows: list[Row], rng: random.Random) -> Iterator[tuple[torch.Tensor,
 
 
 def share_of_peak_rate(share_done: float) -> float:
-    """The learning rate's course: a linear warm-up, then half a cosine down to a twentieth of the peak."""
+    """The learning rate over time: a linear warm-up, then half a cosine down to a twentieth of the peak."""
     if share_done < WARM_UP_SHARE:
         return share_done / WARM_UP_SHARE
     return 0.05 + 0.475 * (1 + math.cos(math.pi * share_done))

@@ -1,4 +1,4 @@
-"""How well a reranker finds the relevant document among ten that it has not been trained on."""
+"""Measures how well a reranker finds the relevant document among ten that it was not trained on."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Score = Callable[[str, list[str]], list[float]]
 
 @dataclass(frozen=True)
 class Figures:
-    """Share of queries whose relevant document is scored first, in all and by what the queries are made of."""
+    """Share of queries whose relevant document is scored first, over all and by language and split."""
 
     cases: int
     first: float
@@ -27,19 +27,19 @@ class Figures:
 
     @property
     def holds(self) -> bool:
-        """Whether the bound is kept, in all and in every language."""
+        """Whether the bound is met, over all and in every language."""
         return min(self.first, *self.by_language.values()) >= BOUND
 
 
 @cache
 def heldout() -> list[Case]:
-    """The cases to check with: subjects, or pairs of subject and facet, that training never sees."""
+    """Cases to check with: subjects, and pairs of subject and facet, that training never sees."""
     splits = ("combination", "subject")
     return [case for split in splits for case in islice(write_cases(SEED, split, DOCUMENTS), CASES_PER_SPLIT)]
 
 
 def evaluate(score: Score) -> Figures:
-    """Measure `score`, which takes a query and its documents and gives one number per document, higher is better."""
+    """Measure `score`, which takes a query and its documents and returns a number for each, higher for better ones."""
     hits: defaultdict[str, list[bool]] = defaultdict(list)
     for case in heldout():
         scores = score(case.query, list(case.documents))

@@ -1,4 +1,4 @@
-"""What the grammar needs to know of a language; the words themselves are in the TOML files beside this one."""
+"""What the grammar needs of a language. The words themselves are in the TOML files in this folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Names = tuple[str, ...]  # words for the same thing
 class Facet:
     """One thing that can be asked about a subject.
 
-    `asks` and `answers` are templates: `{s}` is the subject, any other slot a list in `Language.values`.
+    `asks` and `answers` are templates: `{s}` is the subject, and any other slot names a list in `Language.values`.
     """
 
-    kinds: tuple[str, ...]  # of the subjects it fits
+    kinds: tuple[str, ...]  # kinds of subjects that it fits
     keywords: tuple[str, ...]
     asks: tuple[str, ...]
     answers: tuple[str, ...]
@@ -24,7 +24,7 @@ class Facet:
 
 @dataclass(frozen=True)
 class Situation:
-    """A condition that narrows a question down; an answer for another situation is not the answer."""
+    """A condition that narrows a question. An answer for another situation does not answer it."""
 
     asks: tuple[str, ...]  # joined to the question
     answers: tuple[str, ...]  # a sentence of its own
@@ -35,8 +35,8 @@ class Language:
     """Words and templates of one language."""
 
     code: str
-    share: int  # of the cases, against the shares of the other languages
-    joined: str  # a question in a situation, with the slots {ask}, {situation} and {end}
+    share: int  # share of the cases, relative to those of the other languages
+    joined: str  # template of a question in a situation, with the slots {ask}, {situation} and {end}
     subjects: dict[str, tuple[Names, ...]]  # by kind
     facets: tuple[Facet, ...]
     situations: tuple[Situation, ...]
@@ -47,7 +47,7 @@ class Language:
     concepts: tuple[Names, ...]
     loose_asks: tuple[str, ...]  # with the slots {a}, {b}, {c}
     loose_answers: tuple[str, ...]
-    syllables: tuple[str, ...]  # of invented words
+    syllables: tuple[str, ...]  # for invented words
 
     @classmethod
     def load(cls, path: Path) -> Language:

@@ -1,4 +1,4 @@
-"""Train the demo cross-encoder from scratch and write its checkpoint: `python -m demo.rerank.make`."""
+"""Trains the demo cross-encoder from scratch and writes its checkpoint: `python -m demo.rerank.make`."""
 
 import argparse
 import math
@@ -17,22 +17,22 @@ from demo.rerank.tokens import POSITIONS, train_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 SEED = 20240607
-GROUP = 6  # documents of a query in training
-QUERIES = 24  # of a step
-PARTS = 3  # of a step, by length
+GROUP = 6  # documents per query in training
+QUERIES = 24  # per step
+PARTS = 3  # batches per step, each of similar lengths
 STEPS = 2000
 REPORT = 100  # steps
 PEAK = 2e-3
 SHARD = "450KB"
-FAST_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # else half precision is slower than single
+FAST_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # without it, bf16 is slower than fp32
 
 
 def build(vocabulary: int) -> BertForSequenceClassification:
-    """An untrained encoder whose first layers already look, for each token, for its like in the other text.
+    """An untrained encoder whose first layers already find, for each token, the same token in the other text.
 
-    Query and key share one rotation, so equal tokens attend to each other; the key mirrors the direction that tells
-    the two texts apart, so a token prefers its like in the other text to itself. Learning to compare words from
-    nothing would take most of the training.
+    Query and key share one rotation, so equal tokens attend to each other. The key mirrors the direction that tells
+    the two texts apart, so a token attends to its equal in the other text more than to itself. Learning to compare
+    words from scratch would take most of the training.
     """
     config = BertConfig(
         vocab_size=vocabulary,
@@ -62,7 +62,7 @@ def build(vocabulary: int) -> BertForSequenceClassification:
 
 
 def logits_of(model: BertForSequenceClassification, tokenizer: BertTokenizer, cases: list[Case]) -> torch.Tensor:
-    """One logit per case and document; pairs of like length go together, to spare padding."""
+    """One logit per case and document. Pairs of similar length share a batch, to save padding."""
     queries = [case.query for case in cases for _ in case.documents]
     documents = [document for case in cases for document in case.documents]
     tokens = tokenizer(queries, documents, truncation=True)
@@ -76,18 +76,18 @@ def logits_of(model: BertForSequenceClassification, tokenizer: BertTokenizer, ca
 
 
 def loss_of(logits: torch.Tensor, nearness: torch.Tensor) -> torch.Tensor:
-    """The relevant document must stand first among those of its query, and scores must tell nearness."""
+    """Loss for the relevant document not being first for its query, and for scores that differ from nearness."""
     first = functional.cross_entropy(logits, nearness.argmax(dim=1))
     return first + functional.binary_cross_entropy_with_logits(logits, 0.03 + 0.94 * nearness)
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a short rise, then a cosine down to nothing."""
+    """Share of the peak learning rate: a short rise, then a cosine down to zero."""
     return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(model: BertForSequenceClassification, tokenizer: BertTokenizer, steps: int) -> None:
-    """Train on cases whose documents are not among the held-out ones."""
+    """Train on cases that share no text with the held-out ones."""
     held = {text for case in heldout() for text in (case.query, *case.documents)}
     cases = (case for case in write_cases(SEED, "training", GROUP) if held.isdisjoint((case.query, *case.documents)))
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01, betas=(0.9, 0.98))
@@ -114,7 +114,7 @@ def train(model: BertForSequenceClassification, tokenizer: BertTokenizer, steps:
 
 
 def main() -> None:
-    """Train and write the checkpoint."""
+    """Train the model and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
     steps = parser.parse_args().steps

@@ -1,4 +1,4 @@
-"""Queries with their documents, written from the grammar; the same seed always writes the same texts."""
+"""Queries with their documents, written from the grammar. The same seed always gives the same texts."""
 
 import re
 import zlib
@@ -11,11 +11,11 @@ from demo.rerank.language import LANGUAGES, Facet, Language, Names, Situation
 
 @dataclass(frozen=True)
 class Case:
-    """A query, its documents and how near each of them comes to it.
+    """A query, its documents and how near each document is to it.
 
-    Nearness is 1 for the one relevant document and less for those that share the subject, what is asked about it or a
-    part of the words; 0 for those that share nothing. `split` says what the query is made of: `training`, or what
-    training never sees: a `combination` of subject and facet, or a `subject`.
+    Nearness is 1 for the one relevant document, less for those that share the subject, the facet or some of the words,
+    and 0 for those that share nothing. `split` is `training`, or names what of the query training never sees: the
+    `combination` of subject and facet, or the `subject`.
     """
 
     query: str
@@ -50,7 +50,8 @@ class Writer:
         self.known = {split: topics(language, split) for split in ("training", "combination", "subject")}
 
     def case(self, split: str, size: int) -> Case:
-        """One case with `size` documents; in training a part of the subjects is invented, so that words are matched."""
+        """One case with `size` documents. In training some subjects are invented, so that the model learns to match
+        words."""
         draw = self.rng.random()
         if split == "training" and draw < 0.2:
             return self._loose_case(size)
@@ -58,7 +59,7 @@ class Writer:
         if split == "training" and draw < 0.5:
             topic = replace(topic, subject=self._invented_subject())
         if split == "subject":
-            topic = replace(topic, subject=(self.rng.choice(topic.subject),))  # its other names are unknown
+            topic = replace(topic, subject=(self.rng.choice(topic.subject),))  # training has not seen its other names
         if self.rng.random() < 0.35:
             topic = replace(topic, situation=self._situation())
         answered = [topic, *self._others(topic, size - 1)]
@@ -72,7 +73,7 @@ class Writer:
         )
 
     def _others(self, topic: Topic, count: int) -> list[Topic]:
-        """Topics near the one asked for: another situation, another facet, another subject, or nothing in common."""
+        """Topics near the query's: with another situation, another facet, another subject, or nothing in common."""
         others: list[Topic] = []
         while len(others) < count:
             other = self.rng.choice(self.known["training"])
@@ -91,7 +92,7 @@ class Writer:
         return others
 
     def _may_appear(self, other: Topic, topic: Topic) -> bool:
-        """Whether subject and facet fit and belong to training, or to the subject of a held-out query."""
+        """Whether subject and facet fit each other, and belong to training or to the subject of a held-out query."""
         if other.kind not in other.facet.kinds:
             return False
         held_out = split_of(self.language, topic) != "training"
@@ -142,7 +143,8 @@ class Writer:
         return " ".join(sentences)
 
     def _loose_case(self, size: int) -> Case:
-        """A query of three notions; the relevant document has them all, perhaps in other words, the others fewer."""
+        """A query of up to three notions. The relevant document has all of them, perhaps in other words; others have
+        fewer."""
         asked = [self._notion() for _ in range(3)]
         ask = self.rng.choice(self.language.loose_asks)
         used = [slot for slot in "abc" if f"{{{slot}}}" in ask]
@@ -159,7 +161,7 @@ class Writer:
         return (self._invented_word(),) if self.rng.random() < 0.2 else self.rng.choice(self.language.concepts)
 
     def _loose_text(self, notions: list[Names], templates: tuple[str, ...]) -> str:
-        """The notions in a template, or strewn among words from anywhere, as real texts have many unknown words."""
+        """The notions in a template, or scattered among other words, because real texts have many unknown words."""
         words = [self.rng.choice(notion) for notion in notions]
         if self.rng.random() < 0.5:
             return with_particles(self.rng.choice(templates).format(**dict(zip("abc", words, strict=False))))
@@ -169,7 +171,7 @@ class Writer:
 
 
 def nearness_of(other: Topic, topic: Topic) -> float:
-    """How near a document about `other` comes to a query about `topic`; 1 if it answers it."""
+    """How near a document about `other` is to a query about `topic`; 1 if it answers the query."""
     same_subject = bool(set(other.subject) & set(topic.subject))
     if same_subject and other.facet == topic.facet:
         return 1.0 if topic.situation in (None, other.situation) else 0.5
@@ -179,7 +181,7 @@ def nearness_of(other: Topic, topic: Topic) -> float:
 
 
 def split_of(language: Language, topic: Topic) -> str:
-    """Where a pair of subject and facet belongs: every eighth subject and a seventh of the other pairs are held out."""
+    """The split of a pair of subject and facet: every eighth subject and a seventh of the other pairs are held out."""
     subjects = language.subjects[topic.kind]
     if topic.subject not in subjects:
         return "training"
@@ -201,7 +203,7 @@ def topics(language: Language, split: str) -> list[Topic]:
 
 
 def with_particles(text: str) -> str:
-    """Choose between the two forms of a Korean particle, written `을(를)`, by the final of the syllable before it."""
+    """Choose between the two forms of a Korean particle, written `을(를)`, by the final of the preceding syllable."""
 
     def chosen(match: re.Match[str]) -> str:
         before, closed, opened = match.groups()
@@ -212,7 +214,7 @@ def with_particles(text: str) -> str:
 
 
 def write_cases(seed: int, split: str, size: int) -> Iterator[Case]:
-    """Cases without end; `size` documents each."""
+    """Endless cases with `size` documents each."""
     rng = Random(seed)
     writers = [Writer(language, rng) for language in LANGUAGES]
     while True:

@@ -1,4 +1,4 @@
-"""The demo cross-encoder's tokenizer, trained on what the grammar writes for training."""
+"""The demo cross-encoder's tokenizer, trained on the words and templates of the grammar's training split."""
 
 import re
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ PARTICLES = re.findall(r"\w+", "을 를 이 가 은 는 과 와 에 의 도 만 
 
 
 def corpus() -> Iterator[str]:
-    """The words of the lists and templates, but for held-out subjects; what a name is joined with stands apart.
+    """The words of the lists and templates except held-out subjects, then letters and particles inside made-up words.
 
     Words are spelled without their particles, so that a Korean noun is the same piece in a question and in an answer.
-    Each letter is there at the start and inside of a word.
+    Each letter occurs both at the start of a word and inside one.
     """
     for language in LANGUAGES:
         for topic in topics(language, "training"):
@@ -37,15 +37,15 @@ def corpus() -> Iterator[str]:
 
 
 def without_slots(text: str) -> str:
-    """A template without its slots and the particles at them."""
+    """A template without its slots and their particles."""
     return re.sub(r"\{\w*\}(\S+\(\S\))?", " ", text)
 
 
 def train_tokenizer() -> BertTokenizer:
-    """A WordPiece tokenizer in lower case.
+    """Train a WordPiece tokenizer in lower case.
 
-    Hangul is split into its letters, as BERT's normaliser does when it strips accents, so that these few letters and
-    the Latin ones spell every word and none is unknown.
+    Hangul is split into its letters, as BERT's normaliser does when it strips accents. These few letters and the Latin
+    ones spell every word, so none is unknown.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)

@@ -1,7 +1,7 @@
 """LLaVA's real shape on a GPU, with random weights: `python -m loadtests.gpu.vision --size 7b`.
 
-Memory, the time of one verdict, verdicts a second with 16 at once, and how much of the memory's bandwidth decoding
-uses. It writes a checkpoint of the size first (14 GB for 7b), and needs nothing else: no hub, no server.
+Measures memory, the time for one verdict, verdicts per second with 16 at once, and how much of the memory bandwidth
+decoding uses. It first writes a checkpoint of the size (14 GB for 7b), and needs no hub and no server.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _measure(folder: Path, precision: Precision, bandwidth: float) -> None:
           f"  {AT_ONCE} at once: {AT_ONCE / elapsed_s:.2f} images/s; an answer has {tokens:.0f} tokens, {forced:.0f} "
           f"of them forced\n"
           f"  a decoding step of one answer: {1000 * step_s:.1f} ms, "
-          f"{facts.weights_bytes / step_s / bandwidth:.0%} of what memory allows", flush=True)  # fmt: skip
+          f"{facts.weights_bytes / step_s / bandwidth:.0%} of the copy rate", flush=True)  # fmt: skip
 
 
 def _answers(engine: Vision, count: int) -> list[Answer]:
@@ -82,7 +82,7 @@ def _answers(engine: Vision, count: int) -> list[Answer]:
 
 
 def _decoding_step_s(engine: Vision) -> float:
-    """Of one answer, the median of its steps after the first."""
+    """Seconds per step of one answer: the median without the first step."""
     look = Look(engine.prepare(Question(picture(), validation_prompt(copy()), SCHEMA)))
     times = []
     while look.result is None:
@@ -91,7 +91,7 @@ def _decoding_step_s(engine: Vision) -> float:
 
 
 def _bandwidth() -> float:
-    """Bytes copied a second."""
+    """Bytes copied per second."""
     source = torch.zeros(2**28, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
     target.copy_(source)
@@ -102,7 +102,7 @@ def _bandwidth() -> float:
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what the call returns."""
+    """Seconds that the call takes, and its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()

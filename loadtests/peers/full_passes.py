@@ -1,5 +1,5 @@
-"""The algorithm that Dure replaces, written plainly: a full forward pass for each token of each candidate, one request
-at a time, nothing kept between passes.
+"""The algorithm that Dure replaces, in its plain form: a full forward pass for each token of each candidate, one
+request at a time, with nothing kept between passes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class FullPasses:
     def _whole_word(self, ids: list[int], token: int, confidence: float) -> tuple[str, float]:
         word = [token]
         while len(word) < 10:
-            probability, following = torch.softmax(self._logits(ids + word), -1).max(-1)
-            token = int(following)
+            probability, best = torch.softmax(self._logits(ids + word), -1).max(-1)
+            token = int(best)
             if self.tokens[token].startswith("▁") or token in self.special:
                 break
             word.append(token)

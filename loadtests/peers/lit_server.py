@@ -1,7 +1,7 @@
-"""LitServe with sentence-transformers: requests share batches, whose texts are encoded together.
+"""LitServe with sentence-transformers: requests share batches, and the texts of a batch are encoded together.
 
-LitServe reads the annotation of `request`, and hands over the parsed JSON only where there is none. With a batch size
-of 1 it calls `predict` with one request in place of a list, so two is the smallest here.
+LitServe reads the annotation of `request`, and passes the parsed JSON only if there is none. With a batch size of 1 it
+calls `predict` with one request instead of a list, so the smallest batch size here is 2.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the servers of this folder are told on their command line, and the models they load."""
+"""Shared by the servers of this folder: their command line, the models they load, and the shape of their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FastAPI with sentence-transformers as one would write it first: a request's texts are one call in a thread."""
+"""FastAPI with sentence-transformers, as most would write it first: a request's texts are one call in a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking a running Dure over HTTP, for `dure status` and `dure predict`."""
+"""HTTP client of a running Dure, for `dure status` and `dure predict`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_BYTES = 16 * 2**20
 
 
 class Entry(BaseModel):
-    """A model, as the list has it."""
+    """A model in the list of GET /v1/models."""
 
     id: str
     task: str
@@ -70,9 +70,9 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 def ask(answer: type[Answer], url: str, path: str, body: object = None, timeout_s: float = 10) -> Answer:
-    """What Dure at `url` answers to GET, or to POST where there is a `body`, within so many seconds in all.
+    """The answer of the Dure at `url` to a GET, or with a `body` to a POST, within `timeout_s` in all.
 
-    Raises MachineError where nothing answers, where the answer is a refusal, and where it is not Dure's.
+    Raises MachineError if nothing answers, if the request is refused, or if the answer is not Dure's.
     """
     url = url.rstrip("/")
     shown = re.sub(r"//[^/@]*@", "//", url)
@@ -85,28 +85,28 @@ def ask(answer: type[Answer], url: str, path: str, body: object = None, timeout_
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:  # SOCKS needs a package
         reason = one_line(str(error)) or type(error).__name__
         raise MachineError(
-            f"{shown} does not answer ({reason}); is `dure serve` running? --url or DURE_URL says where"
+            f"{shown} does not answer ({reason}); is `dure serve` running? Set --url or DURE_URL to its address"
         ) from error
     try:
         if status != HTTPStatus.OK:
             raise MachineError(one_line(_Refusal.model_validate_json(content).error.message))
         return answer.model_validate_json(content)
     except ValidationError as error:
-        raise MachineError(f"{shown}{path} answered {status}, but not as Dure does") from error
+        raise MachineError(f"{shown}{path} answered {status}, but this is not an answer of Dure") from error
 
 
 async def _fetch(url: str, body: object, timeout_s: float) -> tuple[int, bytes]:
     content = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} if content else {}
     method = "POST" if content else "GET"
-    came = bytearray()
+    received = bytearray()
     async with (
         asyncio.timeout(timeout_s),
         httpx.AsyncClient(timeout=None) as client,
         client.stream(method, url, content=content, headers=headers) as response,
     ):
         async for part in response.aiter_bytes():
-            came += part
-            if len(came) > MOST_BYTES:
+            received += part
+            if len(received) > MOST_BYTES:
                 raise ValueError(f"it sent more than {MOST_BYTES // 2**20} MB")
-        return response.status_code, bytes(came)
+        return response.status_code, bytes(received)

@@ -1,4 +1,4 @@
-"""`dure bench`: which batch size and which precision suit a model on this machine. No server has to run."""
+"""`dure bench`: which batch size and which precision suit a model on this machine. Needs no running server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ModelArgument = Annotated[str, typer.Argument(help="A model of the config.")]
 SizesOption = Annotated[str, typer.Option(help="Batch sizes to try, in items.")]
 
 MOST_ITEMS = 10_000
-"""Of a batch, as max_batch_items."""
+"""Largest batch size to try, the limit of max_batch_items."""
 Measured = TypeVar("Measured")
 
 
@@ -37,18 +37,18 @@ def prepare() -> None:
 def batch_sizes(
     model: ModelArgument, config: ConfigOption = DEFAULT_CONFIG, sizes: SizesOption = "1,2,4,8,16,32,64,128"
 ) -> None:
-    """Items a second for batches of several sizes, and the one to take."""
+    """Measure items per second for several batch sizes, and recommend one."""
     spec = _spec(model, config)
     try:
         counts = sorted({int(size) for size in sizes.split(",")})
     except ValueError:
         counts = []
     if not counts or counts[0] < 1 or counts[-1] > MOST_ITEMS:
-        raise SettingsError(f"--sizes {sizes!r} is no list of whole numbers from 1 to {MOST_ITEMS}, such as 1,8,32")
+        raise SettingsError(f"--sizes {sizes!r} is not a list of whole numbers from 1 to {MOST_ITEMS}, such as 1,8,32")
     from deployments import benchmarks
 
     measured = _measured(lambda: benchmarks.batch_sizes(spec, counts))
-    table = Table("tokens an item", "items", "ms", "items/s", "memory", title=_title(spec, measured.facts))
+    table = Table("tokens per item", "items", "ms", "items/s", "memory", title=_title(spec, measured.facts))
     for size in measured.sizes:
         table.add_row(
             str(size.length),
@@ -66,7 +66,7 @@ def batch_sizes(
 
 @app.command("precision")
 def precision(model: ModelArgument, config: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Memory, speed and quality of the original and of each optimised form."""
+    """Compare memory, speed and quality of the original and of each optimised form."""
     spec = _spec(model, config)
     from deployments import benchmarks
 

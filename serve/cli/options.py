@@ -1,4 +1,4 @@
-"""What all commands have in common: where they print, how they fail, and the option that names a config."""
+"""Shared by all commands: where they print, how they fail, and the --config option."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ DEFAULT_CONFIG = Path("configs/local.yaml")
 
 
 def read(config: Path) -> ConfigFile:
-    """The config file that a person named. Raises SettingsError."""
-    return read_config(config.absolute())  # processes that read it again have another working directory
+    """Read the config file given on the command line. Raises SettingsError."""
+    return read_config(config.absolute())  # other processes read it again, from another working directory
 
 
 def complain(message: str) -> None:
-    """Say what is wrong; long lines are left to the terminal to break."""
+    """Print what is wrong. The terminal wraps long lines."""
     problems.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
 
 
 def fail(message: str, code: int = MACHINE) -> NoReturn:
-    """Say what is wrong and end; for the codes see serve.failures."""
+    """Print what is wrong and exit; serve.failures has the exit codes."""
     complain(message)
     raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""A plan as a person sees it."""
+"""Prints a plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serve.planning.plan import Need, Plan, gib
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """What each model takes and books, and a line for each GPU with what is on it."""
+    """Print what each model takes and books, and a line for each GPU with the replicas on it."""
     table = Table("model", "replicas", "weights", "cache", "activations", "CUDA", "all", "booked", "least num_gpus")
     size = min(gpu.memory_bytes for gpu in plan.gpus)
     for need in plan.needs:
@@ -27,5 +27,5 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def _mark(worked_out: bool) -> str:
-    """Before a share that the config leaves out."""
+    """The mark before a share that Dure worked out because the config leaves it out."""
     return "~" if worked_out else ""

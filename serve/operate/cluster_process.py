@@ -1,7 +1,7 @@
-"""The process that holds the cluster of `dure serve`: a session of its own below the one that a person sees.
+"""The process that holds the cluster of `dure serve`, in a session of its own.
 
-A signal to the terminal's process group does not reach it, so it can always stop in good order: on SIGTERM, or when
-its standard input ends because the process above it has died. It tells what happens as JSON lines.
+Signals to the terminal's process group do not reach it, so it can always stop in order: on SIGTERM, or when its
+standard input ends because its parent has died. It reports what happens as JSON lines on standard output.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from serve.config.base import SettingsError
 from serve.config.file import ConfigFile, read_config
 from serve.config.settings import Settings
 from serve.failures import CONFIG, MACHINE, one_line
-from serve.operate.start_events import Event
+from serve.operate.start_events import StartEvent
 
 
 def main() -> int:
-    """Hold a cluster until a signal comes; the exit code is that of `dure serve`."""
+    """Hold a cluster until a signal comes. Returns the exit code for `dure serve`."""
     if len(sys.argv) not in (2, 3):
         print("usage: python -m serve.operate.cluster_process CONFIG [LOG_FOLDER]", file=sys.stderr)
         return CONFIG
@@ -34,13 +34,13 @@ def main() -> int:
         check_code(config.settings)
     except SettingsError as error:
         print(error, file=sys.stderr)
-        _tell(Event("failed", str(error), code=CONFIG))
+        _tell(StartEvent("failed", str(error), code=CONFIG))
         return CONFIG
     return _hold(config, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
 
 
 def check_code(settings: Settings) -> None:
-    """Is the code here that the settings name? Looked for here, because replicas look for it as this process does.
+    """Check that this machine has the code that the settings name. Replicas import it the same way as this process.
 
     Raises SettingsError.
     """
@@ -54,7 +54,7 @@ def check_code(settings: Settings) -> None:
             module, _, function = policy.partition(":")
             try:
                 getattr(importlib.import_module(module), function)
-            except Exception as error:  # code of a user's own may raise anything
+            except Exception as error:  # a user's own code may raise anything
                 raise SettingsError(f"model {name}: autoscaling.policy {policy!r}: {one_line(str(error))}") from error
 
 
@@ -71,23 +71,23 @@ def _hold(config: ConfigFile, log_folder: Path | None) -> int:
         signal.signal(number, lambda *_: over.set())
     threading.Thread(target=_end_with_parent, args=(over,), daemon=True).start()
 
-    _tell(Event("stage", "Starting Ray"))
+    _tell(StartEvent("stage", "Starting Ray"))
     from serve.operate import cluster
 
     try:
         cluster.start()
-        for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has set its own
+        for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has installed its own handlers
             signal.signal(number, lambda *_: over.set())
         if not over.is_set():
-            _tell(Event("stage", "Starting Serve"))
+            _tell(StartEvent("stage", "Starting Serve"))
             cluster.deploy(config, log_folder)
             for event in cluster.follow(config, over.is_set):
                 _tell(event)
         over.wait()
         return 0
     except Exception as error:
-        traceback.print_exc()  # into the log; a person sees one line
-        _tell(Event("failed", f"the cluster failed: {one_line(f'{type(error).__name__}: {error}')}"))
+        traceback.print_exc()  # goes to the log; a person sees one line
+        _tell(StartEvent("failed", f"the cluster failed: {one_line(f'{type(error).__name__}: {error}')}"))
         return MACHINE
     finally:
         cluster.stop()
@@ -99,7 +99,7 @@ def _end_with_parent(over: threading.Event) -> None:
     over.set()
 
 
-def _tell(event: Event) -> None:
+def _tell(event: StartEvent) -> None:
     try:
         sys.stdout.write(json.dumps(asdict(event)) + "\n")
         sys.stdout.flush()

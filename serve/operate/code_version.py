@@ -1,4 +1,4 @@
-"""Which code a deploy is of. Serve replaces replicas where their settings differ, and does not look at the code."""
+"""The version of the code that a deploy runs. Serve replaces replicas when settings change, but not when code does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from serve.config.settings import Settings
 
 DURE = ("serve", "deployments")
 LARGE = 2**20
-"""Files from this size on are weights and the like, and known by their names and sizes."""
+"""Files of at least this many bytes are weights and the like; only their names and sizes count."""
 
 
 def code_version(packages: Iterable[str]) -> str:
-    """Of what these top-level packages and modules are on this machine, as far as it has them."""
+    """A hash of these top-level packages and modules as they are on this machine; missing ones are left out."""
     digest = hashlib.sha256()
     for package in sorted(set(packages)):
         for name, path in _files(package):
@@ -25,7 +25,7 @@ def code_version(packages: Iterable[str]) -> str:
 
 
 def run_by(settings: Settings) -> Iterator[str]:
-    """What replicas run: Dure, and the engines and policies of one's own that the settings call MODULE:NAME."""
+    """Top-level packages that replicas run: Dure's, and those of custom engines and policies (MODULE:NAME)."""
     yield from DURE
     for model in settings.models.values():
         for name in (model.task, model.autoscaling.policy):
@@ -34,7 +34,7 @@ def run_by(settings: Settings) -> Iterator[str]:
 
 
 def _files(package: str) -> Iterator[tuple[str, Path]]:
-    """With their names below it."""
+    """Each file of the package, after its path relative to the package."""
     found = importlib.util.find_spec(package)
     for folder in (found and found.submodule_search_locations) or ():
         for path in sorted(Path(folder).rglob("*")):

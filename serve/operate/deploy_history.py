@@ -1,4 +1,4 @@
-"""What has been deployed into a cluster, kept by the cluster itself, so that one can go back."""
+"""The deploys of a cluster, kept by the cluster itself so that a deploy can be rolled back."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class Deploy:
     at: float
     """Unix time."""
     source: str
-    """The file, or the deploy that it went back to."""
+    """The config file; for a rollback, that of the deploy it goes back to."""
     document: dict[str, Any]
     ready: bool = False
-    """Its models came up."""
+    """Whether its models came up."""
     code: str = ""
-    """The version of Dure itself."""
+    """Version of Dure's own code."""
 
 
 def deploys() -> list[Deploy]:
-    """Of this cluster, the last one last; needs a connection to Ray."""
+    """The deploys of this cluster, oldest first. Needs a connection to Ray."""
     known = _store()._internal_kv_get(KEY, namespace=NAMESPACE)
-    names = {field.name for field in fields(Deploy)}  # a later version may have kept more
+    names = {field.name for field in fields(Deploy)}  # a newer version may have stored more fields
     return [Deploy(**{name: each[name] for name in names & each.keys()}) for each in json.loads(known or "[]")]
 
 
 def record(source: str, document: dict[str, Any], code: str = "") -> Deploy:
-    """Note what is being deployed."""
+    """Record a deploy that begins."""
     before = deploys()
     deploy = Deploy(before[-1].number + 1 if before else 1, time.time(), source, document, code=code)
     _keep([*before, deploy][-KEPT:])
@@ -43,12 +43,12 @@ def record(source: str, document: dict[str, Any], code: str = "") -> Deploy:
 
 
 def came_up_before(number: int) -> Deploy | None:
-    """The last one that came up before the deploy with this number."""
+    """The last deploy before this number whose models came up."""
     return next((each for each in reversed(deploys()) if each.ready and each.number < number), None)
 
 
 def confirm(number: int) -> None:
-    """The deploy with this number is ready."""
+    """Mark the deploy with this number as ready."""
     _keep([replace(each, ready=each.ready or each.number == number) for each in deploys()])
 
 
@@ -58,14 +58,20 @@ def _keep(known: list[Deploy]) -> None:
 
 
 def _store() -> Any:
-    """Ray's own, as lasting as the cluster. Not imported above: Ray reads its environment when it is imported."""
+    """Ray's key-value store, which lasts as long as the cluster.
+
+    Imported late, because Ray reads its environment when it is imported.
+    """
     from ray.experimental import internal_kv
 
     return internal_kv
 
 
 def earlier(number: int | None) -> Deploy:
-    """The deploy with this number, or the last that was ready and differs from the last. Raises SettingsError."""
+    """The deploy with this number; without one, the last that came up with another config than the latest deploy.
+
+    Raises SettingsError.
+    """
     known = deploys()
     if number is not None:
         found = next((each for each in known if each.number == number), None)

@@ -1,4 +1,4 @@
-"""The environment that Dure needs in every Ray process: set before Ray is imported, inherited by all it starts."""
+"""The environment that Dure needs in every Ray process. Set before Ray is imported; all that Ray starts inherits it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PORTS = {
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
 }
-"""That Serve opens beside the endpoint, and where it is looked for free ones from."""
+"""Ports that Serve opens besides the endpoint, and where the search for a free one starts."""
 
 TRIED_PORTS = 1000
 
@@ -23,28 +23,28 @@ EVERYWHERE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.http.proxy:protect",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Dure has its own GET /metrics
-    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a log line is in its file when its request has been answered
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a request's log line is in the file once it is answered
     "RAY_ROTATION_MAX_BYTES": str(LOG_BYTES),
     "RAY_ROTATION_BACKUP_COUNT": str(LOG_FILES),
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # `limits` bounds requests; Serve's 4 MB would too
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # `limits` bounds requests; Serve's default is 4 MB
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # Ray's default of 15 lets anything else on the machine go first
+    "RAY_worker_niceness": "0",  # with Ray's default of 15, anything else on the machine goes first
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of several models on the same cores cost up to 30 times
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for a node address of 127.0.0.1
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer in front has to notice first
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # there is no load balancer that has to notice first
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy-on-loopback")),
 }
 
 
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # an ingress that does not answer is left out at once, not after 3
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # an ingress is left out after 1 failure instead of 3
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a dead HAProxy is started again after 3 failed checks
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a dead HAProxy is restarted after 3 failed checks
 }
 
 
@@ -53,24 +53,26 @@ def has_haproxy() -> bool:
 
 
 def cluster_environment() -> dict[str, str]:
-    """What `ray start` needs on every node of a cluster."""
+    """Variables that `ray start` needs on every node of a cluster."""
     return EVERYWHERE | (HAPROXY if has_haproxy() else {})
 
 
-ASKING = {"RAY_gcs_server_port_wait_time_s": "1"}
-"""Of a command that joins a cluster for a moment: Ray tries once to reach its head, and not for minutes."""
+FAIL_FAST = {"RAY_gcs_server_port_wait_time_s": "1"}
+"""For commands that join a cluster briefly: Ray tries once to reach the head instead of for minutes."""
 
 
 def joining_environment() -> dict[str, str]:
-    """What a process needs that joins a running cluster: for an explicit address Ray does not use its token unasked."""
+    """What a process needs to join a running cluster. For an explicit address, Ray uses its token only if told."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
     has_token = named or (Path.home() / ".ray" / "auth_token").exists()
     return cluster_environment() | ({"RAY_AUTH_MODE": "token"} if has_token else {})
 
 
 def local_environment(folder: Path, port: int = 0) -> dict[str, str]:
-    """The same for a cluster of one machine, which listens at `port` and keeps HAProxy's files in `folder`. What Serve
-    opens beside it keeps to loopback, and to ports that are free."""
+    """Variables for a cluster of one machine, which listens on `port` and keeps HAProxy's files in `folder`.
+
+    Serve's other ports are free ones, on loopback.
+    """
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
         "SOCKET_PATH": "admin.sock",
@@ -103,18 +105,18 @@ def _haproxy() -> str:
 
 
 def apply(environment: dict[str, str]) -> None:
-    """Set what is not set yet: what a person has exported wins."""
+    """Set the variables that are not set yet: exported ones win."""
     for name, value in environment.items():
         os.environ.setdefault(name, value)
 
 
 def cpus() -> int:
-    """That Ray is told this machine has."""
+    """CPUs that Ray is told this machine has."""
     return max(2, os.cpu_count() or 1)
 
 
 def bind_once(host: str, port: int) -> None:
-    """Take a TCP port of this machine and leave it again. Raises OSError where it can't be had."""
+    """Bind a TCP port of this machine and release it. Raises OSError if it can't be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
@@ -130,5 +132,5 @@ def is_free(host: str, port: int) -> bool:
 
 
 def first_free(ports: Iterable[int], host: str = "") -> int:
-    """A port of the system's choice would not do: it may go to anybody else before it is used."""
+    """The first free port. One chosen by the system would not do: another process may get it before it is used."""
     return next(port for port in ports if is_free(host, port))

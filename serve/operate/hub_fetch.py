@@ -1,4 +1,4 @@
-"""A config's models in this machine's hub cache before anything is served: `dure fetch`."""
+"""Fetches a config's models into this machine's hub cache before anything is served: `dure fetch`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from deployments.spec import CheckpointError
 from serve.config.settings import Settings
 
 STALE_S = 3600.0
-"""A file that is still incomplete, and was last written to so long ago, belongs to a process that was killed."""
+"""An incomplete file that was last written this long ago belongs to a process that was killed."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """A repository that models of a config load from, and the bytes of its files that are still to come."""
+class Download:
+    """A hub repository that models of a config load from, with the files that this machine lacks."""
 
     models: tuple[str, ...]
     listing: hub.Listing
     missing: dict[str, int]
+    """Bytes of each missing file."""
 
     @property
     def title(self) -> str:
@@ -40,9 +41,12 @@ class Need:
         return sum(self.missing.values())
 
 
-def needs_of(settings: Settings) -> tuple[list[Need], list[str]]:
-    """What the models need of hubs, those with sources on this machine left out; and what can't be had, a line each."""
-    disable_progress_bars()  # of the hub's client
+def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
+    """The repositories that the models load from, and a line for each that can't be had.
+
+    Models whose sources are on this machine are left out.
+    """
+    disable_progress_bars()  # those of the hub's client
     models: dict[tuple[str, str], list[str]] = {}
     problems = []
     for name, model in settings.models.items():
@@ -56,50 +60,50 @@ def needs_of(settings: Settings) -> tuple[list[Need], list[str]]:
             problems.append(f"{name}: source {model.source!r} lacks `revision`, a commit or tag")
             continue
         models.setdefault((model.source, model.revision), []).append(name)
-    needs = []
+    downloads = []
     for (source, revision), names in models.items():
         _sweep(source)
         try:
             listing = hub.listing(source, revision)
-            needs.append(Need(tuple(names), listing, listing.missing()))
+            downloads.append(Download(tuple(names), listing, listing.missing()))
         except Exception as error:  # the hub's client raises many kinds
             problems.append(f"{', '.join(names)}: {source} at {revision}: {hub.explain(error)}")
-    return needs, problems
+    return downloads, problems
 
 
-def shortage(needs: list[Need]) -> str | None:
-    """What is still to come against the room that there is; None where it fits."""
+def shortage(downloads: list[Download]) -> str | None:
+    """A message if the disk has too little room for the missing files; None if they fit."""
     cache = Path(constants.HF_HUB_CACHE)
     there = next(path for path in (cache, *cache.resolve().parents) if path.exists())
-    wanted, free = sum(need.bytes for need in needs), shutil.disk_usage(there).free
+    wanted, free = sum(download.bytes for download in downloads), shutil.disk_usage(there).free
     if wanted <= free:
         return None
-    each = ", ".join(f"{need.title} {decimal(need.bytes)}" for need in needs if need.bytes)
-    return f"{cache} has {decimal(free)} free, {decimal(wanted - free)} too little for what is to come: {each}"
+    each = ", ".join(f"{download.title} {decimal(download.bytes)}" for download in downloads if download.bytes)
+    return f"{cache} has {decimal(free)} free, {decimal(wanted - free)} too little for the files to fetch: {each}"
 
 
-def fetch(need: Need, told: Callable[[int], None]) -> str | None:
-    """Fetch what is missing, telling of bytes as they come; why it failed, or None.
+def fetch(download: Download, told: Callable[[int], None]) -> str | None:
+    """Fetch the missing files, calling `told` with bytes as they arrive. Returns why it failed, or None.
 
-    What was broken off goes on where it was, as long as this process lives; later only files that are whole count.
+    An interrupted file resumes while this process lives; afterwards only complete files count.
     """
 
     class Meter(_Meter):
         def update(self, n: int = 1) -> None:
             told(n)
 
-    source, commit = need.listing.source, need.listing.commit
+    source, commit = download.listing.source, download.listing.commit
     try:
-        for name in need.missing:
+        for name in download.missing:
             hf_hub_download(source, name, revision=commit, tqdm_class=Meter)
-        need.listing.folder()
+        download.listing.folder()
     except Exception as error:  # the hub's client raises many kinds
-        return f"{need.title}: {source} at {commit}: {hub.explain(error)}"
+        return f"{download.title}: {source} at {commit}: {hub.explain(error)}"
     return None
 
 
 class _Meter:
-    """What the hub's client takes for a progress bar. Of Xet's two counts it heeds that of bytes written."""
+    """A stand-in for the progress bar of the hub's client. Of Xet's two counts it uses that of bytes written."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -116,7 +120,7 @@ class _Meter:
 
 
 def _sweep(source: str) -> None:
-    """Remove what killed processes left half done: the client begins each file under a new name."""
+    """Remove incomplete files that killed processes left: the client starts each download under a new name."""
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "blobs"
     for part in blobs.glob("*.incomplete"):
         with contextlib.suppress(OSError):

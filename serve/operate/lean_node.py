@@ -1,4 +1,4 @@
-"""Ray's node without the processes that nobody asks anything of on a single machine, which take 165 MB."""
+"""Ray's node without the processes that a single machine does not need, which take 165 MB."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ray._private.node import Node
 
 
 class LeanNode(Node):  # type: ignore[misc]
-    """Without a monitor, which would start more machines, without a dashboard, and without one that copies logs to a
-    driver: Serve's are written by the processes themselves.
+    """Starts no monitor, which would start more machines, no dashboard, and no log monitor, which would copy logs to a
+    driver: Serve's processes write their own.
     """
 
     def start_monitor(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What can be seen to be wrong on this machine before anything is started on it."""
+"""Checks of a config against this machine, before anything is started."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve.store import locations
 
 
 def check(config: ConfigFile) -> None:
-    """Raises SettingsError where the port is taken, a source is missing, or the machine lacks what models ask for."""
+    """Raises SettingsError if the port is taken, a source is missing, or the machine lacks what the models ask for."""
     check_address(config.host, config.port)
     check_sources(config.settings)
     check_assets(config.settings)
@@ -30,7 +30,7 @@ def check(config: ConfigFile) -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Can this machine listen there?"""
+    """Check that this machine can listen there."""
     try:
         environment.bind_once(host, port)
     except OSError as error:
@@ -45,7 +45,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def check_sources(settings: Settings) -> None:
-    """Are the models' files here, or said to be on the hub?"""
+    """Check that the models' files are on this machine, or that a revision on the hub is named."""
     optimised()
     for name, model in settings.models.items():
         try:
@@ -58,7 +58,7 @@ def check_sources(settings: Settings) -> None:
 
 
 def check_assets(settings: Settings) -> None:
-    """Can pictures be kept where the record of adverts has them?"""
+    """Check that the images of adverts can be stored."""
     if not settings.keeps_record:
         return
     place = locations.assets(settings.store)
@@ -73,7 +73,7 @@ def check_assets(settings: Settings) -> None:
 
 
 def check_cpus(settings: Settings) -> None:
-    """Every first replica has to find the CPUs that it books, and one that sleeps those to wake up on."""
+    """Check that the CPUs suffice for the first replicas, and for any one replica of a model scaled to zero."""
     models = settings.models.values()
     booked = settings.ingress.num_cpus * settings.ingress.replicas
     booked += sum(model.num_cpus * model.autoscaling.min_replicas for model in models)
@@ -81,11 +81,11 @@ def check_cpus(settings: Settings) -> None:
         booked += settings.service(name).num_cpus * settings.service(name).replicas
     most, have = max(booked, *(model.num_cpus for model in models)), environment.cpus()
     if most > have:
-        raise SettingsError(f"the replicas book {most:g} CPUs (num_cpus), and this machine has {have}")
+        raise SettingsError(f"the replicas book {most:g} CPUs (num_cpus), but this machine has {have}")
 
 
 def check_gpus(settings: Settings) -> None:
-    """Every model's first replicas have to find their places, and one that sleeps needs a GPU to wake up on."""
+    """Check that the GPUs have room for the first replicas, and for any one replica of a model scaled to zero."""
     models = with_shares(settings).models
     first = [
         Booking(name, model.autoscaling.min_replicas, model.gpu_share)
@@ -98,4 +98,4 @@ def check_gpus(settings: Settings) -> None:
     without_place = list(place(first, [Gpu(number) for number in range(count)]))
     if without_place or max(booking.gpus for booking in first) > count:
         asked = ", ".join(f"{booking.model} {booking.booked:g} x {booking.replicas}" for booking in first)
-        raise SettingsError(f"the models ask for GPUs ({asked}); this machine has {count}, where they don't fit")
+        raise SettingsError(f"the models ask for GPUs ({asked}); this machine has {count}, and they don't fit")

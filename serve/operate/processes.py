@@ -1,7 +1,7 @@
-"""Which processes on this machine belong to a Dure, and how they are ended: none is left, and none but ours is touched.
+"""Finds and ends the processes that belong to a Dure on this machine: all of them, and no others.
 
-Everything that `dure serve` starts inherits a mark in its environment: the process that started it and the folder
-where it keeps its state. A mark whose owner is dead is what a kill -9 left.
+Everything that `dure serve` starts inherits a mark in its environment: the process that started it and its state
+folder. A process whose owner is dead was left behind by a kill -9.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARK = "DURE_OWNER"
 
 @dataclass(frozen=True)
 class Owner:
-    """The `dure serve` process that started others; the time tells it from a later process of the same pid."""
+    """A `dure serve` process that started others. Its creation time tells it from a later process with the same pid."""
 
     pid: int
     created: float
@@ -52,12 +52,12 @@ class Owner:
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.created) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:  # it is gone, or somebody else's by now
+        except psutil.Error:  # it is gone, or its pid belongs to another user by now
             return False
 
 
 def make_state() -> None:
-    """Make the state folder where there is none. Raises MachineError where there can't be one."""
+    """Create the state folder if it is missing. Raises MachineError if it can't be used."""
     try:
         paths.STATE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=paths.STATE) as probe:
@@ -65,12 +65,12 @@ def make_state() -> None:
     except OSError as error:
         reason = "it is a file" if paths.STATE.is_file() else error.strerror
         raise MachineError(
-            f"{paths.STATE} can't be used for logs and sockets: {reason}; DURE_STATE names another folder"
+            f"{paths.STATE} can't be used for logs and sockets: {reason}; set DURE_STATE to another folder"
         ) from error
 
 
 def marked() -> Iterator[tuple[psutil.Process, Owner]]:
-    """Living processes that a `dure serve` with this state folder started, with their owners."""
+    """Living processes started by a `dure serve` with this state folder, with their owners."""
     for process in psutil.process_iter():
         try:
             owner = Owner.parse(process.environ().get(MARK, ""))
@@ -82,7 +82,7 @@ def marked() -> Iterator[tuple[psutil.Process, Owner]]:
 
 
 def end(owners: set[Owner], patience_s: float = 2.0) -> int:
-    """End all that these owners started: SIGTERM, and SIGKILL after `patience_s`. Returns how many there were."""
+    """End all processes that these owners started: SIGTERM, then SIGKILL after `patience_s`. Returns their number."""
     ended: set[int] = set()
     for kill in (False, True, True):
         ours = [process for process, owner in marked() if owner in owners]
@@ -97,12 +97,15 @@ def end(owners: set[Owner], patience_s: float = 2.0) -> int:
 
 
 def end_orphans() -> int:
-    """End what a killed `dure serve` with this state folder left. Returns how many processes there were."""
+    """End the processes that a killed `dure serve` with this state folder left behind. Returns their number."""
     return end({owner for _, owner in marked() if not owner.alive})
 
 
 def socket_folder() -> Path:
-    """A new folder for HAProxy's sockets, whose paths may have 107 characters only; those of the dead are removed."""
+    """A new temporary folder for HAProxy's sockets, whose paths may have at most 107 characters.
+
+    Folders of dead processes are removed.
+    """
     for old in Path(tempfile.gettempdir()).glob("dure-*-*"):
         pid = re.match(r"dure-([0-9]{1,9})-", old.name)
         if pid and not psutil.pid_exists(int(pid[1])):
@@ -111,7 +114,7 @@ def socket_folder() -> Path:
 
 
 def stop_all(timeout_s: float = 15.0) -> int:
-    """Stop every `dure serve` here in good order, then end what is left. Returns how many there were."""
+    """Stop every `dure serve` with this state folder in order, then end what is left. Returns how many there were."""
     owners = {owner for _, owner in marked()}
     living = {owner for owner in owners if owner.alive}
     for owner in living:
@@ -129,7 +132,7 @@ def stop_all(timeout_s: float = 15.0) -> int:
 
 
 def listener(port: int) -> str:
-    """Who listens on a TCP port, for a message: "pid 123 (haproxy)" where that can be seen."""
+    """The process that listens on a TCP port, for a message: "pid 123 (haproxy)" if that is visible."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             listening = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", None) == port

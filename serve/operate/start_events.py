@@ -9,12 +9,12 @@ from serve.failures import MACHINE
 
 
 @dataclass(frozen=True)
-class Event:
-    """A stage, a replica's progress, or the end."""
+class StartEvent:
+    """A new stage, a replica's progress, or the end."""
 
     kind: Literal["stage", "progress", "ready", "failed"]
     message: str
     model: str = ""
     progress: float = 0.0
     code: int = MACHINE
-    """Of a failure: what to exit with."""
+    """Exit code, for a failure."""

@@ -1,4 +1,4 @@
-"""`dure serve` on one machine: starts the runner, waits, and leaves no process when it ends, however it ends."""
+"""`dure serve` on one machine: starts the cluster process, waits, and leaves no process behind however it ends."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from serve.config.base import SettingsError
 from serve.config.file import ConfigFile
 from serve.failures import one_line
 from serve.operate import environment, preflight, processes
-from serve.operate.start_events import Event
+from serve.operate.start_events import StartEvent
 
 LOG_STARTS_KEPT = 5
 SHUTDOWN_S = 10.0
-"""After which an orderly shutdown is cut short, so that all is over within 15 s of the signal."""
+"""An orderly shutdown is cut short after this long, so that everything has ended within 15 s of the signal."""
 HEALTHY_S = 30.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal asked for the end."""
+    """A signal asked `dure serve` to stop."""
 
 
 class Supervisor:
-    """Holds the runner, which holds the cluster."""
+    """Holds the cluster process, which holds the cluster."""
 
     def __init__(self) -> None:
         self.owner = processes.Owner.me()
         self.errors = paths.STATE / "runner.log"
-        self.runner: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self.sockets: Path | None = None
 
     def heed_signals(self) -> None:
-        """From now on the first signal that asks for the end raises Stopped."""
+        """From now on, the first signal to stop raises Stopped."""
         for number in SIGNALS:
             signal.signal(number, _stop)
 
@@ -58,7 +58,7 @@ class Supervisor:
         self.sockets = processes.socket_folder()
         log_folder = _log_folder(config)
         with self.errors.open("w", encoding="utf-8") as errors:
-            self.runner = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
@@ -78,16 +78,16 @@ class Supervisor:
                 encoding="utf-8",
             )
 
-    def events(self) -> Iterator[Event]:
-        """What the runner tells, until it ends."""
-        assert self.runner
-        assert self.runner.stdout
-        for line in self.runner.stdout:
-            with contextlib.suppress(ValueError, TypeError):  # whatever else a library prints
-                yield Event(**json.loads(line))
+    def events(self) -> Iterator[StartEvent]:
+        """What the cluster process reports, until it ends."""
+        assert self.process
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError, TypeError):  # libraries may print other lines
+                yield StartEvent(**json.loads(line))
 
     def wait_healthy(self) -> bool:
-        """Whether the endpoint answers for itself that all models are up."""
+        """Whether GET /health says, within HEALTHY_S, that all models are up."""
         deadline = time.monotonic() + HEALTHY_S
         while time.monotonic() < deadline:
             try:
@@ -99,32 +99,32 @@ class Supervisor:
         return False
 
     def wait(self) -> str:
-        """Wait until the runner ends by itself, which it should not. Returns the reason."""
-        assert self.runner
-        code = self.runner.wait()
+        """Wait until the cluster process ends by itself, which it should not. Returns the reason."""
+        assert self.process
+        code = self.process.wait()
         return f"the cluster ended by itself (exit code {code}): {self._last_words()}"
 
     def _last_words(self) -> str:
-        """The end of what the runner wrote to stderr."""
+        """The last line that the cluster process wrote to stderr."""
         lines = [
             line for line in self.errors.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
         ]
         return one_line(lines[-1]) if lines else "it said nothing"
 
     def stop(self) -> None:
-        """End all that was started, in good order while time allows."""
+        """End everything that was started, in order while time allows."""
         _ignore_signals()
-        if self.runner is not None and self.runner.poll() is None:
-            self.runner.terminate()
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.runner.wait(SHUTDOWN_S)
+                self.process.wait(SHUTDOWN_S)
         processes.end({self.owner})
         if self.sockets is not None:
             shutil.rmtree(self.sockets, ignore_errors=True)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    _ignore_signals()  # a second one would cut short what the first began
+    _ignore_signals()  # a second signal would cut short the stop that the first began
     raise Stopped
 
 
@@ -134,7 +134,7 @@ def _ignore_signals() -> None:
 
 
 def _log_folder(config: ConfigFile) -> Path | None:
-    """A folder for this start below the configured one; those of the last few starts are kept."""
+    """A folder for this start below the configured one. Those of the last LOG_STARTS_KEPT starts are kept."""
     logs = (config.document.get("logging_config") or {}).get("logs_dir")
     if not logs:
         return None

@@ -1,4 +1,4 @@
-"""Which GPUs replicas go on, by the shares that they book: as Ray divides GPUs, whatever else is on the machine."""
+"""Places replicas on GPUs by the shares that they book, as Ray does. Anything else on the machine is ignored."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 TOLERANCE = 1e-9
-"""Of sums of fractions: 0.33 + 0.56 + 0.11 is more than 1."""
+"""Rounding error allowed in sums of fractions: 0.33 + 0.56 + 0.11 is more than 1 in floating point."""
 
 
 @dataclass(frozen=True)
 class Booking:
-    """What each of a model's replicas books."""
+    """What each replica of a model books."""
 
     model: str
     replicas: int
     booked: float
-    """Share of a GPU, or how many of them."""
+    """Share of a GPU, or a number of GPUs."""
     worked_out: bool = field(default=False, kw_only=True)
-    """The config leaves it out: `booked` is the least that will do."""
+    """The config gives no share, and `booked` is the smallest that is enough."""
 
     @property
     def gpus(self) -> int:
-        """That each replica is on: one of which it has a share, or several, which Ray gives only whole."""
+        """GPUs that each replica is on: one that it shares, or several whole ones, as Ray does not split those."""
         return 1 if self.worked_out else max(1, math.ceil(self.booked - TOLERANCE))
 
     @property
     def on_each(self) -> float:
-        """The share that it books of each of them."""
+        """The share that it books on each of its GPUs."""
         return 1 if self.gpus > 1 else self.booked
 
 
@@ -36,7 +36,7 @@ class Booking:
 class Gpu:
     number: int
     memory_bytes: float = 0
-    """0 where only shares count."""
+    """0 if only shares count."""
     replicas: list[Booking] = field(default_factory=list)
 
     @property
@@ -46,8 +46,9 @@ class Gpu:
 
 
 def place(bookings: Iterable[Booking], gpus: list[Gpu]) -> Iterator[tuple[Booking, int]]:
-    """Put the largest replicas first, each where the least is left that will do, and one that books several GPUs on
-    empty ones. Yields a replica and its number, from 1, when it turns out to have no place.
+    """Place the replicas, largest first, each on the fullest GPU with room; one that books several takes empty ones.
+
+    Yields the booking and the replica's number, from 1, for each replica that has no place.
     """
     for booking in sorted(bookings, key=lambda booking: -booking.booked):
         for number in range(1, booking.replicas + 1):

@@ -86,14 +86,14 @@ def models(hub: Hub, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class Done(NamedTuple):
-    needs: list[hub_fetch.Need]
+    needs: list[hub_fetch.Download]
     problems: list[str]
     """Of finding and of fetching."""
     came: int
 
 
 def fetch(models: dict[str, dict[str, Any]]) -> Done:
-    needs, problems = hub_fetch.needs_of(Settings(models=models))  # type: ignore[arg-type]
+    needs, problems = hub_fetch.downloads_of(Settings(models=models))  # type: ignore[arg-type]
     came: list[int] = []
     failures = [hub_fetch.fetch(need, came.append) for need in needs]
     return Done(needs, problems + [failure for failure in failures if failure], sum(came))
@@ -294,7 +294,7 @@ def test_the_command_fails_with_what_is_missing(hub: Hub, tmp_path: Path) -> Non
 
 
 def test_too_little_room_is_foreseen(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs, _ = hub_fetch.needs_of(Settings(models=models(hub)))  # type: ignore[arg-type]
+    needs, _ = hub_fetch.downloads_of(Settings(models=models(hub)))  # type: ignore[arg-type]
     assert hub_fetch.shortage(needs) is None
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1_500_000))
     said = hub_fetch.shortage(needs)
@@ -302,7 +302,7 @@ def test_too_little_room_is_foreseen(hub: Hub, cache: Path, monkeypatch: pytest.
     assert "has 1.5 MB free, 597.2 kB too little" in said
     assert "predictor 1.0 MB, embedder 1.0 MB" in said
     fetch(models(hub))
-    assert hub_fetch.shortage(hub_fetch.needs_of(Settings(models=models(hub)))[0]) is None  # type: ignore[arg-type]
+    assert hub_fetch.shortage(hub_fetch.downloads_of(Settings(models=models(hub)))[0]) is None  # type: ignore[arg-type]
 
 
 def test_models_of_one_repository_share_it(hub: Hub, cache: Path) -> None:

@@ -255,7 +255,7 @@ def test_what_replicas_wait_for_is_told_and_their_failures_are_left_to_them() ->
     waits = "Deployment 'm' has 1 replicas that have taken more than 30s to be scheduled."
     assert cluster._obstacle(application(status="UPDATING", ingress="", m=waits)) == waits
     assert cluster._obstacle(application(status="UPDATING", m=f"Retrying. Error:\n{RAISED}")) == ""
-    assert cluster._obstacle(application(status="UPDATING", m=DIED)) == "m: its process died, and is started once more"
+    assert cluster._obstacle(application(status="UPDATING", m=DIED)) == "m: its process died; starting it once more"
 
 
 @pytest.mark.parametrize("terminal", [False, True])
