@@ -48,7 +48,7 @@ class Line(Generic[E]):
         self.queue: list[Queued[E]] = []
         """Sorted by due time."""
         self.served = 0
-        """The queue's count when this line was last served; 0 if never. Of lines due at once, the longest waiting is first."""
+        """The queue's count when this line was last served; 0 if never. Of lines due at once, the lowest goes first."""
         self._clock = 0.0
         """Turns that an entry present from the start would have had if all shared evenly."""
 
