@@ -70,7 +70,8 @@ class Machine:
     def _cpu(self) -> float:
         """Fraction of the container's CPU quota in use, or of the machine's CPU if there is no quota; 0 at first.
 
-        cpu.max holds the quota and the period it applies to, in microseconds: https://docs.kernel.org/admin-guide/cgroup-v2.html.
+        cpu.max holds the quota and the period it applies to, in microseconds:
+        https://docs.kernel.org/admin-guide/cgroup-v2.html.
         """
         try:
             quota_us, period_us = map(int, _cgroup("cpu.max").split())

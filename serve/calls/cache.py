@@ -37,7 +37,7 @@ class Cache(Protocol):
         """The value; None if it was never stored or has been dropped."""
 
     async def set(self, key: str, value: bytes) -> None:
-        """Store the value for the cache's usual time."""
+        """Store the value until it expires."""
 
 
 def cache_of(settings: CacheSettings) -> Cache | None:

@@ -1,4 +1,4 @@
-"""Holds the items that wait in this process for a model. Many requests of many clients leave as few large calls."""
+"""Holds the items that wait in this process for a model, and sends those of many requests as few large calls."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Coalescer:
 
     If the engine works in steps and takes newcomers at each, a call is sent at once while replicas have room for it.
 
-    Calls are filled first with the requests that would finish first if tenants took turns, and each tenant's requests
-    too. So neither a flood nor a long list holds up others. Work is counted in turns: the more text, the more turns.
+    Calls are filled in the order in which requests would finish if tenants took turns, and so did each tenant's
+    requests. Neither a flood nor a long list holds up others. Work is counted in turns: the more text, the more turns.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class Deployment:
     ) -> Any:
         """Call a method within the caller's deadline; `admitted` says that the caller has passed the gate already.
 
-        With `grace_s` the method gets the remaining time as `timeout_s`, and that much longer to report that it is up.
+        With `grace_s` the method gets the remaining time as `timeout_s`, and `grace_s` more to report that it ran out.
         `following` receives the progress of a service. Raises DureError for everything that can go wrong.
         """
 
@@ -67,7 +67,7 @@ class Deployment:
 
         async with contextlib.nullcontext() if admitted else self.gate.admitted(1, caller=caller):
             started = time.monotonic()
-            result = await self._repeated(attempt, caller.left_s() + (grace_s or 0))
+            result = await self._with_retries(attempt, caller.left_s() + (grace_s or 0))
             self.gate.served(1, started)
             return result
 
@@ -90,7 +90,7 @@ class Deployment:
     def streaming(self) -> DeploymentHandle:
         return self.handle.options(stream=True)
 
-    async def _repeated(self, attempt: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
+    async def _with_retries(self, attempt: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
         """What `attempt` returns. It is repeated if its replica dies."""
         deadline = time.monotonic() + timeout_s
         for _ in range(TRIES - 1):

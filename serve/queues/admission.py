@@ -23,9 +23,9 @@ SILENCE_S = 5.0
 """A holder that is silent for this long is gone: five beats, as loaded machines skip some."""
 SWEEP_S = 0.25
 LEARN_S = 2.5 * BEAT_S
-"""After a start nothing begins for this long, in which holders report what they run for an earlier actor."""
+"""After a start nothing begins for this long, so that holders can report what an earlier actor admitted."""
 LEFT_KEPT_S = 10.0
-"""Requests that left are remembered for this long, as Ray may deliver a later call first."""
+"""Requests that left are remembered for this long, as Ray may deliver `leave` before an earlier call."""
 
 
 @dataclass(frozen=True)

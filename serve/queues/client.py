@@ -40,7 +40,7 @@ class Full:
     refused: Refused
     """The refusal that admission gave one of them."""
     until: float
-    """When that stops standing for others (time.monotonic)."""
+    """How long that refusal stands for others (time.monotonic)."""
     seconds: float = 0.0
     """Time it takes to serve those that have been refused with it since."""
 

@@ -79,25 +79,25 @@ class Line(Generic[E]):
 
 
 class FairQueue(Generic[E]):
-    """Serves next the entry that would finish first if tenants shared turns evenly, by weight, and so their entries.
+    """Serves next the entry that would finish first if all shared turns evenly: tenants by weight, then their entries.
 
-    Hardly any entry finishes later than with even turns, and most finish sooner: a small one does not wait for each of
-    its parts, and two large ones do not both finish last (Friedman and Henderson's fair sojourn protocol 2003, with a
-    clock as in Demers, Keshav and Shenker's fair queueing 1989). A tenant's entries of equal size are served in the
-    order of arrival.
+    Hardly any entry finishes later than with even sharing, and most finish sooner: a small one does not wait before
+    each of its turns, and two large ones do not both finish last (Friedman and Henderson's fair sojourn protocol 2003,
+    with a clock as in Demers, Keshav and Shenker's fair queueing 1989). A tenant's entries of equal size are served in
+    the order of arrival.
     """
 
     def __init__(self, credit: int = 0) -> None:
         """`credit`: most turns a tenant of weight 1 can save up while idle.
 
-        A tenant that comes back after more than its share lets others go first: at most for as many turns, or for the
-        first entry of each tenant that waits.
+        A tenant that comes back after more than its share lets others go first, for at most as many turns, or until
+        the first entry of each waiting tenant is served.
         """
         self.credit = credit
         self.lines: dict[str, Line[E]] = {}
-        """By tenant, of tenants with entries."""
+        """By tenant, for tenants with entries."""
         self._clock = 0.0
-        """Turns that a tenant of weight 1 that always has entries would have had if all shared evenly."""
+        """Turns so far of a tenant of weight 1 that always has entries, if all shared evenly."""
         self._served = 0
         """Entries served so far."""
         self._absent: dict[str, float] = {}

@@ -27,7 +27,7 @@ class GateStanding:
     turns: int
     """Waiting or running."""
     running: int
-    """Turns of these that have been sent to a replica."""
+    """Those of them that have been sent to a replica."""
     max_turns: int
     rejected: int
     tickets: int

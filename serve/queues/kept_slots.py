@@ -41,7 +41,7 @@ class KeptSlots:
         return soon_s
 
     def came(self, tenant: str) -> Gap | None:
-        """The gap that a new request of the tenant's ends, if it comes at once."""
+        """The gap that a tenant's new request ends; None if it did not come at once."""
         gaps = [gap for gap in self._current() if gap.tenant == tenant]
         gap = max(gaps, key=lambda gap: gap.keeps_slot, default=None)
         if gap:

@@ -120,7 +120,7 @@ class Lane:
             return entry
         self.queue.put(entry)
         self.fill()
-        if self._waiting > self.max_queue:  # admitted to its tenant's share: a tenant with more gives up one
+        if self._waiting > self.max_queue:  # it used its tenant's share: a tenant over its own loses one
             last = self.queue.last(self._excess, lambda entry: not entry.has_ticket)
             self.queue.remove(last)
             self._refuse(last)

@@ -24,7 +24,7 @@ class Pace:
         self._last = 0.0
 
     def served(self, items: int, started: float) -> None:
-        """Record items that began at `started` (time.monotonic) and are done; time already counted is left out."""
+        """Record `items` that began at `started` (time.monotonic) and are done. Time already counted is left out."""
         now = time.monotonic()
         worked_s = now - max(started, self._last)
         self._last = now

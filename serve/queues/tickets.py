@@ -28,9 +28,9 @@ FOR_TICKETS = 0.8
 FOR_NEWCOMERS = 0.25
 """Share of a queue that is never held for tickets. On average, ticket holders find the queue this full."""
 SLOT = 1 / 8
-"""Length of a slot, as a fraction of the time to serve a full queue; a slot has that to twice that. No more tickets
-come due in a slot than are served in it. Simulated with lists of 32, of which 24 may wait, at four times capacity: 89 %
-of tickets were admitted with 1/2, 95 % with 1/4 and 99 % with 1/8.
+"""Length of a slot as a fraction of the time to serve a full queue; rounding up makes it at most twice as long. No more
+tickets come due in a slot than are served in it. Simulated with lists of 32, of which 24 may wait, at four times
+capacity: 89 % of tickets were admitted with 1/2, 95 % with 1/4 and 99 % with 1/8.
 """
 SLOT_S = 0.5
 """Upper bound on what SLOT gives, however long the queue."""

@@ -105,7 +105,7 @@ class Database:
             event.listen(self.engine.sync_engine, "begin", begin)
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-        return await self._repeated(work, writes=False)
+        return await self._with_retries(work, writes=False)
 
     async def write(self, work: Callable[[AsyncSession], Awaitable[Result]], frees: bool = False) -> Result:
         """Run `work` and commit; returns what it returns. It is repeated after a Conflict, or if the database is away.
@@ -113,12 +113,12 @@ class Database:
         `frees`: it deletes, so on a full disk it may use the room that is held for deletions.
         """
         try:
-            return await self._repeated(work, writes=True)
+            return await self._with_retries(work, writes=True)
         except DiskFull:
             if not frees or self.reserve is None:
                 raise
         await asyncio.to_thread(self.reserve.give)
-        return await self._repeated(work, writes=True)
+        return await self._with_retries(work, writes=True)
 
     async def hold_room(self) -> None:
         """Hold room for deletions, on SQLite."""
@@ -135,7 +135,7 @@ class Database:
     async def close(self) -> None:
         await self.engine.dispose()
 
-    async def _repeated(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
+    async def _with_retries(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
         deadline: float | None = None
         pause_s = FIRST_PAUSE_S
         while True:

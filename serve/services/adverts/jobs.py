@@ -1,4 +1,4 @@
-"""Jobs: what a tenant sends, records and has deleted."""
+"""Creates and deletes a tenant's jobs, and records their finished adverts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Jobs:
         async def write(session: AsyncSession) -> dict[str, Any]:
             if (known := await _answered_before(session, new)) is not None:
                 return known
-            if await session.get(Job, new.job_id) is None:  # else an earlier attempt succeeded unheard
+            if await session.get(Job, new.job_id) is None:  # else an earlier attempt was committed
                 await _add(session, new, answer)
             await keep(session, new.image.path)
             return answer

@@ -22,7 +22,7 @@ from serve.store.outbox import event_of
 from serve.store.tables import AdCopy, ImageAsset, Job, JobInput, Overlay, Trace, Variant, now
 
 PROVIDER = "llava"
-EXPIRED = "the call that ran it died and its lease ended"
+EXPIRED = "the call that ran it died, and its lease ended"
 AT_ONCE = 100
 """Leases ended in one transaction."""
 

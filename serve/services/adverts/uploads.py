@@ -106,9 +106,10 @@ class Uploads:
         return clearing
 
     async def _cleared(self, path: str, writing: asyncio.Future[None] | None, refused: bool) -> None:
-        """Delete a file unless it has been recorded, which is known not to be so if that was `refused`.
+        """Delete a file unless it has been recorded; `refused` says that it certainly has not.
 
-        Otherwise its entry stays, as dropped, since the call may have been repeated. The sweep retries what fails here.
+        Without `refused` its entry stays, as dropped, since the call may have been repeated. The sweep retries what
+        fails here.
         """
         try:
             hangs = writing is not None and await _hangs(writing)
@@ -121,6 +122,6 @@ class Uploads:
 
 
 async def _hangs(writing: asyncio.Future[None]) -> bool:
-    """Wait until a write ends or is given up. Whether the file may still be written after that."""
+    """Wait until a write ends or is given up. Returns whether the file may still be written after that."""
     [problem] = await asyncio.gather(writing, return_exceptions=True)
     return problem is not None and isinstance(problem.__cause__, TimeoutError)
