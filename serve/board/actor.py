@@ -1,8 +1,7 @@
-"""One small actor that knows how every replica is; replicas report to it, ingresses listen to it.
+"""A small actor that knows the state of every replica. Replicas report to it; ingresses listen to it.
 
-A process's report carries all that it has to say of its model and is repeated every second, so no order of arrival
-can leave the board wrong, one that starts anew is complete within a second, and a process that falls silent is known to
-be gone.
+A report carries the full state of a process's model and is repeated every second. So no order of arrival can leave the
+board wrong, a new board is complete within a second, and a process that falls silent is known to be gone.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ logger = logging.getLogger("ray.serve")
 
 NAME = "dure-board"
 LEARN_S = 2.5 * BEAT_S
-"""In which all have said how they are to a board that follows one that has died."""
+"""By this time all processes have reported to a board that replaces one that died."""
 
 
 class Board:
@@ -44,7 +43,7 @@ class Board:
         self.sweeping: asyncio.Task[None] | None = None
 
     async def report(self, report: Report) -> Order | None:
-        """Take note of how a process is; answers with what it is to reload, if it is its turn."""
+        """Record a process's report. Returns the order to reload, if it is this replica's turn."""
         key = (report.model, report.process)
         self.heard[key] = time.monotonic()
         known = self.reports.get(key)
@@ -57,26 +56,26 @@ class Board:
         return self.reloads[report.model].ready(report.process, self.reports[key].order, self._serving(report.model))
 
     async def standing(self, model: str, deploy: str) -> Order | None:
-        """What a replica that starts now has to load instead of what its config says."""
+        """The order that a replica must follow at its start instead of its config, if there is one."""
         return self.reloads[model].started(deploy)
 
     async def order(self, model: str, changes: dict[str, Any]) -> Order:
-        """Have all replicas of a model reload, one after the other. Raises ValueError while they do already."""
+        """Have all replicas of a model reload, one after the other. Raises ValueError while a reload is under way."""
         reports = [report for report in self.reports.values() if report.model == model]
         deploy = reports[-1].deploy if reports else ""
         return self.reloads[model].order(deploy, changes, max((report.begun for report in reports), default=0))
 
     async def reload(self, model: str) -> tuple[Reload | None, int]:
-        """How the model's last order is getting on, and the number of the last change until now."""
+        """Progress of the model's last order, and the sequence number of the board's latest change."""
         return self.reloads[model].latest, self.sequence
 
     async def stop(self) -> None:
-        """The application is about to stop: tell all who listen."""
+        """Tell all listeners that the application is about to stop."""
         self.stops += 1
         self._wake()
 
     async def measure(self, model: str, replica: str, families: Any) -> None:
-        """Take a process's metrics: prometheus_client's families as it collected them."""
+        """Store a process's metrics: the families that prometheus_client collected there."""
         self.measured[model, replica] = (time.monotonic(), families)
 
     async def metrics(self) -> dict[Key, Any]:
@@ -85,11 +84,11 @@ class Board:
         return {key: families for key, (_, families) in self.measured.items()}
 
     async def listen(self, epoch: str, since: int, stops: int = 0) -> Changes:
-        """What has changed since a sequence number of this epoch; waits a few seconds for something to change.
+        """What has changed since sequence number `since` of this epoch; waits a few seconds for a change.
 
-        `stops` is what the listener knows of them.
+        `stops` is the count that the listener knows.
         """
-        if epoch and epoch != self.epoch:  # one before has died, and not all have said yet how they are
+        if epoch and epoch != self.epoch:  # the board before this one died, and not all have reported to this one yet
             await asyncio.sleep(self.started + LEARN_S - time.monotonic())
         if epoch != self.epoch or self.sequence - since > len(self.history):
             return Changes(self.epoch, self.sequence, True, list(self.replicas.items()), self.stops)
@@ -109,7 +108,7 @@ class Board:
         self.reports[report.model, report.process] = report
         for name in before.keys() - report.states.keys():
             last = before[name]
-            if last.event.status not in ("ready", "failed"):  # the report that it was ready has been overtaken
+            if last.event.status not in ("ready", "failed"):  # a newer report overtook the one that said ready
                 self._note((report.model, name), replace(last, event=last.event.as_ready()))
             self._note((report.model, name), None)
         for name, state in report.states.items():
@@ -156,5 +155,5 @@ class Board:
 
 
 def board() -> Any:
-    """The cluster's board, started where there is none."""
+    """The cluster's board, started if there is none."""
     return only(Board, NAME)

@@ -1,4 +1,4 @@
-"""Looks at a machine every few seconds, and says when it should be given no more work until what it has is done."""
+"""Samples machine load every few seconds and says when to stop admitting work."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from serve.metrics import NODE_LOAD
 
 SAMPLE_S = 3.0
 BACK = 0.05
-"""Work is taken again once the load is this much below its limit: at the limit itself it would come and go."""
+"""Work is admitted again once load is this far below its limit; at the limit itself the guard would flap."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Load:
-    """Shares of what a machine has that are in use, 0 to 1."""
+    """Fractions of a machine's resources in use, 0 to 1."""
 
     memory: float
     cpu: float
-    """Since it was last asked for."""
+    """Since the last sample."""
     gpu_memory: float
-    """Of the fullest GPU that this process may use; 0 where there is none."""
+    """Of the fullest GPU that this process may use; 0 if it has none."""
 
 
 class Guard:
@@ -38,7 +38,7 @@ class Guard:
         self.limits = limits
         self.look = look or Machine().load
         self.over: dict[str, float] = {}
-        """What is used too much, and how much."""
+        """Resources over their limit, and the fraction in use."""
 
     def sample(self) -> None:
         found = asdict(self.look())
@@ -53,24 +53,25 @@ class Guard:
 
     @property
     def reason(self) -> str:
-        """Why no work should begin; empty where it may."""
+        """Why no new work should begin; empty if it may."""
         return " and ".join(f"{name.replace('_', ' ')} is at {share:.0%}" for name, share in self.over.items())
 
 
 class Machine:
-    """This machine, or the container that this process is in."""
+    """This machine, or the container that this process runs in."""
 
     def __init__(self) -> None:
         self._used_us, self._at = 0, 0.0
-        """CPU time that the container had used, and when (time.monotonic), as of the last look."""
+        """CPU time the container had used at the last sample, and when that was (time.monotonic)."""
 
     def load(self) -> Load:
         return Load(_memory(), self._cpu(), _gpu_memory())
 
     def _cpu(self) -> float:
-        """Of what the container may take where there is a quota; 0 at first.
+        """Fraction of the container's CPU quota in use, or of the machine's CPU if there is no quota; 0 at first.
 
-        cpu.max is microseconds of CPU time in each so many: https://docs.kernel.org/admin-guide/cgroup-v2.html.
+        cpu.max holds the quota and the period it applies to, in microseconds:
+        https://docs.kernel.org/admin-guide/cgroup-v2.html.
         """
         try:
             quota_us, period_us = map(int, _cgroup("cpu.max").split())
@@ -89,7 +90,7 @@ def _cgroup(name: str) -> str:
 
 
 def _memory() -> float:
-    """Of the machine's, or of what a container may take."""
+    """Fraction of the machine's memory in use, or of the container's limit if that is higher."""
     machine = psutil.virtual_memory()
     shares = [1 - machine.available / machine.total]
     with contextlib.suppress(OSError, ValueError):
@@ -109,7 +110,7 @@ def _gpu_memory() -> float:
 
 
 def _visible_gpus() -> list[str]:
-    """Numbers or UUIDs; Ray tells a replica by this variable which GPUs are its."""
+    """Numbers or UUIDs. Ray tells a replica through this variable which GPUs it may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]

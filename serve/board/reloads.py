@@ -14,7 +14,7 @@ NOT_YET = "a reload of this model is under way; wait for it to end"
 
 @dataclass(frozen=True)
 class Reload:
-    """How an order is getting on."""
+    """Progress of an order."""
 
     order: Order
     state: State = "running"
@@ -23,21 +23,21 @@ class Reload:
 
 @dataclass
 class Reloads:
-    """The orders of one model. An order that one replica can't carry out is taken back from those that have."""
+    """The orders of one model. If a replica can't carry one out, the replicas that did go back to what stood before."""
 
     deploy: str = ""
     standing: Order | None = None
-    """What replicas that start now load."""
+    """The order that replicas follow when they start."""
     latest: Reload | None = None
     turn: str | None = None
     """The replica that reloads now."""
     applied: dict[str, int] = field(default_factory=dict)
-    """By replica: the number of the last order that it has carried out."""
+    """By replica: the number of the last order it has carried out."""
 
     def order(self, deploy: str, changes: dict[str, Any], begun: int = 0) -> Order:
-        """A new order. Raises ValueError while an earlier one is under way.
+        """Make a new order. Raises ValueError while an earlier one is under way.
 
-        `begun` is the largest number of an order that a replica has begun, perhaps of a board before this one.
+        `begun` is the highest number of an order that a replica has begun, perhaps one of an earlier board.
         """
         self._of(deploy)
         if self.latest and self.latest.state == "running":
@@ -47,14 +47,14 @@ class Reloads:
         return self.latest.order
 
     def started(self, deploy: str) -> Order | None:
-        """What a replica of this deploy has to load instead of what its config says."""
+        """The order that a replica of this deploy must follow at its start instead of its config, if there is one."""
         self._of(deploy)
         return self.standing
 
     def ready(self, replica: str, order: Order | None, replicas: set[str]) -> Order | None:
-        """A replica serves with `order` carried out; `replicas` are all that serve. What it is to do next, if anything.
+        """A replica serves with `order` carried out; `replicas` are all that serve. Returns its next order, if any.
 
-        A board that has started anew learns from this what stands.
+        A new board learns from this which order stands.
         """
         number = order.number if order else 0
         self.applied = {name: done for name, done in self.applied.items() if name in replicas} | {replica: number}
@@ -74,7 +74,7 @@ class Reloads:
         return None
 
     def refused(self, order: Order, reason: str) -> None:
-        """A replica could not carry out an order, and serves on as before."""
+        """A replica could not carry out an order, and keeps serving as before."""
         if self.latest is None or self.latest.order != order or self.latest.state != "running":
             return
         self.turn, number = None, order.number
@@ -85,6 +85,6 @@ class Reloads:
             self.latest = Reload(self.latest.order, "failed", reason)
 
     def _of(self, deploy: str) -> None:
-        """Orders end with the deploy that they were given in."""
+        """Forget all orders if they were given in another deploy."""
         if deploy != self.deploy:
             self.deploy, self.standing, self.latest, self.turn, self.applied = deploy, None, None, None, {}

@@ -1,4 +1,4 @@
-"""A process's line to the board: how it is, every second, and at once what is new."""
+"""A process's line to the board: reports its state every second, and changes at once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ ANSWER_S = 5.0
 
 
 class Reporter:
-    """A process's line to the board. Nothing here but `open` waits for an answer: a report costs far below a ms."""
+    """A process's line to the board. Only `open` waits for an answer; a report costs far less than 1 ms."""
 
     def __init__(self, limits: GuardSettings | None = None) -> None:
         self.guard = Guard(limits or GuardSettings())
-        """Of this process's machine; looked at while there are reports."""
+        """Of this process's machine; sampled once reporting has begun."""
 
     def open(
         self,
@@ -40,7 +40,7 @@ class Reporter:
         deploy: str = "",
         on_order: Callable[[Order], object] | None = None,
     ) -> Order | None:
-        """Begin to report. Answers with the order that stands for the model; later ones come through `on_order`."""
+        """Begin to report. Returns the order that stands for the model; later ones come through `on_order`."""
         self.said = Report(model, replica, deploy)
         self.registry, self.on_order = registry, on_order
         self._lock = threading.Lock()
@@ -50,64 +50,64 @@ class Reporter:
         return standing
 
     def event(self, event: LoadEvent, copy: int = 0) -> None:
-        """Loading has come so far; `copy` numbers the loads after the first, of which the last is told of."""
+        """Report how far loading is. `copy` numbers the loads after the first; only the last of them is reported."""
         with self._lock:
             said = self.said
             if copy:
-                name, kept, process = f"{said.process}/{copy}", self._itself(), said.process
+                name, kept, process = f"{said.process}/{copy}", self._own_state(), said.process
             else:
                 name, kept, process = said.process, said.states, ""
             state = said.states.get(name) or Replica(said.model, name, event, None, process)
             self._say(states=kept | {name: replace(state, event=event)}, begun=max(said.begun, copy))
 
     def facts(self, facts: dict[str, Any], order: Order | None = None) -> None:
-        """What became of the model that serves now, and the order that it was loaded by; there is no copy any more."""
+        """Report the facts of the model that serves now, and the order that loaded it. No copy is left."""
         with self._lock:
-            [(name, state)] = self._itself().items()
+            [(name, state)] = self._own_state().items()
             self._say(states={name: replace(state, facts=facts)}, order=order)
 
     def gpu(self, use: GpuUse) -> None:
-        """What this process takes of its GPU now."""
+        """Report this process's current use of its GPU."""
         with self._lock:
-            [(name, state)] = self._itself().items()
+            [(name, state)] = self._own_state().items()
             self._say(states=self.said.states | {name: replace(state, gpu=use)})
 
     def refused(self, order: Order, reason: str) -> None:
-        """The order could not be carried out."""
+        """Report that an order could not be carried out."""
         with self._lock:
             self._say(refused=(order, reason))
 
-    def _itself(self) -> dict[str, Replica]:
+    def _own_state(self) -> dict[str, Replica]:
         return {self.said.process: self.said.states[self.said.process]}
 
     def _say(self, **news: Any) -> None:
         self.said = replace(self.said, step=self.said.step + 1, **news)
         self.board.report.remote(self.said)
 
-    def _look(self) -> None:
-        """How the machine is, where that is news."""
+    def _sample(self) -> None:
+        """Sample the machine, and report if its overload has changed."""
         self.guard.sample()
         reason = self.guard.reason
         with self._lock:
-            told = {name: replace(state, overload=reason) for name, state in self.said.states.items()}
-            if told != self.said.states:
-                self._say(states=told)
+            states = {name: replace(state, overload=reason) for name, state in self.said.states.items()}
+            if states != self.said.states:
+                self._say(states=states)
 
     def _beat(self) -> None:
-        looked_at = 0.0
+        sampled_at = 0.0
         while True:
             try:
-                if time.monotonic() - looked_at >= SAMPLE_S:
-                    looked_at = time.monotonic()
-                    self._look()
+                if time.monotonic() - sampled_at >= SAMPLE_S:
+                    sampled_at = time.monotonic()
+                    self._sample()
                 with self._lock:
                     answer = self.board.report.remote(self.said)
                 self.board.measure.remote(self.said.model, self.said.process, list(self.registry.collect()))
                 order = ray.get(answer, timeout=ANSWER_S)
                 if order is not None and self.on_order is not None:
                     self.on_order(order)
-            except Exception as error:  # a replica serves on without its board; the next beat tries again
-                logger.warning("the board can't be told: %r", error)
+            except Exception as error:  # a replica keeps serving without its board; the next beat tries again
+                logger.warning("could not report to the board: %r", error)
                 with contextlib.suppress(Exception):
                     self.board = board()
             time.sleep(BEAT_S)

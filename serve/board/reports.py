@@ -1,4 +1,4 @@
-"""What processes report to the board, and what it tells those who listen."""
+"""What processes report to the board, and what the board tells its listeners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deployments.spec import Order
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
-"""A replica not heard of for this long is gone: ten beats, as loading may hold the interpreter for seconds."""
+"""A replica that is silent for this long is gone: ten beats, as loading may hold the interpreter for seconds."""
 DIED = "the process died while loading"
 LISTEN_S = 5.0
 HISTORY = 4096
@@ -21,36 +21,36 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Replica:
-    """How one replica of a model is."""
+    """State of one replica of a model."""
 
     model: str
     replica: str
     event: LoadEvent
     facts: dict[str, Any] | None = None
     process: str = ""
-    """The replica that loads a second copy, where this is one; else empty."""
+    """If this is a second copy, the replica that loads it; else empty."""
     overload: str = ""
-    """Why its machine should be given no more work."""
+    """Why its machine should be given no more work; empty if it may be."""
     gpu: GpuUse | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a process has to say of the model that it serves."""
+    """The full state of the model that a process serves."""
 
     model: str
     process: str
     deploy: str = ""
     step: int = 0
-    """Counts the reports that say something new: Ray may deliver two of them in the wrong order."""
+    """Counts reports that say something new, as Ray may deliver two of them in the wrong order."""
     states: dict[str, Replica] = field(default_factory=dict)
     """By name: the replica itself, and the copy that it loads."""
     order: Order | None = None
-    """The last order to reload that it has carried out."""
+    """The last order to reload that the process has carried out."""
     begun: int = 0
-    """Number of the last order that it has begun to carry out."""
+    """Number of the last order that it has begun."""
     refused: tuple[Order, str] | None = None
-    """The last order that it could not carry out, and why; it serves on as before."""
+    """The last order that it could not carry out, and why; it keeps serving as before."""
 
     @property
     def serves(self) -> bool:
@@ -59,7 +59,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a listener has missed: states in order, None where a replica is gone. `whole`: all there is."""
+    """What a listener has missed: states in order, None if a replica is gone. If `whole`, these are all states."""
 
     epoch: str
     sequence: int
@@ -70,4 +70,4 @@ class Changes:
 
 
 CONSTRUCTOR_TRIES = 2
-"""How often Serve tries to start a replica before the deployment has failed for good."""
+"""How often Serve tries to start a replica before the deployment fails for good."""

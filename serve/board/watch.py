@@ -1,4 +1,4 @@
-"""A process's own copy of the board, kept current, which routes read and streams subscribe to."""
+"""A process's copy of the board, kept current. Routes read it, and streams subscribe to it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger("ray.serve")
 
 
 TROUBLE = "trouble"
-"""Of a service's facts: what stands in the way of its work; empty for nothing."""
+"""Key of a service's facts: what keeps it from working; empty if nothing does."""
 
 State = Literal["loading", "ready", "failed", "asleep"]
 
 
 class Watch:
     def __init__(self, sleepers: Iterable[str] = ()) -> None:
-        """`sleepers` are the models that have no replica while nobody asks for them."""
+        """`sleepers` are the models that have no replica while nobody uses them."""
         self.sleepers = frozenset(sleepers)
         self.replicas: dict[Key, Replica] = {}
         self.stopping = asyncio.Event()
@@ -36,7 +36,7 @@ class Watch:
 
     @property
     def alive(self) -> bool:
-        """Is the board listened to?"""
+        """Whether this process still listens to the board."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> None:
@@ -47,9 +47,9 @@ class Watch:
         return [replica for key, replica in self.replicas.items() if key[0] == model]
 
     def state(self, model: str) -> State:
-        """`failed` once as many replicas have failed as Serve will try."""
+        """`failed` once as many replicas have failed as Serve tries to start."""
         own = [replica.event for replica in self.of(model) if not replica.process]
-        if model in self.sleepers:  # one that is not needed any more is ended while it loads
+        if model in self.sleepers:  # a replica that is not needed any more is ended even while it loads
             own = [event for event in own if not event.message.endswith(DIED)]
             if len(own) < CONSTRUCTOR_TRIES and all(event.status == "failed" for event in own):
                 return "asleep"
@@ -65,18 +65,18 @@ class Watch:
         return sum(replica.event.status == "ready" and not replica.process for replica in self.of(model))
 
     def version(self, model: str) -> str | None:
-        """What tells answers of this model from those of another; None while its replicas differ or are unknown."""
+        """The version of the model that serves now; None while its replicas differ or are unknown."""
         serving = [replica for replica in self.of(model) if replica.event.status == "ready" and not replica.process]
         versions = {(replica.facts or {}).get("version") for replica in serving}
         return versions.pop() if len(versions) == 1 else None
 
     def overload(self, model: str) -> str:
-        """Why no machine that serves the model should be given more work; empty where one may."""
+        """Why no machine that serves the model should be given more work; empty if one may be."""
         serving = [replica for replica in self.of(model) if replica.event.status == "ready" and not replica.process]
         return serving[0].overload if serving and all(replica.overload for replica in serving) else ""
 
     def in_steps(self, model: str) -> bool:
-        """Does the model's engine work in steps, at each of which it takes newcomers?"""
+        """Whether the model's engine works in steps and takes newcomers at each."""
         return any((replica.facts or {}).get("in_steps") for replica in self.of(model))
 
     def parallel(self, model: str) -> int:
@@ -84,7 +84,7 @@ class Watch:
         return max((int((replica.facts or {}).get("parallel") or 1) for replica in self.of(model)), default=1)
 
     def max_tokens(self, model: str) -> int | None:
-        """Tokens that the model reads of a text at most; None where that is not known."""
+        """Most tokens of a text that the model reads; None if unknown."""
         limits = [(replica.facts or {}).get("max_tokens") for replica in self.of(model)]
         return max((int(limit) for limit in limits if limit), default=None)
 
@@ -94,16 +94,16 @@ class Watch:
         return failures[-1].removeprefix("Failed: ") if failures else ""
 
     def trouble(self, service: str) -> str:
-        """What stands in the way of one of a service's replicas; empty where none says so."""
-        told = ((replica.facts or {}).get(TROUBLE, "") for replica in self.of(service))
-        return next(filter(None, told), "")
+        """What keeps one of a service's replicas from working; empty if nothing does."""
+        troubles = ((replica.facts or {}).get(TROUBLE, "") for replica in self.of(service))
+        return next(filter(None, troubles), "")
 
     def progress(self, model: str) -> float:
-        """How far the replica is that is loaded most, 0 to 100."""
+        """Load progress of the replica that is furthest, 0 to 100."""
         return max((replica.event.progress for replica in self.of(model)), default=0.0)
 
     async def settled(self, model: str, timeout_s: float) -> State:
-        """The model's state once it is ready or failed, or at the end of the wait."""
+        """The model's state once it is ready or failed, or after `timeout_s`."""
         await self._until(lambda: self.state(model) in ("ready", "failed"), timeout_s)
         return self.state(model)
 
@@ -112,7 +112,7 @@ class Watch:
         await self._changed.wait()
 
     async def reached(self, sequence: int, timeout_s: float) -> None:
-        """Returns once the board's change of this number is known here, or at the end of the wait."""
+        """Returns once the board's change of this number is known here, or after `timeout_s`."""
         await self._until(lambda: self._sequence >= sequence, timeout_s)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
@@ -123,7 +123,7 @@ class Watch:
 
     @contextmanager
     def subscribe(self) -> Iterator[asyncio.Queue[Replica]]:
-        """A queue of every change from now on; one who never reads loses the oldest."""
+        """A queue of every change from now on; a subscriber that does not read loses the oldest."""
         queue: asyncio.Queue[Replica] = asyncio.Queue(HISTORY)
         self._subscribers.add(queue)
         try:
@@ -138,8 +138,8 @@ class Watch:
                 actor = actor or await asyncio.to_thread(board)
                 heard = actor.listen.remote(self._epoch, self._sequence, self._stops or 0)
                 self._take(await asyncio.wait_for(heard, LISTEN_S + 5))
-            except Exception as error:  # the board restarts by itself; until then the last copy holds
-                logger.warning("the board can't be heard: %r", error)
+            except Exception as error:  # the board restarts by itself; until then the last copy stays in use
+                logger.warning("could not listen to the board: %r", error)
                 actor = None
                 await asyncio.sleep(0.5)
 

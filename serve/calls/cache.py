@@ -1,7 +1,7 @@
-"""Where answers are kept for a minute: in this process, or in Redis for all of them.
+"""Keeps answers for a minute: in this process, or in Redis for all processes.
 
-A cache may forget at any time and is asked for nothing that a model could not answer. So nothing here raises: what
-can't be had is computed, and what can't be kept is let go.
+A cache may forget at any time, and holds nothing that a model could not compute again. So nothing here raises: a failed
+read counts as a miss, and a failed write is dropped.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from serve.metrics import CACHE
 logger = logging.getLogger("ray.serve")
 
 ENTRY_BYTES = 250
-"""What an entry takes beside its key and value: the objects that hold them and a place in the dictionary."""
+"""Overhead of an entry beyond its key and value: the objects that hold them and a place in the dictionary."""
 REST_S = 1.0
-"""A Redis that failed is left alone for so long, so that no request but the first waits for it to time out."""
+"""A Redis that failed is left alone for this long, so that only the first request waits for it to time out."""
 CONNECTIONS = 64
 PREFIX = "dure:"
 
 
 class Cache(Protocol):
     async def get(self, key: str) -> bytes | None:
-        """The value, unless it was never kept or is no longer known."""
+        """The value; None if it was never stored or has been dropped."""
 
     async def set(self, key: str, value: bytes) -> None:
-        """Keep the value for as long as the cache keeps things."""
+        """Store the value until it expires."""
 
 
 def cache_of(settings: CacheSettings) -> Cache | None:
-    """The cache that a config asks for; None where it wants none."""
+    """The cache that the config asks for; None if it is switched off."""
     if not settings.ttl_s:
         return None
     if settings.url.startswith("memory:"):
@@ -50,14 +50,14 @@ def cache_of(settings: CacheSettings) -> Cache | None:
 
 
 class MemoryCache:
-    """Holds `max_bytes`; the oldest entries go first."""
+    """Holds up to `max_bytes`; the oldest entries go first."""
 
     def __init__(self, ttl_s: float, max_bytes: int) -> None:
         self.ttl_s = ttl_s
         self.max_bytes = max_bytes
         self.nbytes = 0
         self._entries: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
-        """Until when each is good, and its value; in the order in which they run out."""
+        """By key: expiry (time.monotonic) and value, in order of expiry."""
 
     async def get(self, key: str) -> bytes | None:
         until, value = self._entries.get(key, (0.0, b""))
@@ -80,10 +80,10 @@ class MemoryCache:
 
 
 class RedisCache:
-    """A Redis that may be slow, full or gone: then it answers nothing and is tried again a second later.
+    """A Redis that may be slow, full or gone. Then every read is a miss, and it is tried again a second later.
 
-    A value is kept behind its key's hash, which is compared when it comes back: an answer that got onto the wrong
-    connection, or was written there by somebody else, is no answer.
+    A value is stored behind its key's hash, which is compared when it comes back. So an answer that got onto the wrong
+    connection, or was written by somebody else, is ignored.
     """
 
     def __init__(self, url: str, ttl_s: float, timeout_s: float) -> None:
@@ -108,20 +108,20 @@ class RedisCache:
     async def _ask(self, command: Callable[[], Awaitable[object]]) -> object:
         if time.monotonic() < self.rests_until:
             return None
-        # Shielded: a command whose caller leaves in the middle would leave its answer to the next one.
+        # Shielded: a command that is cancelled half-way would leave its answer on the connection for the next one.
         return await asyncio.shield(self._answer(command))
 
     async def _answer(self, command: Callable[[], Awaitable[object]]) -> object:
         try:
             return await command()
-        except MaxConnectionsError:  # a rush, which says nothing of Redis
+        except MaxConnectionsError:  # a rush of requests; Redis may be well
             pass
-        except ResponseError as error:  # it is there, but refuses this: its memory is full
+        except ResponseError as error:  # Redis works but refuses this: its memory is full
             CACHE.labels("error").inc()
-            logger.warning("Redis refuses: %s", error)
+            logger.warning("Redis refused a command: %s", error)
         except (RedisError, OSError, TimeoutError) as error:
             CACHE.labels("error").inc()
-            logger.warning("Redis can't be used and is tried again in %g s: %r", REST_S, error)
+            logger.warning("Redis can't be used; trying again in %g s: %r", REST_S, error)
             self.rests_until = time.monotonic() + REST_S
         return None
 

@@ -1,4 +1,4 @@
-"""What waits in this process for a model: many requests of many clients, which leave as few large calls."""
+"""Holds the items that wait in this process for a model, and sends those of many requests as few large calls."""
 
 from __future__ import annotations
 
@@ -21,32 +21,31 @@ from serve.queues.fair_queue import FairQueue
 from serve.queues.pace import Pace
 
 LEAD, LEAD_S = 0.1, 0.01
-"""How long before the end of the call under way the next one leaves: a part of its time, as that is only expected, and
-as many seconds as a call may need to be sent and prepared."""
+"""How long before the end of the current call the next one is sent: a fraction of its time, as that is an estimate, and
+the seconds that a call may need to be sent and prepared."""
 SPLIT = 0.05
-"""What not to split a request may cost: a part of the time per item."""
+"""Largest per-item slowdown accepted to avoid splitting a request."""
 
 
 Send = Callable[[Requests, Callable[[Piece], None]], Awaitable[None]]
-"""Calls a replica and hands on answers as they come."""
+"""Calls a replica and passes on answers as they come."""
 GATHER_S = 0.005
-"""Between two calls to an engine that works in steps: a fraction of a step, and at most 200 calls a second."""
+"""Pause between calls to an engine that works in steps: a fraction of a step, and at most 200 calls a second."""
 
 
 class Coalescer:
     """Sends what waits for a model as one call, and no more calls than keep its replicas busy.
 
-    A hop between processes costs about a millisecond of CPU, a request in it next to nothing. So each replica has one
-    call to work on, and a second one to prepare once that is full, or as large as the first where two such calls in
-    turn are faster than one for which all clients have to be back. A lone replica is given that no sooner than it needs
-    it. What comes later waits here, where its client can still take it back for nothing. Answers come back batch by
-    batch, so that nobody waits for the slowest in a call.
+    A hop between processes costs about a millisecond of CPU, and a request in it next to nothing. So each replica has
+    one call to work on, and a second to prepare. The second is sent once it is full, or once it is as large as the
+    first, if two such calls in turn are faster than one that all clients have to be back for. A lone replica gets it no
+    sooner than it needs it. Later requests wait here, where a client can still withdraw at no cost. Answers come back
+    batch by batch, so nobody waits for the slowest item of a call.
 
-    Where the engine works in steps, and takes newcomers at each, a call leaves at once, as long as there is room for it
-    in what the replicas may have on their way.
+    If the engine works in steps and takes newcomers at each, a call is sent at once while replicas have room for it.
 
-    Calls are filled first with who would be done first if tenants took turns, and a tenant's requests theirs, so that
-    neither a flood nor a long list holds up others. What an item takes is counted in turns, more of them for more text.
+    Calls are filled in the order in which requests would finish if tenants took turns, and so did each tenant's
+    requests. Neither a flood nor a long list holds up others. Work is counted in turns: the more text, the more turns.
     """
 
     def __init__(
@@ -57,37 +56,37 @@ class Coalescer:
         in_steps: Callable[[], bool] = lambda: False,
         pace: Pace | None = None,
     ) -> None:
-        """`pace`: how fast turns pass, for those who ask how long they will wait."""
+        """`pace` measures how fast turns pass, to estimate waiting times."""
         self.send = send
         self.max_call_turns = max_call_turns
         self.replicas = replicas
         self.in_steps = in_steps
         self.pace = pace or Pace()
         self.name = secrets.token_hex(8)
-        """By which replicas tell callers apart."""
+        """Tells replicas which caller a call comes from."""
         self.waiting = 0
-        """Turns that are still to be had."""
+        """Turns that have not been sent."""
         self.cost = BatchCost()
         self.linger = Linger(self.cost)
         self._parcels: FairQueue[Parcel] = FairQueue(credit=max_call_turns())
         self._calls: list[Call] = []
-        """In the order in which they left."""
-        self._numbers = itertools.count(secrets.randbits(62))  # no other caller's
+        """In the order in which they were sent."""
+        self._numbers = itertools.count(secrets.randbits(62))  # unlike any other caller's
         self._left_at = 0.0
-        """When the last one did."""
+        """When the last call was sent (time.monotonic)."""
         self._followed = 0
-        """How many of the requests that are here somebody follows."""
+        """How many of the requests held here have a follower."""
         self._wake = asyncio.Event()
         self._pumping: asyncio.Task[None] | None = None
 
     @property
     def under_way(self) -> int:
-        """Turns of the items that have been sent and not answered."""
+        """Turns of items that have been sent but not answered."""
         return sum(call.left for call in self._calls)
 
     @property
     def alive(self) -> bool:
-        """Is what waits here ever sent?"""
+        """Whether the task that sends calls still runs."""
         return self._pumping is not None and not self._pumping.done()
 
     def start(self) -> None:
@@ -105,7 +104,7 @@ class Coalescer:
     ) -> Answers:
         """The items' answers. Raises TimeoutError, or what `send` raised for one of the calls they were in.
 
-        `turns` that each item takes: one, where they are left out.
+        `turns` is what each item takes: 1 if left out.
         """
         turns = turns or [1] * len(items)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -127,8 +126,8 @@ class Coalescer:
             self._forget(parcel)
 
     def _forget(self, parcel: Parcel) -> None:
-        """Drop what of the parcel has not been sent, and the calls that nobody waits for any more."""
-        left = parcel.size - parcel.had
+        """Drop the parcel's unsent items, and cancel calls that nobody waits for any more."""
+        left = parcel.size - parcel.turns_taken
         if left:
             self._parcels.remove(parcel)
             self.waiting -= left
@@ -139,7 +138,7 @@ class Coalescer:
                     call.task.cancel()
 
     def _pause_s(self) -> float | None:
-        """How long to wait before the next call; None: until something else happens."""
+        """Seconds to wait before the next call; None: until something else happens."""
         if not self.waiting:
             return None
         replicas = max(1, self.replicas())
@@ -158,10 +157,10 @@ class Coalescer:
         return None
 
     def _until_needed_s(self) -> float:
-        """How long a replica will do without another call: what comes till then may have its turn before others.
+        """Seconds until a replica needs another call. Requests that come until then can still go ahead of others.
 
-        Of several replicas Serve chooses one with the fewest calls. They have to have one each to prepare at once, or
-        the next might go to one that has just begun, and another would stand still.
+        Of several replicas, Serve chooses one with the fewest calls. Each must get one to prepare at once; otherwise
+        the next call might go to a replica that has just begun, and another would stand idle.
         """
         [call, *others] = self._calls
         if others or call.since is None:
@@ -169,21 +168,21 @@ class Coalescer:
         return call.since + (1 - LEAD) * self.cost.seconds(call.left) - LEAD_S - time.monotonic()
 
     def _room(self) -> int:
-        """For how many turns the next call has room."""
+        """Turns that the next call has room for."""
         most = self.max_call_turns()
         return min(most, most * max(1, self.replicas()) - self.under_way) if self.in_steps() else most
 
     def _is_faster_apart(self, under_way: int) -> bool:
-        """Are two calls, one right after the other, faster than one for which all clients have to be back?"""
+        """Whether two calls in turn are faster than one that all clients have to be back for."""
         turns = under_way + self.waiting
         together = min(turns, self.max_call_turns())
         apart_s = self.cost.seconds(turns) + self.cost.fixed
         return turns * (self.cost.seconds(together) + self.linger.back_s) >= together * apart_s
 
     def _better_cut(self, turns: int, room: int) -> bool:
-        """Is a call of so many nearly as fast for each as a full one, which would have a part of the next request?
+        """Whether a call of so many turns is nearly as fast per turn as a full one with a part of the next request.
 
-        That part would make the others wait, and be no sooner for its request, as the rest comes with the next call.
+        That part would delay the others without helping its own request, as the rest comes with the next call.
         """
         splits = room - turns < self._parcels.next_turns <= self.max_call_turns()
         if not turns or not splits or self.in_steps():
@@ -191,12 +190,12 @@ class Coalescer:
         return self.cost.seconds(turns) * room < (1 + SPLIT) * self.cost.seconds(room) * turns
 
     def _begin(self) -> None:
-        """Those that come first are what the replicas work on; where there are none yet, nothing is."""
+        """Mark the first calls as begun, one per replica."""
         for call in self._calls[: self.replicas()]:
             if call.begun:
                 continue
             call.begun, call.since = True, call.since or time.monotonic()
-            if self._followed and not self.in_steps():  # which tells of each item itself
+            if self._followed and not self.in_steps():  # such an engine reports on each item itself
                 for parcel in {parcel for parcel, _ in call.owners}:
                     parcel.tell(self.pace, News())
 
@@ -210,15 +209,15 @@ class Coalescer:
                 self._begin()
                 self._tell_places()
                 call.task = asyncio.get_running_loop().create_task(self._run(call))
-                # Not in `_run` itself, which never begins where all clients leave before its first step.
-                call.task.add_done_callback(functools.partial(self._over, call))
+                # Not in `_run` itself, which never starts if all clients leave before its first step.
+                call.task.add_done_callback(functools.partial(self._ended, call))
                 continue
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause_s)
 
     def _take(self) -> Call:
-        """Items for as many turns as there is room for, and one at least."""
+        """Items for as many turns as there is room for, but at least one."""
         owners: list[tuple[Parcel, int]] = []
         room, taken = min(self._room(), self.waiting), 0
         while self.waiting and (not owners or (taken < room and not self._better_cut(taken, room))):
@@ -244,14 +243,14 @@ class Coalescer:
         turns, awake, started = call.left, self.replicas(), time.monotonic()
         try:
             await self.send(requests, lambda piece: self._deliver(call, piece))
-            if awake:  # loading is not what an item takes
+            if awake:  # time spent loading is not time per item
                 self.pace.served(turns, started)
         except Exception as error:
             for parcel, _ in call.owners:
                 if not parcel.done.done():
                     parcel.done.set_exception(error)
 
-    def _over(self, call: Call, _: asyncio.Task[None]) -> None:
+    def _ended(self, call: Call, _: asyncio.Task[None]) -> None:
         self._calls.remove(call)
         self._begin()
         self._wake.set()
@@ -284,7 +283,7 @@ class Coalescer:
             self._wake.set()
 
     def _tell_places(self) -> None:
-        """To those who follow what has not been sent: how many items come first."""
+        """Tell followers of unsent requests how many items come first."""
         if not self._followed:
             return
         ahead = sum(call.items for call in self._calls)

@@ -1,4 +1,4 @@
-"""Calling a deployment: a bound on what waits for it, a deadline, and errors that a client can act on."""
+"""Calls to a deployment: a bound on what waits for it, a deadline, and errors that a client can act on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from serve.progress import Following, Progress
 from serve.queues.gate import Gate
 
 TRIES = 2
-"""A call whose replica died is made again on another, but once: it may be what the replica died of. Model calls have no
-side effects; service calls carry the ids of what they make, so that a repeat makes nothing twice."""
+"""A call whose replica died is repeated on another, but only once, as it may be what killed the replica. Model calls
+have no side effects; service calls carry the ids they create, so repeats are idempotent."""
 RETRY_PAUSE_S = 0.2
 LOST = (RayActorError, DeploymentUnavailableError, AioRpcError)
 
 
 class Deployment:
-    """A deployment that this process calls; where `patient`, a full queue is waited for instead of refused."""
+    """A deployment that this process calls. If `patient`, a request waits for room in a full queue."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Deployment:
         patient: bool = False,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`weights` of tenants: turns for one of another's; 1 where there is none."""
+        """`weights` by tenant; 1 if there is none."""
         self.name = name
         self.handle = handle
         self.gate = Gate(name, max_queue, weights)
@@ -55,24 +55,24 @@ class Deployment:
     ) -> Any:
         """Call a method within the caller's deadline; `admitted` says that the caller has passed the gate already.
 
-        With `grace_s` the method is given the time that is left, as `timeout_s`, and has that much more to say that it
-        is over. A `following` is told how far a service is. Raises DureError for everything that can go wrong.
+        With `grace_s` the method gets the remaining time as `timeout_s`, and `grace_s` more to report that it ran out.
+        `following` receives the progress of a service. Raises DureError for everything that can go wrong.
         """
 
         async def attempt() -> Any:
-            known = {} if grace_s is None else {"timeout_s": caller.left_s()}
+            limit = {} if grace_s is None else {"timeout_s": caller.left_s()}
             if following is None:
-                return await _result(getattr(self.handle, method).remote(*arguments, **known))
-            return await _last(self.streaming.followed.remote(method, *arguments, **known), following)
+                return await _result(getattr(self.handle, method).remote(*arguments, **limit))
+            return await _last(self.streaming.followed.remote(method, *arguments, **limit), following)
 
         async with contextlib.nullcontext() if admitted else self.gate.admitted(1, caller=caller):
             started = time.monotonic()
-            result = await self._tried(attempt, caller.left_s() + (grace_s or 0))
+            result = await self._with_retries(attempt, caller.left_s() + (grace_s or 0))
             self.gate.served(1, started)
             return result
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
-        """What a method yields, for as long as anybody listens. Raises DureError."""
+        """What a method yields; closing the iterator cancels it. Raises DureError."""
         response = getattr(self.streaming, method).remote(*arguments)
         try:
             async for item in response:
@@ -90,8 +90,8 @@ class Deployment:
     def streaming(self) -> DeploymentHandle:
         return self.handle.options(stream=True)
 
-    async def _tried(self, attempt: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
-        """What `attempt` returns, which is made again where a replica died over it."""
+    async def _with_retries(self, attempt: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
+        """What `attempt` returns. It is repeated if its replica dies."""
         deadline = time.monotonic() + timeout_s
         for _ in range(TRIES - 1):
             try:
@@ -104,7 +104,7 @@ class Deployment:
             raise errors.unavailable(self.name) from error
 
     async def _once(self, attempt: Callable[[], Awaitable[Any]], deadline: float, timeout_s: float) -> Any:
-        """What `attempt` returns. Raises DureError, and LOST where a replica died over it."""
+        """What `attempt` returns. Raises DureError, or one of LOST if its replica died."""
         try:
             return await asyncio.wait_for(attempt(), max(0.001, deadline - time.monotonic()))
         except TimeoutError as error:
@@ -128,7 +128,7 @@ async def _result(response: DeploymentResponse) -> Any:
 
 
 async def _last(response: Any, following: Following) -> Any:
-    """The last that a stream yields; what comes before it is told to `following`."""
+    """The last item of a stream; `following` receives the progress before it."""
     result: Any = None
     try:
         async for result in response:

@@ -1,4 +1,4 @@
-"""Calling a model, which may still be loading, and what waits for it."""
+"""Calls to a model, which may still be loading, and the items that wait for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIED = Refusal("the model's process died twice while it worked on this; send som
 
 
 class Model(Deployment):
-    """A model's deployment, which may still be loading, and what waits for it."""
+    """A model's deployment, which may still be loading, and the items that wait for it."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Model(Deployment):
         if self.watch.state(self.name) != "asleep":
             await self._loaded(min(self.load_wait_s, caller.left_s()))
             return await self._ask(requests, work, caller, following)
-        # Serve starts a replica for a call that waits for one, so it is made at once.
+        # Serve starts a replica once a call waits for one, so the call is made at once.
         asking = asyncio.ensure_future(self._ask(requests, work, caller, following))
         loaded = asyncio.ensure_future(self._loaded(caller.left_s()))
         try:
@@ -89,7 +89,7 @@ class Model(Deployment):
             await asyncio.gather(asking, loaded, return_exceptions=True)
 
     async def _loaded(self, timeout_s: float) -> None:
-        """Raises DureError where the model has failed or is not loaded in time."""
+        """Wait for the model. Raises DureError if it has failed or is not loaded in time."""
         state = await self.watch.settled(self.name, timeout_s)
         if state == "failed":
             raise errors.failed(self.name, self.watch.reason(self.name))
@@ -102,9 +102,9 @@ class Model(Deployment):
             await self.watch.changed()
 
     async def results(self, requests: list[Any], caller: Caller, param: str, following: Following | None = None) -> Any:
-        """One result per request, a list or a dataclass of arrays; `following` says meanwhile how far they are.
+        """One result per request, in a list or a dataclass of arrays; `following` receives progress meanwhile.
 
-        Raises DureError for the first that was refused; `param` is the field that holds the requests.
+        Raises DureError for the first request that was refused; `param` is the field that holds the requests.
         """
         answers = await self.ask(requests, caller, following)
         if answers.refusals:
@@ -113,8 +113,10 @@ class Model(Deployment):
         return answers.results
 
     async def _send(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
-        """Have a replica answer requests. Where it dies, each that is left is asked once more by itself, one after the
-        other, so that what a replica may have died of takes no others with it.
+        """Have a replica answer requests.
+
+        If it dies, each unanswered request is repeated once, alone and one after the other, so that a request that may
+        have killed the replica takes no others with it.
         """
         left = dict.fromkeys(range(len(requests.items)))
         timeout_s = max(requests.timeouts_s)
@@ -149,7 +151,7 @@ class Model(Deployment):
 
 
 def _only(requests: Requests, places: list[int]) -> Requests:
-    """Of a call's requests those at these places."""
+    """The requests of a call at these places."""
     return replace(
         requests,
         items=[requests.items[place] for place in places],
@@ -159,6 +161,7 @@ def _only(requests: Requests, places: list[int]) -> Requests:
 
 
 def refused(refusal: Refusal, param: str) -> DureError:
+    """The error for a client whose request a model refused."""
     param = refusal.field or param
     if refusal.kind == "too_large":
         return errors.too_large(refusal.reason, param)

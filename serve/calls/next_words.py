@@ -1,4 +1,4 @@
-"""Next words, asked of a model as seldom as possible: not while somebody else asks the same, nor within a minute."""
+"""Next-word predictions, cached; concurrent duplicates share one model call."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from serve.errors import DureError
 from serve.metrics import CACHE
 
 WRITES = 64
-"""Answers on their way into the cache at once; more are let go."""
+"""Most cache writes under way at once; more are dropped."""
 NOTICEABLE_S = 0.05
-"""Less time than this is not worth asking again for."""
+"""With less time left than this, asking again is not worth it."""
 
 
 @dataclass(eq=False)
 class Shared:
-    """An answer that is being worked out, and how many wait for it."""
+    """An answer under way, and how many wait for it."""
 
     task: asyncio.Task[bytes]
     waiting: int = 0
@@ -36,7 +36,7 @@ class Predictions:
     def __init__(self, cache: Cache | None) -> None:
         self.cache = cache
         self._shared: dict[str, Shared] = {}
-        """By key, in which the tenant is: who joins another's has that one's turn, and is refused with it."""
+        """By key, which includes the tenant: a request that joins another shares its turn, and its refusal."""
         self._writing: set[asyncio.Task[None]] = set()
 
     async def of(self, model: Model, prompt: Prompt, caller: Caller) -> bytes:
@@ -49,19 +49,19 @@ class Predictions:
         except DureError as error:
             if error.kind != errors.LATE or caller.left_s() < NOTICEABLE_S:
                 raise
-            return await _asked(model, prompt, caller)  # it was the deadline of the one who had asked first
+            return await _predict(model, prompt, caller)  # that was the deadline of the first to ask
 
     async def _joined(self, model: Model, prompt: Prompt, caller: Caller) -> bytes:
-        """What somebody else is asking already, or what is known, or what the model says."""
+        """The answer of a request under way, else the cache's, else the model's."""
         version = model.watch.version(model.name)
-        if version is None:  # it is being loaded anew: who answers is not known
-            return await _asked(model, prompt, caller)
+        if version is None:  # it is being reloaded: which version will answer is unknown
+            return await _predict(model, prompt, caller)
         key = _key(model.name, version, caller.tenant, prompt)
         shared = self._shared.get(key)
         if shared is None:
             task = asyncio.get_running_loop().create_task(self._find(key, version, model, prompt, caller))
             shared = self._shared[key] = Shared(task)
-            task.add_done_callback(lambda _: self._over(key, task))
+            task.add_done_callback(lambda _: self._drop(key, task))
         else:
             CACHE.labels("joined").inc()
         shared.waiting += 1
@@ -70,21 +70,21 @@ class Predictions:
         finally:
             shared.waiting -= 1
             if not shared.waiting and not shared.task.done():
-                self._over(key, shared.task)
+                self._drop(key, shared.task)
                 shared.task.cancel()
 
-    def _over(self, key: str, task: asyncio.Task[bytes]) -> None:
+    def _drop(self, key: str, task: asyncio.Task[bytes]) -> None:
         if key in self._shared and self._shared[key].task is task:
             del self._shared[key]
 
     async def _find(self, key: str, version: str, model: Model, prompt: Prompt, caller: Caller) -> bytes:
         if self.cache is None:
-            return await _asked(model, prompt, caller)
+            return await _predict(model, prompt, caller)
         known = await self.cache.get(key)
         CACHE.labels("hit" if known else "miss").inc()
         if known:
             return known
-        found = await _asked(model, prompt, caller)
+        found = await _predict(model, prompt, caller)
         if model.watch.version(model.name) == version and len(self._writing) < WRITES:
             writing = asyncio.get_running_loop().create_task(self.cache.set(key, found))
             self._writing.add(writing)
@@ -92,12 +92,12 @@ class Predictions:
         return found
 
 
-async def _asked(model: Model, prompt: Prompt, caller: Caller) -> bytes:
+async def _predict(model: Model, prompt: Prompt, caller: Caller) -> bytes:
     [words] = await model.results([prompt], caller, "text")
     return orjson.dumps(words)
 
 
 def _key(model: str, version: str, tenant: str, prompt: Prompt) -> str:
-    """Of all that an answer depends on, and of the tenant: nobody learns from the time it takes what others asked."""
-    told = orjson.dumps([model, version, tenant, asdict(prompt)])
-    return f"next:{hashlib.sha256(told).hexdigest()}"
+    """Hash of all that an answer depends on, and of the tenant, so that timing does not reveal what others asked."""
+    content = orjson.dumps([model, version, tenant, asdict(prompt)])
+    return f"next:{hashlib.sha256(content).hexdigest()}"

@@ -1,4 +1,4 @@
-"""What a coalescer holds: requests, and the calls in which their items travel."""
+"""What a coalescer holds: requests, and the calls that carry their items."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from serve.queues.pace import Pace
 
 @dataclass(eq=False)
 class Parcel:
-    """The items of one request, which may travel in several calls."""
+    """The items of one request, which several calls may carry."""
 
     items: list[Any]
     deadline: float
     """On the clock of time.monotonic."""
     collector: Collector
     done: asyncio.Future[None]
-    """Fails with the call that failed; cancelled where the client has gone."""
+    """Fails if one of its calls fails; cancelled if the client has left."""
     following: Following | None = None
     tenant: str = DEFAULT_TENANT
     weight: float = 1.0
-    """Turns that the tenant gets for one of another's."""
+    """Turns the tenant gets for each turn of a tenant of weight 1."""
     turns: list[int] = field(default_factory=list)
-    """That each item takes."""
+    """Turns that each item takes."""
     sent: int = 0
-    """Items that have had all their turns, and are in a call."""
-    had: int = 0
-    """Turns."""
+    """Items that have had all their turns and are in a call."""
+    turns_taken: int = 0
 
     @property
     def size(self) -> int:
         return sum(self.turns)
 
     def take(self, turns: int) -> list[int]:
-        """The places of the items that have all their turns with these. One that has only some waits for the rest."""
-        self.had += turns
+        """Places of the items that these turns complete. An item with only some of its turns waits for the rest."""
+        self.turns_taken += turns
         first, due = self.sent, sum(self.turns[: self.sent])
-        while self.sent < len(self.items) and due + self.turns[self.sent] <= self.had:
+        while self.sent < len(self.items) and due + self.turns[self.sent] <= self.turns_taken:
             due += self.turns[self.sent]
             self.sent += 1
         return list(range(first, self.sent))
@@ -53,7 +52,7 @@ class Parcel:
             self.done.set_result(None)
 
     def tell(self, pace: Pace, news: News | None = None) -> None:
-        """Whoever follows: that items have been answered, or how far one is that has not."""
+        """Tell the follower how many items have been answered, or how far an unanswered one is."""
         items, left = len(self.items), self.collector.left
         if self.following is None:
             return
@@ -71,24 +70,24 @@ class Call:
     """Items of parcels on their way to a replica and back."""
 
     owners: list[tuple[Parcel, int]] = field(default_factory=list)
-    """Of each item: its parcel, and its place there."""
+    """Of each item: its parcel, and its place in it."""
     numbers: list[int] = field(default_factory=list)
-    """Of each item, by which it is taken back."""
+    """Of each item: the number by which it can be withdrawn."""
     left: int = 0
-    """Turns of the items that have not been answered."""
+    """Turns of the items not answered yet."""
     items: int = 0
-    """How many those are."""
+    """Items not answered yet."""
     begun: bool = False
-    """No other comes before it any more."""
+    """A replica is working on it."""
     since: float | None = None
-    """When the replica began with what is left of it (time.monotonic); None while others come before it."""
+    """When the replica began what is left of it (time.monotonic); None while it has not begun."""
     task: asyncio.Task[None] | None = None
 
     def turns(self, places: Iterable[int]) -> int:
-        """Of the items at these places."""
+        """Turns of the items at these places."""
         return sum(parcel.turns[own] for parcel, own in map(self.owners.__getitem__, places))
 
     def unwanted(self) -> list[int]:
-        """Numbers of items that nobody waits for any more; whether they have been answered is not asked."""
+        """Numbers of items that nobody waits for any more, whether answered or not."""
         pairs = zip(self.owners, self.numbers, strict=True)
         return [number for (parcel, _), number in pairs if parcel.done.cancelled()]

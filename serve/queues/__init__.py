@@ -1,1 +1,1 @@
-"""Who may begin, who waits, and who is to come back when: bounded queues in good order, for the whole cluster."""
+"""Who may start, who waits and who comes back when: bounded, fair queues for the whole cluster."""

@@ -1,8 +1,8 @@
-"""One small actor that lets requests into the cluster's lanes.
+"""A small actor that admits requests to the cluster's lanes.
 
-What it grants ends with its holder: an ingress says every second what it has waiting and running, and one that falls
-silent has nothing any more. So nothing that is lost on the way (a call, a process, this actor) holds a slot for long,
-and an actor that starts anew learns what runs before it lets others in.
+What it grants ends with its holder: an ingress reports every second what it has waiting and running, and one that falls
+silent holds nothing any more. So nothing that is lost (a call, a process, this actor) holds a slot for long, and a new
+actor learns what is running before it admits more.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from serve.queues.lane import Asked, Decision, Entry, Lane
 NAME = "dure-admission"
 BEAT_S = 1.0
 SILENCE_S = 5.0
-"""A holder that has not been heard of for this long is gone: five beats, as loaded machines skip some."""
+"""A holder that is silent for this long is gone: five beats, as loaded machines skip some."""
 SWEEP_S = 0.25
 LEARN_S = 2.5 * BEAT_S
-"""Nothing begins for this long after a start, in which every holder says what it runs, if this is not the first."""
+"""After a start nothing begins for this long, so that holders can report what an earlier actor admitted."""
 LEFT_KEPT_S = 10.0
-"""Who left is known for this long, as Ray may deliver a later call first."""
+"""Requests that left are remembered for this long, as Ray may deliver `leave` before an earlier call."""
 
 
 @dataclass(frozen=True)
 class TurnedAway:
-    """Newcomers of a tenant's that a process has refused by itself, as admission had just refused one."""
+    """Newcomers of a tenant that a process refused by itself, as admission had just refused one."""
 
     lane: str
     tenant: str
     count: int
     seconds: float
-    """That they will take."""
+    """Time it will take to serve them."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """All that a process has in lanes, what waits in it for models, and whom it has turned away since the last time."""
+    """All that a process has in lanes, what waits in it for models, and what it turned away since its last report."""
 
     holder: str
     running: list[Asked]
@@ -53,12 +53,12 @@ class Holding:
 
 @dataclass(frozen=True)
 class Held:
-    """What a process is told in return."""
+    """The reply to a process's report."""
 
     key: bytes
-    """What all sign their tickets with; it outlives a restart."""
+    """Signs the tickets of all processes; it outlives a restart."""
     places: dict[str, tuple[int, float]]
-    """Of each that waits, by id: its place, from 1, and its estimated wait in seconds."""
+    """Place, from 1, and estimated wait in seconds of each waiting request, by id."""
 
 
 class Admission:
@@ -73,7 +73,7 @@ class Admission:
         self.sweeping: asyncio.Task[None] | None = None
 
     async def enter(self, asked: Asked) -> Decision:
-        """Let in, refused, or too late: as soon as that is known. To ask twice is to ask once."""
+        """Whether a request is admitted, refused or too late, once that is known. Idempotent."""
         if asked.id in self.left:
             return "gone"
         self._hear(asked.holder)
@@ -87,12 +87,12 @@ class Admission:
         return decision
 
     async def leave(self, id: str) -> None:
-        """It is over, or nobody waits for it any more."""
+        """The request has ended, or nobody waits for it any more."""
         self.left[id] = time.monotonic()
         self._release(id)
 
     async def hold(self, holding: Holding) -> Held:
-        """Take note of what a process has."""
+        """Record what a process holds."""
         self._hear(holding.holder)
         self.models[holding.holder] = holding.models
         now = time.monotonic()
@@ -117,7 +117,7 @@ class Admission:
         return Held(self.key, {id: place for id, place in places if id in waiting})
 
     async def queues(self) -> dict[str, Any]:
-        """How each lane is, and what each process has waiting for models."""
+        """State of each lane, and what waits for models in each process."""
         lanes = {name: asdict(lane.standing()) for name, lane in self.lanes.items()}
         return {"lanes": lanes, "models": [asdict(each) for models in self.models.values() for each in models]}
 
@@ -145,7 +145,7 @@ class Admission:
                 del self.heard[holder]
                 self.models.pop(holder, None)
                 lost = [(id, entry) for id, entry in self.entries.items() if entry.asked.holder == holder]
-                for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):  # who waits is not let in
+                for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):  # waiting ones get no slot
                     self._release(id)
             while self.left and now - next(iter(self.left.values())) > LEFT_KEPT_S:
                 del self.left[next(iter(self.left))]
@@ -157,5 +157,5 @@ class Admission:
 
 
 def admission() -> Any:
-    """The cluster's admission, started where there is none."""
+    """The cluster's admission actor, started if there is none."""
     return only(Admission, NAME, secrets.token_bytes(32))

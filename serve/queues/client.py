@@ -1,4 +1,4 @@
-"""A process's way into the cluster's lanes, and what it has in them."""
+"""A process's connection to admission, and what the process has in lanes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ logger = logging.getLogger("ray.serve")
 
 ANSWER_S = 5.0
 FOLLOWED_BEAT_S = 0.25
-"""While somebody wants to know their place."""
+"""While a client follows its place in a lane."""
 RETRY_PAUSE_S = 0.2
 AWAY_S = 20.0
-"""How long a request waits for an admission that does not answer."""
+"""How long a request waits while admission does not answer."""
 
 
 @dataclass
@@ -38,25 +38,26 @@ class Full:
     """A lane that is full for a tenant, with no tickets left for its newcomers."""
 
     refused: Refused
-    """What one that has asked has heard."""
+    """The refusal that admission gave one of them."""
     until: float
-    """Others would hear the same, on the clock of time.monotonic."""
+    """How long that refusal stands for others (time.monotonic)."""
     seconds: float = 0.0
-    """That those will take who have heard it since."""
+    """Time it takes to serve those that have been refused with it since."""
 
     def one_more(self) -> Refused:
-        """What the next one hears, behind the others."""
+        """The refusal of the next one, to come back after the others."""
         self.seconds += self.refused.each_s
         return replace(self.refused, retry_after_s=min(self.refused.retry_after_s + int(self.seconds), LONGEST_S))
 
 
 class Lanes:
-    """Lets requests into lanes, and tells admission every second what this process has, so that nothing is held twice
-    and nothing is forgotten. A flood does not reach admission: what it has just said to one newcomer, the next hear
-    here."""
+    """Gets requests into lanes, and reports every second what this process has, so that nothing is held twice or lost.
+
+    A flood does not reach admission: a refusal that it has just given to one newcomer is repeated here to the next.
+    """
 
     def __init__(self, holder: str, limits: dict[str, tuple[int, int]], weights: dict[str, float]) -> None:
-        """`limits` of each lane: how many run and how many wait. A tenant's weight is 1 where `weights` has none."""
+        """`limits` by lane: how many run and how many wait. A tenant's weight is 1 if `weights` has none."""
         self.holder = holder
         self.limits = limits
         self.weights = weights
@@ -65,24 +66,24 @@ class Lanes:
         self.gates: list[Gate] = []
         self._full: dict[tuple[str, str], Full] = {}
         self._turned_away: dict[tuple[str, str], TurnedAway] = {}
-        """As far as admission has not heard of them; what is lost with it is forgotten. Both by lane and tenant."""
+        """Not yet reported to admission; lost if a report is lost. Both by lane and tenant."""
         self._actor: Any = None
         self._wake = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
 
     @property
     def alive(self) -> bool:
-        """Is admission told what this process has?"""
+        """Whether this process still reports to admission."""
         return self._beating is not None and not self._beating.done()
 
     def start(self, gates: list[Gate]) -> None:
-        """Begin to tell, also of what waits here for models; needs a running event loop."""
+        """Begin to report, also what waits at `gates` for models; needs a running event loop."""
         self.gates = gates
         self._beating = asyncio.get_running_loop().create_task(self._beat())
 
     @asynccontextmanager
     async def admitted(self, lane: str, caller: Caller, following: Following | None = None) -> AsyncIterator[None]:
-        """A slot of the lane's, for as long as the body runs. Raises DureError where there is none in time."""
+        """Hold a slot of the lane while the body runs. Raises DureError if none is granted in time."""
         if self.full(lane, caller):
             raise self.turn_away(lane, caller).error(lane)
         max_concurrent, max_queue = self.limits[lane]
@@ -122,32 +123,32 @@ class Lanes:
                 self._actor.leave.remote(asked.id)
 
     async def queues(self) -> dict[str, Any]:
-        """How the lanes of the cluster are, and what waits for models. Raises DureError."""
+        """State of the cluster's lanes, and what waits for models. Raises DureError."""
         try:
             async with asyncio.timeout(ANSWER_S):
-                told = await self._told_queues()
+                reply = await self._ask_queues()
         except (RayError, TimeoutError) as error:
             raise errors.no_admission() from error
         idle = {name: asdict(Standing.idle(*limits)) for name, limits in self.limits.items()}
-        return told | {"lanes": idle | told["lanes"]}
+        return reply | {"lanes": idle | reply["lanes"]}
 
-    async def _told_queues(self) -> dict[str, Any]:
-        """Asked again where the actor has died."""
+    async def _ask_queues(self) -> dict[str, Any]:
+        """Retried if the actor has died."""
         while True:
             try:
-                told: dict[str, Any] = await (await self._admission()).queues.remote()
-                return told
+                reply: dict[str, Any] = await (await self._admission()).queues.remote()
+                return reply
             except (RayActorError, ValueError):
                 self._actor = None
             await asyncio.sleep(RETRY_PAUSE_S)
 
     def full(self, lane: str, caller: Caller) -> Full | None:
-        """What admission has just told another newcomer of the tenant's, as long as it holds; None for tickets."""
+        """Admission's last refusal of a newcomer of the tenant's, while it stands; None for callers with a ticket."""
         full = self._full.get((lane, caller.tenant))
         return None if caller.ticket or full is None or time.monotonic() >= full.until else full
 
     def turn_away(self, lane: str, caller: Caller) -> Refused:
-        """One more newcomer for whom a lane is `full`: what it hears, behind those before it."""
+        """Refuse one more newcomer of a tenant for which the lane is `full`, to come back after those before it."""
         REJECTED.labels(lane).inc()
         tenant, full = caller.tenant, self._full[lane, caller.tenant]
         before = self._turned_away.get((lane, tenant), TurnedAway(lane, tenant, 0, 0.0))
@@ -156,7 +157,7 @@ class Lanes:
         return full.one_more()
 
     async def _decision(self, asked: Asked, caller: Caller) -> Decision:
-        """Asked again where the actor has died, which forgets nothing that holders know."""
+        """Retried if the actor has died. Nothing is lost with it, as holders report what they have."""
         away_since: float | None = None
         while True:
             entered: float | None = None
@@ -167,7 +168,7 @@ class Lanes:
                     decision: Decision = await actor.enter.remote(replace(asked, timeout_s=caller.left_s()))
                 if decision != "gone":
                     return decision
-                away_since = None  # it had not heard of this process for a while
+                away_since = None  # admission had heard nothing of this process for a while
             except TimeoutError as error:
                 raise errors.too_late(asked.lane, caller.timeout_s) from error
             except (RayActorError, ValueError) as error:
@@ -198,8 +199,8 @@ class Lanes:
                 for id, (place, wait_s) in held.places.items():
                     if following := self.waiting.get(id):
                         following.queued(place, wait_s)
-            except Exception as error:  # it restarts by itself; what is let in runs on
-                logger.warning("admission can't be told: %r", error)
+            except Exception as error:  # it restarts by itself; admitted requests keep running
+                logger.warning("could not report to admission: %r", error)
                 self._actor = None
             self._wake.clear()
             with contextlib.suppress(TimeoutError):

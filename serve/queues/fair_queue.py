@@ -1,4 +1,4 @@
-"""What waits, in turns among tenants, so that no flood starves another tenant and no long list a short request."""
+"""A queue in which tenants take turns: no flood starves another tenant, and no long list starves a short request."""
 
 from __future__ import annotations
 
@@ -16,43 +16,41 @@ class Entrant(Protocol):
 
     @property
     def weight(self) -> float:
-        """Turns that its tenant gets for one of another's."""
+        """Turns its tenant gets for each turn of a tenant of weight 1."""
 
     @property
     def size(self) -> int:
-        """How many turns it takes to serve it, from 1."""
+        """Turns needed to serve it, at least 1."""
 
 
 E = TypeVar("E", bound=Entrant)
 
 REMEMBERED = 256
-"""Tenants that have nothing waiting: a bound, as anybody can make up names."""
+"""Idle tenants remembered at most, as anybody can make up names."""
 
 
 @dataclass(eq=False)
-class Waiting(Generic[E]):
+class Queued(Generic[E]):
     entry: E
     turns_left: int
-    """Until it is served."""
+    """Turns it still needs."""
     due: float
-    """On its line's clock."""
+    """When it is served, on its line's clock."""
 
 
 class Line(Generic[E]):
-    """What one tenant has waiting, one at least."""
+    """The entries of one tenant; at least one."""
 
     def __init__(self, weight: float, turn: float) -> None:
         self.weight = weight
         self.turn = turn
-        """Up to where it has had its turns, on the queue's clock."""
-        self.queue: list[Waiting[E]] = []
-        """Who is due first is first."""
+        """How far it has used its turns, on the queue's clock."""
+        self.queue: list[Queued[E]] = []
+        """Sorted by due time."""
         self.served = 0
-        """When an entry was served last, by the queue's count; 0: none yet. Of two lines due at once, that goes first
-        which had to wait longer.
-        """
+        """The queue's count when this line was last served; 0 if never. Of lines due at once, the lowest goes first."""
         self._clock = 0.0
-        """How many turns one that came first has had if all share evenly."""
+        """Turns that an entry present from the start would have had if all shared evenly."""
 
     @property
     def entries(self) -> list[E]:
@@ -60,11 +58,11 @@ class Line(Generic[E]):
 
     @property
     def due(self) -> float:
-        """When its first one is served if all tenants share evenly, on the queue's clock."""
+        """When its first entry is served if all tenants share evenly, on the queue's clock."""
         return self.turn + self.queue[0].turns_left / self.weight
 
     def put(self, entry: E) -> None:
-        bisect.insort(self.queue, Waiting(entry, entry.size, self._clock + entry.size), key=lambda each: each.due)
+        bisect.insort(self.queue, Queued(entry, entry.size, self._clock + entry.size), key=lambda each: each.due)
 
     def take(self, most: int) -> tuple[E, int]:
         first = self.queue[0]
@@ -81,27 +79,29 @@ class Line(Generic[E]):
 
 
 class FairQueue(Generic[E]):
-    """Serves next who would be done first if all tenants had turns evenly, by weight, and a tenant's entries theirs.
+    """Serves next the entry that would finish first if all shared turns evenly: tenants by weight, then their entries.
 
-    So hardly anybody is done later than with even turns, and most are sooner: who has little to ask does not wait for
-    each part of it, and two who ask for much are not both done last (Friedman and Henderson's fair sojourn protocol
-    2003, with a clock as in Demers, Keshav and Shenker's fair queueing 1989). Of entries of one size, a tenant's are
-    served as they came.
+    Hardly any entry finishes later than with even sharing, and most finish sooner: a small one does not wait before
+    each of its turns, and two large ones do not both finish last (Friedman and Henderson's fair sojourn protocol 2003,
+    with a clock as in Demers, Keshav and Shenker's fair queueing 1989). A tenant's entries of equal size are served in
+    the order of arrival.
     """
 
     def __init__(self, credit: int = 0) -> None:
-        """`credit`: turns that a tenant of weight 1 may have at once, before others, where it has let as many pass. As
-        many, or what those who wait are to have first, it lets pass at most for turns that it had before.
+        """`credit`: most turns a tenant of weight 1 can save up while idle.
+
+        A tenant that comes back after more than its share lets others go first, for at most as many turns, or until
+        the first entry of each waiting tenant is served.
         """
         self.credit = credit
         self.lines: dict[str, Line[E]] = {}
-        """Of the tenants that have something waiting."""
+        """By tenant, for tenants with entries."""
         self._clock = 0.0
-        """How many turns a tenant of weight 1 that always waits has had if all share evenly."""
+        """Turns so far of a tenant of weight 1 that always has entries, if all shared evenly."""
         self._served = 0
-        """Entries so far."""
+        """Entries served so far."""
         self._absent: dict[str, float] = {}
-        """Turns of tenants that have nothing waiting: where they go on if they come again."""
+        """By idle tenant: its turn, where it resumes when it comes back."""
 
     def __len__(self) -> int:
         return sum(len(line.queue) for line in self.lines.values())
@@ -110,7 +110,7 @@ class FairQueue(Generic[E]):
         return bool(self.lines)
 
     def __iter__(self) -> Iterator[E]:
-        """In the order in which they will be served if nobody comes."""
+        """In the order of service if nothing more arrives."""
         served = itertools.count(self._served + 1)
         firsts = [(line.due, line.served, number, line, 0) for number, line in enumerate(self.lines.values())]
         heapq.heapify(firsts)
@@ -133,7 +133,7 @@ class FairQueue(Generic[E]):
 
     @property
     def next_turns(self) -> int:
-        """How many the next one still needs. Raises ValueError where nobody waits."""
+        """Turns the next entry still needs. Raises ValueError if the queue is empty."""
         return self._next.queue[0].turns_left
 
     @property
@@ -141,15 +141,16 @@ class FairQueue(Generic[E]):
         return min(self.lines.values(), key=lambda line: (line.due, line.served))
 
     def take(self, most: int = 1) -> tuple[E, int]:
-        """The next one, and how many of its turns it has now. It is out once it has had all. Raises ValueError where
-        nobody waits.
+        """The next entry, and how many of its turns it gets now. It leaves the queue once it has had all of them.
+
+        Raises ValueError if the queue is empty.
         """
         line = self._next
         weights = sum(each.weight for each in self.lines.values())
         waiting = len(line.queue)
         entry, turns = line.take(most)
         self._clock += turns / weights
-        if len(self.lines) == 1:  # nobody has been before it for whom it would be owed anything
+        if len(self.lines) == 1:  # no other was served ahead of it, so nothing is owed to it
             line.turn = max(line.turn, self._clock)
         if len(line.queue) < waiting:
             self._served += 1
@@ -158,24 +159,25 @@ class FairQueue(Generic[E]):
         return entry, turns
 
     def remove(self, entry: E) -> None:
-        """Raises ValueError where it does not wait."""
+        """Raises ValueError if the entry is not in the queue."""
         if entry not in self.of(entry.tenant):
-            raise ValueError("it does not wait")
+            raise ValueError("the entry is not in the queue")
         self.lines[entry.tenant].remove(entry)
         self._forget_if_empty(entry.tenant)
 
     def of(self, tenant: str) -> Collection[E]:
-        """A tenant's that wait."""
+        """A tenant's entries."""
         return self.lines[tenant].entries if tenant in self.lines else ()
 
     def share(self, tenant: str, weight: float, expected: Collection[str] = ()) -> float:
-        """The part of the turns that a tenant gets beside those that wait now, and those that are `expected`."""
+        """Fraction of the turns that a tenant gets beside tenants that wait now and those `expected`."""
         others = sum(line.weight for name, line in self.lines.items() if name != tenant)
         return weight / (weight + others + sum(name != tenant and name not in self.lines for name in expected))
 
     def last(self, excess: Callable[[str], float], is_newcomer: Callable[[E], bool]) -> E:
-        """The one of least right: of the tenant that holds most in `excess` of what is its, the last newcomer, else the
-        last. Raises ValueError where nobody waits.
+        """The entry with the weakest claim: the last newcomer, else the last entry, of the tenant with most `excess`.
+
+        Raises ValueError if the queue is empty.
         """
         line = self.lines[max(self.lines, key=lambda tenant: (excess(tenant), tenant))]
         newcomers = [entry for entry in line.entries if is_newcomer(entry)]

@@ -1,4 +1,4 @@
-"""What waits in one process for a deployment: bounded, shared out among tenants, and how fast it goes."""
+"""Bounds what waits for a deployment in one process, shares the room among tenants, and measures the pace."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from serve.queues.tickets import FOR_NEWCOMERS, Refused, Tickets
 
 @dataclass(frozen=True)
 class GateStanding:
-    """How a gate is."""
+    """State of a gate."""
 
     name: str
     turns: int
-    """Of all that waits or runs."""
+    """Waiting or running."""
     running: int
-    """Of these, the turns of what has left for a replica."""
+    """Those of them that have been sent to a replica."""
     max_turns: int
     rejected: int
     tickets: int
@@ -36,22 +36,22 @@ class GateStanding:
 
 
 MOST = 2
-"""Times `max_turns`: what all may have where some come with less than their share to a queue that others filled. Names
-are cheap, and who invents many should not make the queue long."""
+"""Hard limit of the queue as a multiple of `max_turns`, for tenants below their fair share of a queue that others have
+filled. Names are cheap, and a client that invents many must not make the queue long."""
 
 
 USUAL = 0.05
-"""Weight of the newest request in what is usual."""
+"""Weight of the newest request in `usual_turns`."""
 
 
 class Gate:
-    """Counts turns, lets in while there is room, and tells those it refuses when to come back.
+    """Counts turns, admits requests while there is room, and tells those it refuses when to come back.
 
     A short item takes one turn, a longer one more, and a call of a service one.
     """
 
     def __init__(self, name: str, max_turns: int, weights: Mapping[str, float] | None = None) -> None:
-        """A tenant's weight is 1 where `weights` has none."""
+        """A tenant's weight is 1 if `weights` has none."""
         self.name = name
         self.max_turns = max_turns
         self.weights = weights or {}
@@ -60,17 +60,16 @@ class Gate:
         self.turns_of: Counter[str] = Counter()
         """By tenant."""
         self.running: Callable[[], int] = lambda: 0
-        """How many of the turns are of what has left for a replica."""
+        """How many of the turns have been sent to a replica."""
         self.overload: Callable[[], str] = lambda: ""
-        """Why no new work is taken; empty where it is."""
+        """Why no new work is accepted; empty if it is."""
         self.rejected = 0
         self.tickets = Tickets(name, secrets.token_bytes(32))
-        """Those of other processes are good here once they share a key."""
+        """Tickets of other processes are honoured once all share a key."""
         self.usual_turns = 1.0
-        """Of one request, on average."""
+        """Turns of an average request."""
         self._full: dict[str, tuple[Refused, float]] = {}
-        """What the last newcomer of a tenant heard where no ticket was left, and until when others would hear the same
-        (time.monotonic)."""
+        """By tenant: its last refusal without a ticket, and until when that stands (time.monotonic)."""
         self._freed = asyncio.Event()
         self._gauge = QUEUE_ITEMS.labels(name)
 
@@ -78,10 +77,11 @@ class Gate:
     async def admitted(
         self, turns: int, patience_s: float = 0, caller: Caller | None = None, items: int = 1
     ) -> AsyncIterator[None]:
-        """Raises a 429 where the queue is full and stays so for `patience_s`, and a 503 where there is overload.
+        """Occupy the queue while the body runs.
 
-        A list gets in whole while there is room for one turn, so that long lists don't starve behind short ones. Those
-        who are told to come back have room held for them. A tenant's share of the queue is its, however full it is.
+        Raises a 429 if the queue is full, a 504 instead if it stays full for `patience_s`, and a 503 under overload.
+        A list is admitted whole while there is room for one turn, so that long lists don't starve behind short ones.
+        Room is held for clients that were told to come back. A tenant can always use its fair share of the queue.
         """
         self.check()
         tenant, ticket = (caller.tenant, caller.ticket) if caller else (DEFAULT_TENANT, None)
@@ -94,7 +94,7 @@ class Gate:
                 raise errors.too_late(self.name, patience_s)
             if left <= 0:
                 raise self._refused(turns, tenant, ticket)
-            # Not wait_for, which in Python 3.11 forgets that it was cancelled where it has just been freed.
+            # Not wait_for, which in Python 3.11 loses a cancellation that arrives just as the event is set.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._freed.wait()
@@ -107,9 +107,9 @@ class Gate:
             self._freed = asyncio.Event()
 
     def check_newcomer(self, caller: Caller) -> None:
-        """Raises what `admitted` would raise now, whatever is asked for: of a list's length only the usual is known."""
+        """Raises what `admitted` would raise now for a request of unknown size, which is taken to be average."""
         self.check()
-        if self.turns < max(1, int(FOR_NEWCOMERS * self.max_turns)):  # which is never held for tickets
+        if self.turns < max(1, int(FOR_NEWCOMERS * self.max_turns)):  # this part is never held for tickets
             return
         if self.full(caller):
             raise self.turned_away(caller)
@@ -117,15 +117,15 @@ class Gate:
             raise self._refused(max(1, round(self.usual_turns)), caller.tenant, None)
 
     def full(self, caller: Caller) -> bool:
-        """Has a newcomer of the caller's tenant just been refused without a ticket, so that others would be, too?"""
+        """Whether a refusal without a ticket still stands for newcomers of the caller's tenant."""
         _, until = self._full.get(caller.tenant, (None, 0.0))
         return not caller.ticket and time.monotonic() < until
 
     def turned_away(self, caller: Caller) -> DureError:
-        """What one more hears for whom the queue is `full`, behind those before it."""
+        """The refusal of one more newcomer while the queue is `full`, to come back after those before it."""
         refused, _ = self._full[caller.tenant]
         due = self.tickets.put_off(caller.tenant, refused.each_s)
-        return self._told(replace(refused, retry_after_s=math.ceil(round(due - self.tickets.clock(), 3))))
+        return self._rejected(replace(refused, retry_after_s=math.ceil(round(due - self.tickets.clock(), 3))))
 
     def _refused(self, turns: int, tenant: str, ticket: str | None) -> DureError:
         expected = self.tickets.coming(self.max_turns, tenant).tenants
@@ -135,15 +135,15 @@ class Gate:
         self._full = {name: full for name, full in self._full.items() if full[1] > now}
         if refused.stands_s:
             self._full[tenant] = refused, now + refused.stands_s
-        return self._told(refused)
+        return self._rejected(refused)
 
-    def _told(self, refused: Refused) -> DureError:
+    def _rejected(self, refused: Refused) -> DureError:
         self.rejected += 1
         REJECTED.labels(self.name).inc()
         return refused.error(self.name)
 
     def _has_room(self, tenant: str, awaited: bool) -> bool:
-        """`awaited`: what is held for those who are told to come back is held for this one."""
+        """`awaited`: room held for clients that were told to come back is held for this one."""
         if awaited:
             share, held, own_held = self._share(tenant), 0, 0
         else:
@@ -156,7 +156,7 @@ class Gate:
         return self.turns_of[tenant] + own_held < self.max_turns * share
 
     def _share(self, tenant: str, expected: Collection[str] = ()) -> float:
-        """The part of the queue that is a tenant's beside those that have something in it, and those `expected`."""
+        """The tenant's fair share of the queue, 0 to 1, among tenants that have turns in it and those `expected`."""
         weights = {name: self.weights.get(name, 1.0) for name in (*self.turns_of, *expected, tenant)}
         return weights[tenant] / sum(weights.values())
 
@@ -169,12 +169,12 @@ class Gate:
         self._gauge.set(self.items)
 
     def check(self) -> None:
-        """Raises a 503 where no new work is taken."""
+        """Raises a 503 while no new work is accepted."""
         if reason := self.overload():
             raise errors.no_capacity(self.name, reason)
 
     def served(self, turns: int, started: float) -> None:
-        """A call that `started` then (time.monotonic) has been answered."""
+        """Record that a call begun at `started` (time.monotonic) has been answered."""
         self.tickets.pace.served(turns, started)
 
     def standing(self) -> GateStanding:

@@ -1,4 +1,4 @@
-"""Tenants that have just left a lane and, as they did before, may be back at once with their next request."""
+"""Slots kept for tenants that have just left a lane and may be back at once with their next request."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 
 SOON = 0.1
-"""Of a service time: who is back by then is back at once, and so long a slot may be kept for it at most."""
+"""Fraction of a service time. A tenant back within it is back at once; a slot is kept no longer than this."""
 
 
 @dataclass
 class Gap:
-    """After one request of a tenant's, until it is too late for the next one to come at once."""
+    """The time after a tenant's request in which its next one still comes at once."""
 
     tenant: str
     until: float
@@ -19,10 +19,11 @@ class Gap:
     keeps_slot: bool
 
 
-class Returns:
-    """A client that asks one thing after the other has nothing in the queue at the moment when its slot is free.
+class KeptSlots:
+    """A client that sends one request after another has nothing queued at the moment its slot becomes free.
 
-    Given to another each time, it would wait for a slot each time (Iyer and Druschel's anticipatory scheduling 2001).
+    If the slot went to another tenant each time, the client would wait for a slot each time (Iyer and Druschel's
+    anticipatory scheduling 2001).
     """
 
     def __init__(self) -> None:
@@ -30,17 +31,17 @@ class Returns:
 
     @property
     def kept(self) -> list[str]:
-        """Tenants that a slot is kept for, each as often as it has one."""
+        """Tenants with a kept slot, once per slot."""
         return [gap.tenant for gap in self._current() if gap.keeps_slot]
 
     def expect(self, tenant: str, service_time_s: float, keep_slot: bool) -> float:
-        """Of a tenant that leaves: seconds for which its next one is expected, with its slot where that is kept."""
+        """A request of the tenant's has ended. Returns for how many seconds its next one is expected."""
         soon_s = SOON * service_time_s
         self._gaps.append(Gap(tenant, time.monotonic() + soon_s, keep_slot))
         return soon_s
 
     def came(self, tenant: str) -> Gap | None:
-        """What it is back after, if it is back at once."""
+        """The gap that a tenant's new request ends; None if it did not come at once."""
         gaps = [gap for gap in self._current() if gap.tenant == tenant]
         gap = max(gaps, key=lambda gap: gap.keeps_slot, default=None)
         if gap:

@@ -1,4 +1,4 @@
-"""One service's queue for the whole cluster: so many run, so many wait, and the others are told when to come back."""
+"""One service's queue for the whole cluster: bounds what runs and what waits, and tells the rest when to come back."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from serve.queues.fair_queue import FairQueue
-from serve.queues.kept_slots import Returns
+from serve.queues.kept_slots import KeptSlots
 from serve.queues.pace import Pace
 from serve.queues.tickets import Refused, Tickets
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that asks to be let in, as its ingress knows it."""
+    """A request that asks for a slot, as its ingress describes it."""
 
     id: str
     lane: str
     tenant: str
     holder: str
-    """The process that waits and then runs it."""
+    """The process that waits for the slot and then runs the request."""
     timeout_s: float
     max_concurrent: int
     max_queue: int
@@ -44,10 +44,10 @@ class Entry:
     """On the clock of time.monotonic."""
     decision: asyncio.Future[Decision]
     came_back: bool = False
-    """At once, after another of its tenant's."""
+    """At once after another request of its tenant's."""
     admitted_at: float | None = None
     seen_at: float = field(default_factory=time.monotonic)
-    """When its holder last said that it has it."""
+    """When its holder last reported it."""
 
     @property
     def tenant(self) -> str:
@@ -68,7 +68,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a lane is."""
+    """State of a lane."""
 
     running: int
     waiting: int
@@ -79,32 +79,32 @@ class Standing:
     """Outstanding."""
     service_time_p50_s: float | None
     estimated_wait_s: float
-    """Of one who came now."""
+    """For a request that arrives now."""
     waiting_by_tenant: dict[str, int]
 
     @classmethod
     def idle(cls, max_concurrent: int, max_queue: int) -> Standing:
-        """Of a lane that nobody has come to yet."""
+        """State of a lane that has had no requests yet."""
         return cls(0, 0, 0, max_concurrent, max_queue, 0, None, 0.0, {})
 
 
 class Lane:
-    """Grants slots in turns among tenants; needs a running event loop."""
+    """Grants slots to tenants in turn; needs a running event loop."""
 
     def __init__(self, name: str, key: bytes) -> None:
-        self.tickets = Tickets(f"lane {name}", key)  # a service's own gate has its name, too
+        self.tickets = Tickets(f"lane {name}", key)  # a service's own gate has the bare name
         self.max_concurrent = self.max_queue = 0
         self.running: set[Entry] = set()
         self.queue: FairQueue[Entry] = FairQueue(credit=1)
-        self.returns = Returns()
+        self.kept_slots = KeptSlots()
         self.rejected = 0
         self.paused = False
-        """Nothing begins, as it is not known yet what runs."""
+        """Nothing begins until it is known what is running already."""
 
     def enter(self, asked: Asked) -> Entry:
-        """What becomes of it is known once its `decision` is."""
+        """Admit, queue or refuse a request; the entry's `decision` holds the outcome."""
         self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue
-        gap = self.returns.came(asked.tenant)
+        gap = self.kept_slots.came(asked.tenant)
         entry = Entry(
             asked,
             self.tickets.redeem(asked.ticket, asked.tenant),
@@ -120,14 +120,14 @@ class Lane:
             return entry
         self.queue.put(entry)
         self.fill()
-        if self._waiting > self.max_queue:  # it is in for its tenant's share: one goes who has more than that
+        if self._waiting > self.max_queue:  # it used its tenant's share: a tenant over its own loses one
             last = self.queue.last(self._excess, lambda entry: not entry.has_ticket)
             self.queue.remove(last)
             self._refuse(last)
         return entry
 
     def leave(self, entry: Entry) -> None:
-        """It is over, or nobody waits for it any more."""
+        """The request has ended, or nobody waits for it any more."""
         if entry in self.running:
             self.running.remove(entry)
             assert entry.admitted_at is not None
@@ -139,12 +139,12 @@ class Lane:
         self.fill()
 
     def turned_away(self, tenant: str, count: int, seconds: float) -> None:
-        """So many newcomers of the tenant's, who will take so long, have heard at their ingress what one before had."""
+        """An ingress refused `count` newcomers of the tenant's by itself; they will take `seconds` to serve."""
         self.rejected += count
         self.tickets.put_off(tenant, seconds)
 
     def resume(self, asked: Asked) -> Entry:
-        """It runs already, let in by one who has died since."""
+        """The request is running already, admitted by an actor that has died since."""
         self.max_concurrent, self.max_queue = asked.max_concurrent, asked.max_queue
         decision: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         entry = Entry(asked, False, 0, decision, admitted_at=time.monotonic())
@@ -153,9 +153,9 @@ class Lane:
         return entry
 
     def fill(self) -> None:
-        """Let in as many as have room. Who is too late is not."""
+        """Admit entries while slots are free. Those past their deadline are turned away."""
         now = time.monotonic()
-        free = self.max_concurrent - len(self.running) - len(self.returns.kept)
+        free = self.max_concurrent - len(self.running) - len(self.kept_slots.kept)
         while self.queue and free > 0 and not self.paused:
             entry, _ = self.queue.take()
             if entry.deadline <= now:
@@ -165,20 +165,20 @@ class Lane:
             free -= 1
 
     def expire(self) -> None:
-        """Send away those whose deadline has passed while they waited."""
+        """Turn away entries whose deadline has passed while they waited."""
         now = time.monotonic()
         for entry in [entry for entry in self.queue if entry.deadline <= now]:
             self.queue.remove(entry)
             entry.decide("late")
 
     def places(self) -> dict[str, tuple[int, float]]:
-        """Of each that waits, by id: its place, from 1, and the seconds that it may have to wait."""
+        """Place, from 1, and estimated wait in seconds of each waiting request, by id."""
         pace_s = self._pace().seconds_per_item
         return {entry.asked.id: (place, place * pace_s) for place, entry in enumerate(self.queue, 1)}
 
     def standing(self) -> Standing:
         waiting, pace = self._waiting, self._pace()
-        busy = len(self.running) + len(self.returns.kept) >= self.max_concurrent
+        busy = len(self.running) + len(self.kept_slots.kept) >= self.max_concurrent
         return Standing(
             len(self.running),
             waiting,
@@ -201,7 +201,7 @@ class Lane:
         entry.decide("admitted")
 
     def _has_room(self, entry: Entry) -> bool:
-        """A tenant's share of the queue is its, however much others have waiting or reserved."""
+        """A tenant can always use its fair share of the queue, however much others have waiting or reserved."""
         if not self._waiting and len(self.running) < self.max_concurrent:
             return True
         tenant, weight = entry.tenant, entry.weight
@@ -213,27 +213,27 @@ class Lane:
         return self._waiting < self.max_queue - held or len(self.queue.of(tenant)) + own_held + 1 <= due
 
     def _due_to(self, tenant: str, weight: float, expected: Collection[str] = ()) -> float:
-        """How many places in the queue are a tenant's beside those that wait, and those that are `expected`."""
+        """Places in the queue that are a tenant's fair share, among tenants that wait and those `expected`."""
         return self.max_queue * self.queue.share(tenant, weight, expected)
 
     def _excess(self, tenant: str) -> float:
-        """By how many a tenant holds more places than are its."""
+        """Places that a tenant holds beyond its fair share."""
         return len(self.queue.of(tenant)) - self._due_to(tenant, self.queue.lines[tenant].weight)
 
     def _expect_back(self, entry: Entry) -> None:
-        """Keep its slot for its tenant's next where that comes at once, has its share of slots, and others wait."""
-        tenant, kept = entry.tenant, self.returns.kept
+        """Keep the slot for a tenant that comes back at once and is within its share of slots, while others wait."""
+        tenant, kept = entry.tenant, self.kept_slots.kept
         own = [name for name in (*(each.tenant for each in self.running), *kept) if name == tenant]
         others = {each.tenant for each in self.running} | set(kept)
         share = self.max_concurrent * self.queue.share(tenant, entry.weight, others)
         others_wait = bool(self.queue) and not self.queue.of(tenant)
         keep = entry.came_back and others_wait and len(own) + 1 <= share
-        soon_s = self.returns.expect(tenant, self.tickets.pace.p50_s or 0.0, keep)
+        soon_s = self.kept_slots.expect(tenant, self.tickets.pace.p50_s or 0.0, keep)
         if keep:
             asyncio.get_running_loop().call_later(soon_s, self.fill)
 
     def _pace(self) -> Pace:
-        """With what has not been served yet."""
+        """The pace, with what still runs taken into account."""
         if self.running:
             oldest = min(entry.admitted_at or entry.seen_at for entry in self.running)
             self.tickets.pace.unserved(len(self.running), oldest)

@@ -1,4 +1,4 @@
-"""How fast a queue moves."""
+"""The speed of a queue."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import time
 from collections import deque
 
 PACE_OF_S, PACE_OF_ITEMS = 30.0, 10
-"""The pace is that of the last so many seconds of work, or items where these take longer. One that follows every batch
-is at times too fast, and then too many tickets are given for the same second."""
+"""The pace covers the last 30 seconds of work, or the last 10 items if these take longer. A pace that followed every
+batch would at times be too fast, and then too many tickets would be given for the same second."""
 KEPT_TIMES = 101
 
 
 class Pace:
-    """How fast a queue goes, measured at its end."""
+    """The speed of a queue, measured where work finishes."""
 
     def __init__(self) -> None:
         self.seconds_per_item = 0.05
         self._worked_s = self._items = 0.0
-        """What is over, the more the longer ago the less."""
+        """Finished work; older work weighs less."""
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._last = 0.0
 
     def served(self, items: int, started: float) -> None:
-        """What `started` then (time.monotonic) is over: what it took beside those before it counts."""
+        """Record `items` that began at `started` (time.monotonic) and are done. Time already counted is left out."""
         now = time.monotonic()
         worked_s = now - max(started, self._last)
         self._last = now
@@ -35,11 +35,11 @@ class Pace:
         self._times.append(now - started)
 
     def unserved(self, items: int, started: float) -> None:
-        """So many run, the first since `started` (time.monotonic): were they all over now, it would be no faster."""
+        """Slow the pace to what it would be if `items` running since `started` (time.monotonic) finished now."""
         since_s = time.monotonic() - max(started, self._last)
         self.seconds_per_item = max(self.seconds_per_item, (self._worked_s + since_s) / (self._items + items))
 
     @property
     def p50_s(self) -> float | None:
-        """Median of the last service times."""
+        """Median of recent service times."""
         return statistics.median(self._times) if self._times else None

@@ -1,8 +1,8 @@
-"""When who was refused is to come back: a queue outside the queue, kept by signed tickets.
+"""When a refused client should come back: a queue outside the queue, kept by signed tickets.
 
-With more load than there is room for, no time to come back can be right by itself: who was refused comes back into the
-same crowd. So a refusal reserves a place in the queue for later, behind those reserved before, and whoever brings its
-ticket at that time is let in where a newcomer is not.
+Under overload no retry time is right by itself: refused clients come back into the same crowd. So a refusal reserves a
+place in the queue for later, behind earlier reservations. A client that brings its ticket at that time is admitted
+ahead of newcomers.
 """
 
 from __future__ import annotations
@@ -24,74 +24,74 @@ from serve.errors import DureError
 from serve.queues.pace import Pace
 
 FOR_TICKETS = 0.8
-"""Of what is served, at most; the rest is for newcomers, and for a pace that was measured too fast."""
+"""Largest share of capacity given to tickets. The rest is for newcomers, and for a pace that was measured too fast."""
 FOR_NEWCOMERS = 0.25
-"""Of a queue, the part that is never held for tickets; who comes back finds it as full as this on average."""
+"""Share of a queue that is never held for tickets. On average, ticket holders find the queue this full."""
 SLOT = 1 / 8
-"""Of the time that a full queue takes: in so long, or twice that, come no more tickets than are served then. Simulated
-with lists of 32, of which 24 may wait, at four times what can be borne: of the tickets 89 % were let in with 1/2, 95 %
-with 1/4 and 99 % with 1/8.
+"""Length of a slot as a fraction of the time to serve a full queue; rounding up makes it at most twice as long. No more
+tickets come due in a slot than are served in it. Simulated with lists of 32, of which 24 may wait, at four times
+capacity: 89 % of tickets were admitted with 1/2, 95 % with 1/4 and 99 % with 1/8.
 """
 SLOT_S = 0.5
-"""The longest that SLOT makes it, however long the queue."""
+"""Upper bound on what SLOT gives, however long the queue."""
 MAX_WAIT_S = 60
-"""The longest time that a ticket is given for: further ahead the pace is a guess."""
+"""Longest wait that a ticket is given for; further ahead the pace is a guess."""
 LONGEST_S = 300
-"""Who gets no ticket is told to come back behind those who did, but not later than this."""
+"""Clients without a ticket are told to come back after those with one, but no later than this."""
 VALID_S = 15
-"""After its time a ticket is good for this long."""
+"""A ticket stays valid for this long after its due time."""
 HELD_S = 1
-"""After its time room is held for a ticket for this long; then it counts as one that does not come back."""
+"""Room is held for a ticket for this long after its due time; then it counts as not returning."""
 EARLY_S = 0.3
-"""A ticket may come this much before its time: clocks differ, and a second is as fine as `Retry-After` gets."""
+"""A ticket may come this early: clocks differ, and `Retry-After` is in whole seconds."""
 REMEMBERED = 0.98
-"""Weight of what was known of tickets before each new one that came back or did not."""
+"""Weight that the record of earlier tickets keeps with each new one that came back or did not."""
 STANDS = 0.25
-"""Of the time that all take who wait now, the part for which a refusal without a ticket stands: so few have left then
-that the queue is in no danger of running empty."""
+"""How long a refusal without a ticket stands, as a fraction of the time to serve all that waits now. So little has left
+by then that the queue is in no danger of running empty."""
 MAX_STANDS_S = 1.0
 KEPT_SLOTS = 4
-"""Lengths of slots: they follow the pace and the size of what is asked for."""
+"""Slot lengths kept; they change with the pace and the size of requests."""
 SIGNED_BYTES = 16
 FORMAT = struct.Struct(">QQ")
 
 
 @dataclass(frozen=True)
 class Refused:
-    """There is no room."""
+    """The queue has no room."""
 
     waiting: int
     retry_after_s: int
     ticket: str | None
-    """To be sent back then; None where the time to come back is no promise."""
+    """To be sent back at that time; None if the time is not a promise."""
     each_s: float = 0.0
-    """Without a ticket: by how much later the next of its tenant is to come."""
+    """Without a ticket: how much later the tenant's next newcomer should come."""
     stands_s: float = 0.0
-    """Without a ticket: for so long others of its tenant would hear the same."""
+    """Without a ticket: how long other newcomers of the tenant would be refused as well."""
 
     def error(self, name: str) -> DureError:
-        """What a client of the queue with this name is told."""
+        """The error for a client of the queue with this name."""
         return errors.queue_full(name, self.waiting, self.retry_after_s, self.ticket)
 
 
 @dataclass(frozen=True)
 class Coming:
-    """What is to come back with tickets while a full queue is served."""
+    """Tickets that come due while a full queue is served."""
 
     items: int
     own: int
-    """Of one tenant's."""
+    """Items of one tenant."""
     tenants: Collection[str]
-    """Whose it is."""
+    """Tenants with such tickets."""
     most: int
-    """Items that the queue holds."""
+    """Capacity of the queue, in items."""
 
     @property
     def held(self) -> int:
-        """For how many items newcomers have to leave room.
+        """Items that newcomers must leave room for.
 
-        Not only for those who come while what waits now is served: tickets come more at times and less at others, and
-        newcomers take what room there is at once.
+        This covers more than the tickets due while the present queue is served: tickets come unevenly, and newcomers
+        take any room at once.
         """
         return min(self.items, self.most - max(1, int(FOR_NEWCOMERS * self.most)))
 
@@ -105,7 +105,7 @@ class Reservation:
 
 
 class Slots:
-    """Reservations by when they are due, in slots of the same length: a refusal looks at up to a minute of them."""
+    """Reserved items by due time, in slots of equal length; a refusal searches up to a minute of them."""
 
     def __init__(self, slot_s: float) -> None:
         self.slot_s = slot_s
@@ -122,8 +122,11 @@ class Slots:
             del self._items[slot]
 
     def beside(self, tenant: str, items: int, due: float) -> int:
-        """Items in the slot of a time that a tenant with `items` more has to respect: of others not more than it would
-        have there itself, so that who came first with many leaves room for those with few."""
+        """Items already in the slot at `due` that count against a tenant adding `items`.
+
+        Another tenant's items count up to what this tenant would have there itself, so that early tenants with many
+        items leave room for those with few.
+        """
         near = self._items.get(due // self.slot_s)
         if not near:
             return 0
@@ -134,7 +137,7 @@ class Slots:
 
 
 class Tickets:
-    """Gives tickets for one queue and takes them back. All who share `key` and `name` honour each other's."""
+    """Issues and redeems the tickets of one queue. Instances with the same `key` and `name` honour each other's."""
 
     def __init__(self, name: str, key: bytes, clock: Callable[[], float] = time.time) -> None:
         self.name = name
@@ -142,16 +145,16 @@ class Tickets:
         self.clock = clock
         self.pace = Pace()
         self._reserved: list[Reservation] = []
-        """By time."""
+        """Sorted by due time."""
         self._items: Counter[str] = Counter()
-        """Of them, by tenant."""
+        """Reserved items by tenant."""
         self._slots: dict[float, Slots] = {}
-        """The same by slots of some lengths."""
+        """The reservations by slot, for several slot lengths."""
         self._ended = self._redeemed = 2.0
-        """Tickets whose time is over and those that came back, of which some may be others'; the last ones count."""
+        """Tickets whose time is over, and tickets that came back, maybe other processes'. Recent ones weigh most."""
         self._used: dict[int, float] = {}
         self._beyond: dict[str, float] = {}
-        """When the last of a tenant's without a ticket is to come."""
+        """By tenant: when its last newcomer without a ticket is to come back."""
 
     def refuse(
         self,
@@ -163,8 +166,9 @@ class Tickets:
         held: int | None = None,
         share: float = 1,
     ) -> Refused:
-        """`waiting` items wait where `most` may, `held` of them the tenant's, which has this `share` of the turns.
+        """Refuse a request for `items`, with a ticket if one can be given.
 
+        `waiting` items wait in a queue for `most`, `held` of them the tenant's, which gets this `share` of the turns.
         A ticket whose time has not come stays as it is.
         """
         now = self.clock()
@@ -175,12 +179,12 @@ class Tickets:
         item_s = self.pace.seconds_per_item / FOR_TICKETS
         ahead = max(0, (waiting if held is None else held) - int(FOR_NEWCOMERS * most))
         wait_s = (ahead + self.returning * self._items[tenant] + items) * item_s / share
-        # A power of two: slots stay where they are while the pace changes a little.
+        # A power of two, so that slots stay the same while the pace changes a little.
         slot_s = 2.0 ** math.ceil(math.log2(max(2 * items * item_s, min(SLOT * most * item_s, SLOT_S))))
         slots = self._slots_of(slot_s)
         most_beside = (slot_s / item_s - items) / max(self.returning, 1e-9)
         first = max(1, math.ceil(wait_s))
-        for retry_after_s in range(first, MAX_WAIT_S + 1):  # whole seconds make crowds, which the queue has to hold
+        for retry_after_s in range(first, MAX_WAIT_S + 1):  # whole seconds make crowds, which the queue must hold
             due = round(now + retry_after_s, 3)
             if slots.beside(tenant, items, due) <= most_beside:
                 break
@@ -196,9 +200,9 @@ class Tickets:
         return Refused(waiting, retry_after_s, self._token(reservation))
 
     def put_off(self, tenant: str, seconds: float) -> float:
-        """When a newcomer is to come who gets no ticket and will take so long, on the tickets' clock.
+        """When a newcomer without a ticket, which takes `seconds` to serve, should come back, on the tickets' clock.
 
-        Behind the tenant's others, as they would be a crowd if they all came when tickets are to be had again.
+        It comes after the tenant's others, which would be a crowd if all came once tickets are available again.
         """
         now = self.clock()
         due = min(max(self._beyond.get(tenant, 0.0), now + MAX_WAIT_S) + seconds, now + LONGEST_S)
@@ -206,7 +210,7 @@ class Tickets:
         return due
 
     def redeem(self, token: str | None, tenant: str) -> bool:
-        """Does this ticket of the tenant's let it go ahead of newcomers? It does so once, at its time."""
+        """Whether this ticket lets its tenant go ahead of newcomers. It does so once, at its time."""
         now = self.clock()
         self._forget(now)
         read = self._read(token, tenant)
@@ -221,7 +225,7 @@ class Tickets:
         return True
 
     def coming(self, most: int, tenant: str) -> Coming:
-        """Before `most` items, a full queue, have been served."""
+        """Tickets that come due before `most` items, a full queue, have been served."""
         now = self.clock()
         self._forget(now)
         end = bisect.bisect(self._reserved, now + most * self.pace.seconds_per_item, key=lambda each: each.due)
@@ -235,12 +239,12 @@ class Tickets:
 
     @property
     def returning(self) -> float:
-        """Of the tickets given, the share that comes back."""
+        """Share of issued tickets that come back."""
         return min(1.0, self._redeemed / self._ended)
 
     @property
     def outstanding(self) -> int:
-        """Tickets that room is held for, or will be."""
+        """Tickets for which room is or will be held."""
         self._forget(self.clock())
         return len(self._reserved)
 
@@ -272,21 +276,21 @@ class Tickets:
             del self._used[next(iter(self._used))]
 
     def _token(self, reservation: Reservation) -> str:
-        told = FORMAT.pack(round(1000 * reservation.due), reservation.number)
-        return base64.urlsafe_b64encode(told + self._signature(told, reservation.tenant)).decode()
+        payload = FORMAT.pack(round(1000 * reservation.due), reservation.number)
+        return base64.urlsafe_b64encode(payload + self._signature(payload, reservation.tenant)).decode()
 
     def _read(self, token: str | None, tenant: str) -> tuple[float, int] | None:
-        """A ticket's time and number; None where it is not one of this queue's to this tenant."""
+        """A ticket's due time and number; None unless this queue issued it to this tenant."""
         try:
-            told = base64.b64decode(token or "", b"-_", validate=True)
+            decoded = base64.b64decode(token or "", b"-_", validate=True)
         except ValueError:
             return None
-        told, signature = told[: FORMAT.size], told[FORMAT.size :]
-        if len(told) < FORMAT.size or not hmac.compare_digest(signature, self._signature(told, tenant)):
+        payload, signature = decoded[: FORMAT.size], decoded[FORMAT.size :]
+        if len(payload) < FORMAT.size or not hmac.compare_digest(signature, self._signature(payload, tenant)):
             return None
-        due_ms, number = FORMAT.unpack(told)
+        due_ms, number = FORMAT.unpack(payload)
         return due_ms / 1000, number
 
-    def _signature(self, told: bytes, tenant: str) -> bytes:
-        signed = told + f"{self.name}\0{tenant}".encode()
+    def _signature(self, payload: bytes, tenant: str) -> bytes:
+        signed = payload + f"{self.name}\0{tenant}".encode()
         return hmac.digest(self.key, signed, hashlib.sha256)[:SIGNED_BYTES]

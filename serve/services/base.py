@@ -1,4 +1,4 @@
-"""What composed services have in common: any of their calls can be followed."""
+"""What composed services have in common: any call to them can be followed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Service:
     max_streams: ClassVar[int] = 0
     """Streams that a replica may have open beside the requests of its lane."""
 
-    async def followed(self, method: str, *arguments: Any, **known: Any) -> AsyncIterator[Any]:
-        """The Progress of a call, and at last its result."""
+    async def followed(self, method: str, *arguments: Any, **limits: Any) -> AsyncIterator[Any]:
+        """The Progress of a call, then its result."""
         call = getattr(self, method)
         async with contextlib.aclosing(
-            followed(lambda following: call(*arguments, **known, following=following))
+            followed(lambda following: call(*arguments, **limits, following=following))
         ) as progress:
             async for each in progress:
                 yield each

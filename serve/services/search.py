@@ -1,4 +1,4 @@
-"""Search among documents that the caller brings: embed, take the nearest, re-rank them with the cross-encoder."""
+"""Search among the caller's documents: embed them, take the nearest, re-rank these with the cross-encoder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from serve.services.base import Service
 
 MIN_CANDIDATES = 20
 CANDIDATES_PER_RESULT = 4
-"""How many of the nearest documents the cross-encoder reads: enough to mend the embedder's order."""
+"""How many of the nearest documents the cross-encoder reads: enough to correct the embedder's order."""
 
 
 @dataclass(frozen=True)
 class Hit:
     index: int
     score: float
-    """0 to 1, the cross-encoder's."""
+    """From the cross-encoder, 0 to 1."""
 
 
 @dataclass(frozen=True)

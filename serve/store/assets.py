@@ -1,4 +1,4 @@
-"""Image files: in a local folder, or wherever fsspec reaches."""
+"""Image files, in a local folder or any store that fsspec supports."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ logger = logging.getLogger("ray.serve")
 Result = TypeVar("Result")
 
 WAIT_S = 30.0
-"""For one file."""
+"""Longest wait for an operation on one file."""
 LEAST_ROOM_BYTES = 2**16
-"""A disk with less is full."""
+"""A disk with less free room counts as full."""
 TRIAL = ".trial"
-"""A file that is made and deleted, or looked for, to see whether that can be done."""
+"""A file that is created and deleted, or looked up, to check that this works."""
 
 
 class Assets:
-    """Files by paths below a folder, which no path leads out of.
+    """Files by path below a folder.
 
-    Raises DureError for a path that does, a file that is not there, and where files can't be had now.
+    Raises DureError for a path that leads out of the folder, for a missing file, and while files can't be reached.
     """
 
     def __init__(self, url: str) -> None:
@@ -41,9 +41,9 @@ class Assets:
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.files, LocalFileSystem)
         self.failed = False
-        """Since all was found well for the last time, something could not be done."""
+        """Whether an operation has failed since the last check that found no problem."""
         self._lacking_bytes = 0
-        """The largest file that there was no room for, since then."""
+        """Size of the largest file that could not be written since then."""
 
     async def write(self, path: str, content: bytes) -> None:
         at = self._at(path)
@@ -52,7 +52,7 @@ class Assets:
         except DureError:
             self._lacking_bytes = max(self._lacking_bytes, len(content))
             raise
-        except FileNotFoundError as error:  # the folder went while the file was written
+        except FileNotFoundError as error:  # the folder was deleted while the file was written
             raise errors.no_files() from error
 
     async def read(self, path: str) -> bytes:
@@ -63,23 +63,23 @@ class Assets:
             raise errors.not_found(f"the image {path!r} is gone") from error
 
     async def delete(self, path: str) -> None:
-        """A file, or a folder with all that is in it; also where it is not there."""
+        """Delete a file, or a folder with all that is in it; a missing one is no error."""
         await self._done(self._delete, self._at(path))
 
     async def discard(self, path: str) -> None:
-        """A file, also where it is not there, and the folder that it leaves empty."""
+        """Delete a file, and its folder if that is then empty; a missing file is no error."""
         await self._done(self._discard, self._at(path))
 
     async def problem(self) -> str:
-        """Why files can't be had now, in a few words; empty where they can.
+        """Why files can't be reached now, in a few words; empty if they can.
 
-        A local folder is looked at each time; of others, which may charge for it, only those where something failed.
+        A local folder is checked each time. Other stores may charge for that, and are checked only after a failure.
         """
         if not self.is_local and not self.failed:
             return ""
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._look), WAIT_S)
-        except Exception as error:  # each kind of store has errors of its own
+            await asyncio.wait_for(asyncio.to_thread(self._check), WAIT_S)
+        except Exception as error:  # each kind of store has its own errors
             self.failed = True
             why = error.strerror if isinstance(error, OSError) else None
             return f"image files can't be written: {why or type(error).__name__}"
@@ -89,7 +89,7 @@ class Assets:
     def _at(self, path: str) -> str:
         parts = PurePosixPath(path).parts
         if not parts or ".." in parts or parts[0].startswith("/") or "\\" in path or "\0" in path or "://" in path:
-            raise errors.invalid(f"{path!r} is no path of an image here")
+            raise errors.invalid(f"{path!r} is not a valid image path")
         return f"{self.root}/{'/'.join(parts)}"
 
     def _write(self, at: str, content: bytes) -> None:
@@ -103,11 +103,11 @@ class Assets:
     def _discard(self, at: str) -> None:
         self._delete(at)
         if self.is_local:
-            with contextlib.suppress(OSError):  # there is something in it, or it is gone already
+            with contextlib.suppress(OSError):  # it is not empty, or gone already
                 os.rmdir(at.rpartition("/")[0])
 
-    def _look(self) -> None:
-        """Raises where nothing can be written."""
+    def _check(self) -> None:
+        """Raises if nothing can be written."""
         if not self.is_local:
             with contextlib.suppress(FileNotFoundError):
                 self.files.info(f"{self.root}/{TRIAL}")
@@ -125,9 +125,9 @@ class Assets:
             return await asyncio.wait_for(asyncio.to_thread(call, *arguments), WAIT_S)
         except FileNotFoundError:
             raise
-        except Exception as error:  # each kind of store has errors of its own
+        except Exception as error:  # each kind of store has its own errors
             self.failed = True
-            logger.warning("image files can't be had: %r", error)
+            logger.warning("image files can't be reached: %r", error)
             raise (errors.no_room() if _is_full(error) else errors.no_files()) from error
 
 

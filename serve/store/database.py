@@ -1,4 +1,4 @@
-"""Transactions on SQLite or PostgreSQL, taken again where the database was not there for a moment."""
+"""Transactions on SQLite or PostgreSQL, repeated while the database is briefly unreachable."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ Result = TypeVar("Result")
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 PATIENCE_S = 20.0
-"""How long a transaction is tried again: a database that is started anew is back by then."""
+"""How long a transaction is retried: a database that restarts is back by then."""
 LOCK_S = 5.0
 """How long SQLite waits for another process to finish writing, and PostgreSQL for a connection."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 CONNECTIONS = 8
 SNAPSHOT = {"isolation_level": "REPEATABLE READ"}
-"""So that on PostgreSQL, too, what is read together belongs together."""
+"""Gives the reads of one transaction a consistent snapshot on PostgreSQL, as SQLite does."""
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
-"""SQLite's codes for what a full disk leads to, or one that takes no more: https://www.sqlite.org/rescode.html."""
+"""SQLite's codes for errors of a full or read-only disk: https://www.sqlite.org/rescode.html."""
 LOST = ("08", "57P", "40", "53", "55P03")
-"""PostgreSQL's codes for a connection that was lost, a shutdown, a conflict, too little of something, and a lock:
+"""PostgreSQL's codes for a lost connection, a shutdown, a conflict, insufficient resources, and a lock:
 https://www.postgresql.org/docs/current/errcodes-appendix.html."""
 
 
 class Conflict(Exception):
-    """Another changed what this transaction had read; it is taken again."""
+    """Another transaction changed what this one had read; it is repeated."""
 
 
 class Unavailable(DureError):
@@ -55,7 +55,7 @@ class Unavailable(DureError):
 
 
 class DiskFull(DureError):
-    """What was to be written is not."""
+    """The disk is full, and nothing was written."""
 
     def __init__(self) -> None:
         super().__init__(*errors.no_room().args)
@@ -65,7 +65,7 @@ class DiskFull(DureError):
 
 
 def address(url: str, synchronous: bool = False) -> URL:
-    """The URL with the driver that is used. Raises ValueError for a database that is neither of the two."""
+    """The URL with the driver to use. Raises ValueError for any other kind of database."""
     parsed = make_url(url)
     kind = parsed.get_backend_name()
     if kind not in DRIVERS:
@@ -76,7 +76,7 @@ def address(url: str, synchronous: bool = False) -> URL:
 class Database:
     """Reads and writes, each in a transaction of its own.
 
-    Raises Unavailable once patience is at its end, and a 503 where SQLite's disk is full.
+    Raises Unavailable after `patience_s` without an answer, and DiskFull if SQLite's disk is full.
     """
 
     def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
@@ -96,7 +96,7 @@ class Database:
         )
         self.engine: AsyncEngine = create_async_engine(where, hide_parameters=True, **options)
         self.reserve: Reserve | None = None
-        """Of SQLite's disk."""
+        """Room held on SQLite's disk; None on PostgreSQL."""
         if self.is_sqlite:
             if where.database:
                 Path(where.database).parent.mkdir(parents=True, exist_ok=True)
@@ -105,28 +105,28 @@ class Database:
             event.listen(self.engine.sync_engine, "begin", begin)
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-        return await self._tried(work, writes=False)
+        return await self._with_retries(work, writes=False)
 
     async def write(self, work: Callable[[AsyncSession], Awaitable[Result]], frees: bool = False) -> Result:
-        """What `work` returns, committed. It is called again after a Conflict, and where the database was away.
+        """Run `work` and commit; returns what it returns. It is repeated after a Conflict, or if the database is away.
 
-        `frees`: it deletes, so that on a full disk it may take the room that is held for that.
+        `frees`: it deletes, so on a full disk it may use the room that is held for deletions.
         """
         try:
-            return await self._tried(work, writes=True)
+            return await self._with_retries(work, writes=True)
         except DiskFull:
             if not frees or self.reserve is None:
                 raise
         await asyncio.to_thread(self.reserve.give)
-        return await self._tried(work, writes=True)
+        return await self._with_retries(work, writes=True)
 
     async def hold_room(self) -> None:
-        """Hold room for deleting, where that is this process's to do."""
+        """Hold room for deletions, on SQLite."""
         if self.reserve:
             await asyncio.to_thread(self.reserve.take)
 
     async def problem(self) -> str:
-        """Why nothing can be written, in a few words; empty where it can, and where only a write could tell."""
+        """Why nothing can be written, in a few words; empty if it can, or if only a write would tell."""
         if self.reserve is None:
             return ""
         is_full = await asyncio.to_thread(self.reserve.is_full)
@@ -135,7 +135,7 @@ class Database:
     async def close(self) -> None:
         await self.engine.dispose()
 
-    async def _tried(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
+    async def _with_retries(self, work: Callable[[AsyncSession], Awaitable[Result]], writes: bool) -> Result:
         deadline: float | None = None
         pause_s = FIRST_PAUSE_S
         while True:
@@ -145,13 +145,13 @@ class Database:
                 if _is_full(error):
                     logger.error("the record can't be written: %s", str(error).partition("\n")[0])
                     raise DiskFull from error
-                if not _passes(error):
+                if not _is_transient(error):
                     raise
-                deadline = deadline or time.monotonic() + self.patience_s  # it was there until now
+                deadline = deadline or time.monotonic() + self.patience_s  # patience begins with the first failure
                 if time.monotonic() + pause_s > deadline:
                     logger.error("the database does not answer: %s", error)
                     raise Unavailable from error
-                logger.warning("a transaction is taken again: %s", str(error).partition("\n")[0])
+                logger.warning("repeating a transaction: %s", str(error).partition("\n")[0])
             await asyncio.sleep(pause_s * random.uniform(0.5, 1))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
@@ -165,7 +165,7 @@ class Database:
 
 
 async def changes(session: AsyncSession, statement: Update) -> bool:
-    """Has this changed any row?"""
+    """Whether the statement changed any row."""
     result = await session.execute(statement)
     assert isinstance(result, CursorResult)
     return bool(result.rowcount)
@@ -173,11 +173,11 @@ async def changes(session: AsyncSession, statement: Update) -> bool:
 
 def _is_full(error: BaseException) -> bool:
     code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
-    return code & 0xFF in FULL  # the rest of an extended code says where it was noticed
+    return code & 0xFF in FULL  # the rest of an extended code says where the error arose
 
 
-def _passes(error: BaseException) -> bool:
-    """Is it worth trying again?"""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed."""
     if not isinstance(error, DBAPIError):
         return True
     if error.connection_invalidated or isinstance(error, InterfaceError):
@@ -187,12 +187,12 @@ def _passes(error: BaseException) -> bool:
         return str(code).startswith(LOST)
     if isinstance(error.orig, sqlite3.Error):
         return "locked" in str(error.orig) or "busy" in str(error.orig)
-    return isinstance(error, OperationalError)  # psycopg, where there was no connection to get a code from
+    return isinstance(error, OperationalError)  # psycopg without a connection, so without a code
 
 
 def prepare(connection: Any, _: Any) -> None:
-    """A new connection to SQLite."""
-    connection.isolation_level = None  # transactions begin where `begin` says so, not where sqlite3 guesses
+    """Set up a new connection to SQLite."""
+    connection.isolation_level = None  # `begin` starts transactions; sqlite3 would guess when to
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
@@ -200,6 +200,6 @@ def prepare(connection: Any, _: Any) -> None:
 
 
 def begin(connection: Connection) -> None:
-    """A transaction on SQLite; with the execution option `writes`, one that holds the lock from the start."""
-    # A transaction that reads first and then finds the lock taken fails at once; one that says so at first waits.
+    """Begin a transaction on SQLite; with the execution option `writes`, it holds the lock from the start."""
+    # A transaction that reads first and then finds the lock taken fails at once; one that asks for it first waits.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")

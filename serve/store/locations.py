@@ -1,4 +1,4 @@
-"""Where the record lies when a config does not say so: beside the logs of this server."""
+"""Where the record lies. Unless the config says so, that is beside this server's logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve.paths import STATE
 
 
 def database(store: StoreSettings) -> str:
-    """A URL; a file's relative path is taken from the project's root."""
+    """The database's URL; a relative path of a file starts at the project's root."""
     if store.url is None:
         return f"sqlite:///{STATE / 'dure.sqlite3'}"
     path = store.url.removeprefix("sqlite:///")
@@ -20,6 +20,7 @@ def database(store: StoreSettings) -> str:
 
 
 def assets(store: StoreSettings) -> str:
+    """The folder or URL of image files; a relative path starts at the project's root."""
     if store.assets is None:
         return str(STATE / "assets")
     return store.assets if "://" in store.assets else str(ROOT / Path(store.assets))

@@ -1,6 +1,6 @@
-"""Bringing a database to the tables that this version needs: `dure migrate`.
+"""Brings a database to the tables that this version needs: `dure migrate`.
 
-Each migration only adds, so that the version before it goes on running while it is applied and after it.
+Each migration only adds, so the version before it keeps running while it is applied and afterwards.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class SchemaError(Exception):
 
 
 class NoDatabase(SchemaError):
-    """One that does not answer, or not as it should."""
+    """A database that does not answer, or not as it should."""
 
 
 def migrate(url: str, revision: str = "head") -> tuple[str | None, str | None]:
-    """Apply what is missing; the revisions before and after. Raises SchemaError where the database can't be reached.
+    """Apply missing migrations; returns the revisions before and after.
 
-    One that a later version has migrated is left as it is.
+    Raises SchemaError if the database can't be used. A database that a later version has migrated is left as it is.
     """
     where = address(url, synchronous=True)
     if where.get_backend_name() == "sqlite" and where.database:
@@ -50,9 +50,9 @@ def migrate(url: str, revision: str = "head") -> tuple[str | None, str | None]:
 
 
 def make_ready(url: str, patience_s: float = 0) -> None:
-    """Migrate a SQLite file, which is this server's own; `check` any other, which may not be up yet.
+    """Migrate a SQLite file, which is this server's own; `check` any other database, which may not be up yet.
 
-    To open a file takes room, too: on a full disk, what is held for deleting.
+    Opening a file takes room too. On a full disk, that is the room held for deletions.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -63,7 +63,7 @@ def make_ready(url: str, patience_s: float = 0) -> None:
                 check(url)
             return
         except NoDatabase:
-            if _room_given(url):
+            if _release_room(url):
                 continue
             if time.monotonic() > deadline:
                 raise
@@ -71,9 +71,9 @@ def make_ready(url: str, patience_s: float = 0) -> None:
 
 
 def check(url: str) -> None:
-    """Raises SchemaError where the database lacks a migration, or can't be reached.
+    """Raises SchemaError if the database lacks a migration or can't be used.
 
-    One that a later version has migrated is as good: migrations only add.
+    A database that a later version has migrated is fine, as migrations only add.
     """
     revision, newest = present(url), ScriptDirectory.from_config(_config(url)).get_current_head()
     if revision != newest and (revision is None or revision in _known(url)):
@@ -94,8 +94,8 @@ def present(url: str) -> str | None:
         engine.dispose()
 
 
-def _room_given(url: str) -> bool:
-    """Has room been freed on a SQLite file's disk?"""
+def _release_room(url: str) -> bool:
+    """Free the room held on a SQLite file's disk. Returns whether there was any."""
     where = address(url)
     if where.get_backend_name() != "sqlite" or not where.database:
         return False

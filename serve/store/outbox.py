@@ -1,4 +1,4 @@
-"""Events that others are to hear of: written in the transaction that they tell of, then delivered at least once."""
+"""Events: written in the transaction of the change that leads to them, then delivered at least once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from serve.store.tables import Event, Job, now
 
 State = Literal["pending", "delivered", "dead", "no_webhook"]
 
-NO_WEBHOOK = "there was no webhook when it happened"
+NO_WEBHOOK = "there was no webhook when the event happened"
 UNTRIED_S = 86_400.0
-"""With a webhook, an event is tried within seconds. One that nobody has tried for longer than this was recorded while
+"""With a webhook, an event is tried within seconds. One that has not been tried for longer than this was recorded while
 there was none, by a version that kept such events pending; a webhook that comes later is not flooded with them. A day,
-because Dure may have been down for hours just after it recorded one, and that one is still delivered."""
+because Dure may go down for hours just after it records an event, and that one is still delivered."""
 AT_ONCE = 1000
 
 
@@ -30,7 +30,7 @@ UNSENT: dict[str, Any] = {"state": "no_webhook", "last_error": NO_WEBHOOK}
 
 @dataclass(frozen=True)
 class Delivery:
-    """An event that is this process's to deliver until its claim ends."""
+    """An event that only this process may deliver until its claim ends."""
 
     event_id: uuid.UUID
     payload: dict[str, Any]
@@ -46,9 +46,9 @@ def event_of(
     vlm_trace_id: uuid.UUID,
     to_webhook: bool,
 ) -> Event:
-    """What is to be done next with a variant. Its id is the trace's: a stage triggers once each time it is done.
+    """The event that a finished stage leads to. It has the trace's id, so each run of a stage leads to one event.
 
-    Without a webhook it is only kept.
+    Without a webhook it is only recorded.
     """
     at = now()
     payload = {
@@ -77,7 +77,7 @@ class Outbox:
         self.claim_s = claim_s
 
     async def claim(self, count: int) -> list[Delivery]:
-        """At most so many events that are due; no other process gets them within `claim_s`."""
+        """Up to `count` events that are due; no other process gets them within `claim_s`."""
 
         async def read(session: AsyncSession) -> list[uuid.UUID]:
             due = select(Event.event_id).where(Event.state == "pending", Event.due_at <= now(), ~_untried())
@@ -104,7 +104,7 @@ class Outbox:
         await self._set(event_id, state="delivered", last_error=None)
 
     async def failed(self, event_id: uuid.UUID, reason: str, retry_s: float | None) -> None:
-        """It is tried again after `retry_s`, or, where that is None, never."""
+        """Record a failed attempt. The next one is due after `retry_s`; None: there is none."""
         if retry_s is None:
             await self._set(event_id, state="dead", last_error=reason)
         else:
@@ -119,9 +119,9 @@ class Outbox:
         await self.database.write(write)
 
     async def set_aside(self, to_webhook: bool) -> int:
-        """End events that are not to be delivered any more; how many there were.
+        """End events that are not to be delivered any more; returns how many.
 
-        With a webhook those that nobody has tried for long, without one all that are due.
+        With a webhook these are the events that have not been tried for long; without one, all that are due.
         """
         which = Event.event_id.in_(
             select(Event.event_id)
@@ -152,7 +152,7 @@ class Outbox:
         return await self.database.read(read)
 
     async def deliver_again(self, tenant_id: str, event_id: uuid.UUID) -> dict[str, Any]:
-        """Take an event up anew, as if it had never been tried. Raises a 404 where there is none."""
+        """Make an event due now, as if it had never been tried. Raises a 404 if there is none."""
 
         async def write(session: AsyncSession) -> dict[str, Any]:
             found = await session.scalar(

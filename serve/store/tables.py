@@ -1,7 +1,7 @@
-"""The tables of the record: adverts, what was asked and answered about them, and the events that follow.
+"""The tables of the record: adverts, what was asked and answered about them, and the events these lead to.
 
-Times are UTC. A job belongs to a tenant, and everything else to a job; with it, all of that goes. Only files that are
-pending may be of a job that is not there yet.
+Times are UTC. A job belongs to a tenant. Everything else belongs to a job and is deleted with it. Only pending files
+may belong to a job that does not exist yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def now() -> datetime.datetime:
 
 
 class UtcTime(TypeDecorator[datetime.datetime]):
-    """A moment, in UTC also where the database knows no time zones."""
+    """A time in UTC, even if the database knows no time zones."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -64,7 +64,7 @@ class Job(Table):
 
 
 class JobInput(Table):
-    """What a job began with."""
+    """What a job was created with."""
 
     __tablename__ = "job_inputs"
 
@@ -91,7 +91,7 @@ class ImageAsset(Table):
 
 
 class PendingFile(Table):
-    """An image file that is written, or was, and has no ImageAsset; of a job that may not be there either."""
+    """An image file that is being or has been written and has no ImageAsset. Its job may not exist either."""
 
     __tablename__ = "pending_files"
     __table_args__ = (Index(None, "tenant_id", "path"), Index(None, "state", "created_at"))
@@ -100,15 +100,15 @@ class PendingFile(Table):
     tenant_id: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[uuid.UUID]
     state: Mapped[str] = mapped_column(String(16))
-    """`writing`, or `dropped` where it can't come to be on record any more."""
+    """`writing`, or `dropped` if it can't be recorded any more."""
     created_at: Mapped[datetime.datetime] = mapped_column(default=now)
 
 
 class Variant(Table):
     """One version of a job's advert, and how far it is: `step` and `status`.
 
-    Each change of these raises `revision`, and is made only where the revision is still the one that was read. While
-    the status is `running`, `lease_id` says which call holds it and `lease_until` for how long.
+    Each change of these raises `revision`, and is made only if the revision is still the one that was read. While the
+    status is `running`, `lease_id` says which call holds the lease, and `lease_until` for how long.
     """
 
     __tablename__ = "jobs_variants"
@@ -125,7 +125,7 @@ class Variant(Table):
     reason: Mapped[str | None] = mapped_column(Text)
     """Why it failed."""
     progress: Mapped[dict[str, Any] | None]
-    """How far a running stage is: queued with its place, or running with the tokens so far."""
+    """Progress of a running stage: its place while queued, or the tokens so far while running."""
     revision: Mapped[int] = mapped_column(default=0)
     lease_id: Mapped[uuid.UUID | None]
     lease_until: Mapped[datetime.datetime | None]
@@ -134,7 +134,7 @@ class Variant(Table):
 
 
 class AdCopy(Table):
-    """A text that was written for a job; `generation_stage` says of which kind it is."""
+    """A text that was written for a job; `generation_stage` says which kind."""
 
     __tablename__ = "txt_ad_copy_generations"
     __table_args__ = (Index("ix_txt_ad_copy_generations_newest", "job_id", "generation_stage", "status", "created_at"),)
@@ -149,7 +149,7 @@ class AdCopy(Table):
 
 
 class Overlay(Table):
-    """What was laid over a variant's image, as whoever laid it there describes it."""
+    """What was laid over a variant's image, as the client describes it."""
 
     __tablename__ = "overlay_layouts"
     __table_args__ = (Index(None, "job_variants_id", "created_at"),)
@@ -161,7 +161,7 @@ class Overlay(Table):
 
 
 class Trace(Table):
-    """What one call asked a model, and what came of it; `response` and `latency_ms` are empty while it runs."""
+    """What one call asked a model, and the outcome; `response` and `latency_ms` are empty while it runs."""
 
     __tablename__ = "vlm_traces"
     __table_args__ = (Index(None, "job_id", "created_at", "vlm_trace_id"),)
@@ -181,7 +181,7 @@ class Trace(Table):
 
 
 class Event(Table):
-    """What others are to hear of; written with the change that it tells of, delivered at least once."""
+    """What a change leads to: written in the same transaction as the change, and delivered at least once."""
 
     __tablename__ = "outbox_events"
     __table_args__ = (Index(None, "state", "due_at"),)
@@ -191,17 +191,17 @@ class Event(Table):
     kind: Mapped[str] = mapped_column(String(32))
     payload: Mapped[dict[str, Any]]
     state: Mapped[str] = mapped_column(String(16))
-    """`pending`, `delivered`, `dead` once it has been tried often enough, or `no_webhook`: there was none to tell."""
+    """`pending`, `delivered`, `dead` after the last attempt, or `no_webhook` if there was none to deliver it to."""
     attempts: Mapped[int] = mapped_column(default=0)
     due_at: Mapped[datetime.datetime]
-    """When it is tried next; while it is being tried, when another may try it."""
+    """When it is tried next; while one process tries it, when another may."""
     last_error: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime.datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime.datetime] = mapped_column(default=now, onupdate=now)
 
 
 class IdempotencyKey(Table):
-    """A key that a tenant has sent with a request, and what was answered."""
+    """A key that a tenant has sent with a request, and the answer to it."""
 
     __tablename__ = "idempotency_keys"
 
@@ -209,6 +209,6 @@ class IdempotencyKey(Table):
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     job_id: Mapped[uuid.UUID] = _of_job()
     fingerprint: Mapped[str] = mapped_column(String(64))
-    """SHA-256 of what was sent with it."""
+    """SHA-256 of the request that it came with."""
     answer: Mapped[dict[str, Any]]
     created_at: Mapped[datetime.datetime] = mapped_column(default=now)

@@ -1,4 +1,4 @@
-"""What is to be done now and then: end leases that are over, sweep up what was cut short, and delete what is old."""
+"""Periodic work: ends leases that have run out, sweeps uploads that were cut short, and deletes old jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 TIDY_EVERY_S = 300.0
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 5.0
-"""Between two rounds: shorter where a file could not be written, so that it is soon told."""
+"""Pause between rounds; it is shorter after a file could not be written, so that this is reported soon."""
 AT_ONCE = 100
 
 
@@ -37,7 +37,7 @@ class Janitor:
         settings: Settings,
         report: Callable[[str], object],
     ) -> None:
-        """`report` hears what stands in the way of writing files each time that it is looked for; empty for nothing."""
+        """`report` gets what keeps files from being written, each time that is checked; empty if nothing does."""
         self.stages, self.jobs, self.outbox, self.uploads = stages, jobs, outbox, uploads
         self.assets = uploads.assets
         self.settings = settings
@@ -45,20 +45,22 @@ class Janitor:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; needs a running event loop."""
+        """Begin to work; needs a running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def delete(self, tenant_id: str, job_id: uuid.UUID | None = None) -> int:
-        """Delete a tenant's jobs that there are now, or one of them, and their uploads; how many jobs there were."""
-        with contextlib.suppress(DiskFull):  # then deleting jobs may make room
+        """Delete a tenant's present jobs, or one of them, and their uploads; returns how many jobs."""
+        with contextlib.suppress(DiskFull):  # deleting jobs may make room
             await self.uploads.drop(tenant_id, job_id)
         count = await self._delete_jobs(tenant_id, job_id, now())
         await self.uploads.drop(tenant_id, job_id)
         return count
 
     async def _delete_jobs(self, tenant_id: str, job_id: uuid.UUID | None, before: datetime.datetime) -> int:
-        """Files go first, so that what is cut short can be begun again, and a full disk has room for it; and once more
-        when the rows are gone, for those that came in between."""
+        """Delete files first, so that an interrupted deletion can be repeated and a full disk gets room for it.
+
+        Files are deleted once more when the rows are gone, for those that were written in between.
+        """
         count = 0
         while jobs := await self.jobs.of_tenant(tenant_id, job_id, before, AT_ONCE):
             for job in jobs:
@@ -76,14 +78,14 @@ class Janitor:
             try:
                 self.report(await self.assets.problem() or await self.jobs.database.problem())
                 if ended := await self.stages.expire():
-                    logger.warning("%d stages have failed: their calls died", ended)
+                    logger.warning("%d stages failed because their calls died", ended)
                 if time.monotonic() - tidied_at > TIDY_EVERY_S:
                     tidied_at = time.monotonic()
                     await self._tidy()
             except DureError as error:
-                logger.warning("leases, uploads and old jobs wait: %s", error)
+                logger.warning("leases, uploads and old jobs are not tidied for now: %s", error)
             except Exception:
-                logger.exception("leases, uploads and old jobs wait")
+                logger.exception("leases, uploads and old jobs are not tidied for now")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
                     await self.uploads.troubled.wait()
@@ -92,9 +94,9 @@ class Janitor:
     async def _tidy(self) -> None:
         await self.jobs.database.hold_room()
         if swept := await self.uploads.sweep():
-            logger.info("%d uploads were cut short; their files are deleted", swept)
+            logger.info("deleted the files of %d uploads that were cut short", swept)
         if ended := await self.outbox.set_aside(self.settings.webhook is not None):
-            logger.warning("%d events are not delivered: there was no webhook when they happened", ended)
+            logger.warning("%d events will not be delivered: there was no webhook when they happened", ended)
         await self._delete_old()
 
     async def _delete_old(self) -> None:
@@ -105,7 +107,7 @@ class Janitor:
         for tenant_id in await self.jobs.tenants(_ago(min(periods))):
             days = store.tenant_retention_days.get(tenant_id, store.retention_days)
             if days is not None and (count := await self._delete_jobs(tenant_id, None, _ago(days))):
-                logger.info("%d jobs of tenant %s were over %g days old and are deleted", count, tenant_id, days)
+                logger.info("deleted %d jobs of tenant %s that were over %g days old", count, tenant_id, days)
 
 
 def _ago(days: float) -> datetime.datetime:

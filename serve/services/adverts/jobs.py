@@ -1,4 +1,4 @@
-"""Jobs: what a tenant sends, sees and has deleted."""
+"""Creates and deletes a tenant's jobs, and records their finished adverts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Image:
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a client sends, and the ids that it is to have."""
+    """What a client sends, and the ids that are given to it."""
 
     tenant_id: str
     job_id: uuid.UUID
@@ -50,9 +50,9 @@ class Jobs:
         self.database = database
 
     async def answered(self, new: NewJob) -> dict[str, Any] | None:
-        """What was answered to its idempotency key before; None where that is new, or there is none.
+        """The earlier answer to its idempotency key; None if the key is new or missing.
 
-        Raises a 422 where the key came with something else.
+        Raises a 422 if the key came with another request.
         """
 
         async def read(session: AsyncSession) -> dict[str, Any] | None:
@@ -61,10 +61,9 @@ class Jobs:
         return await self.database.read(read) if new.idempotency_key is not None else None
 
     async def create(self, new: NewJob) -> dict[str, Any]:
-        """The answer to the client; for an idempotency key that is known, the answer that was given then.
+        """Create the job; returns the answer to the client. A known idempotency key gets its earlier answer.
 
-        Safe to be called again. Raises a 422 where the key came with something else, and a 409 where the file has been
-        dropped.
+        Idempotent. Raises a 422 if the key came with another request, and a 409 if the file has been dropped.
         """
         answer = {
             "job_id": str(new.job_id),
@@ -75,7 +74,7 @@ class Jobs:
         async def write(session: AsyncSession) -> dict[str, Any]:
             if (known := await _answered_before(session, new)) is not None:
                 return known
-            if await session.get(Job, new.job_id) is None:  # else an earlier try got through, though its answer did not
+            if await session.get(Job, new.job_id) is None:  # else an earlier attempt was committed
                 await _add(session, new, answer)
             await keep(session, new.image.path)
             return answer
@@ -83,7 +82,7 @@ class Jobs:
         return await self.database.write(write)
 
     async def may_overlay(self, which: Which) -> None:
-        """Raises a 404 where there is no such variant, and a 409 while it is running."""
+        """Raises a 404 if there is no such variant, and a 409 while it is running."""
 
         async def read(session: AsyncSession) -> None:
             if (variant := await find(session, which)).status == "running":
@@ -94,7 +93,7 @@ class Jobs:
     async def record_overlay(
         self, which: Which, overlay_id: uuid.UUID, image: Image | None, layout: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Record the finished advert: its image, or the layout that it was rendered from, which then stands alone."""
+        """Record the finished advert: its image, the layout it was rendered from, or both; returns its ids."""
 
         async def write(session: AsyncSession) -> dict[str, Any]:
             variant = await find(session, which)
@@ -133,7 +132,7 @@ class Jobs:
     async def of_tenant(
         self, tenant_id: str, job_id: uuid.UUID | None, before: datetime.datetime, limit: int
     ) -> list[uuid.UUID]:
-        """A tenant's jobs that were created before a time, or one of them; at most so many, the oldest first."""
+        """Up to `limit` of a tenant's jobs created before a time, or one of them; the oldest first."""
 
         async def read(session: AsyncSession) -> list[uuid.UUID]:
             query = select(Job.job_id).where(Job.tenant_id == tenant_id, Job.created_at < before)
@@ -144,7 +143,7 @@ class Jobs:
         return await self.database.read(read)
 
     async def forget(self, jobs: Sequence[uuid.UUID]) -> None:
-        """Delete these jobs with all that belongs to them; their files are the caller's to delete."""
+        """Delete these jobs and all that belongs to them, except their files, which the caller deletes."""
 
         async def write(session: AsyncSession) -> None:
             await session.execute(delete(JobInput).where(JobInput.job_id.in_(jobs)))
@@ -154,7 +153,7 @@ class Jobs:
         await self.database.write(write, frees=True)
 
     async def tenants(self, before: datetime.datetime) -> list[str]:
-        """Those who have jobs that were created before a time."""
+        """Tenants with jobs created before a time."""
 
         async def read(session: AsyncSession) -> list[str]:
             return list(await session.scalars(select(Job.tenant_id).where(Job.created_at < before).distinct()))
@@ -168,7 +167,7 @@ async def _answered_before(session: AsyncSession, new: NewJob) -> dict[str, Any]
     known = await session.get(IdempotencyKey, (new.tenant_id, new.idempotency_key))
     if known is not None and known.fingerprint != new.fingerprint:
         raise DureError(
-            422, "idempotency_key_reused", "this Idempotency-Key came with another request", "Idempotency-Key"
+            422, "idempotency_key_reused", "this Idempotency-Key was used with another request", "Idempotency-Key"
         )
     return None if known is None else known.answer
 
@@ -207,7 +206,7 @@ async def _add(session: AsyncSession, new: NewJob, answer: dict[str, Any]) -> No
     except IntegrityError as error:
         if new.idempotency_key is None:
             raise
-        raise Conflict from error  # the same key, at the same moment
+        raise Conflict from error  # another request with this key, at the same moment
 
 
 def _asset(job_id: uuid.UUID, image: Image) -> ImageAsset:

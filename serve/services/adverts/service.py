@@ -1,4 +1,4 @@
-"""Adverts: their jobs, the two stages in which a vision model looks at them, and the record of it all."""
+"""The adverts service: jobs, the two stages in which a vision model looks at them, and the record of both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from serve.progress import Following
 from serve.services.adverts import stages
 from serve.services.adverts.janitor import Janitor
 from serve.services.adverts.jobs import Image, Jobs, NewJob
-from serve.services.adverts.stage_calls import Asked, StageCalls
+from serve.services.adverts.stage_calls import StageCalls, StageRequest
 from serve.services.adverts.stages import Sources, Stages, Which
 from serve.services.adverts.uploads import NewFile, Uploads
 from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
@@ -41,14 +41,14 @@ logger = logging.getLogger("ray.serve")
 
 RUNS = LoadEvent("ready", 100.0, "Ready", "준비 완료")
 MAX_FOLLOWERS = 256
-"""Of jobs, per replica."""
+"""Followers of jobs, per replica."""
 CLAIM_SLACK_S = 30.0
 LONGEST_SHOWN = 100
-"""Of what a client sent, in a message."""
+"""Characters of client input that a message repeats."""
 
 
 class Adverts(Service):
-    """Whatever changes something takes the ids of what it makes, so that a call can be made again."""
+    """Methods that change something take the ids of what they create, so that a call can be repeated."""
 
     max_streams = MAX_FOLLOWERS
 
@@ -82,14 +82,14 @@ class Adverts(Service):
             return known
         file = NewFile(new.tenant_id, new.job_id, new.image.path, content)
         answer = await self.uploads.kept(file, functools.partial(self.jobs.create, new))
-        if answer["image_asset_id"] != str(new.image.image_asset_id):  # the key has become known meanwhile
+        if answer["image_asset_id"] != str(new.image.image_asset_id):  # a request with the same key came first
             self.uploads.take_back(file.path)
         return answer
 
     async def record_overlay(
         self, which: Which, overlay_id: uuid.UUID, image: Image | None, content: bytes, layout: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Its id. Raises DureError while a stage is running."""
+        """Record a finished advert; returns its ids. Raises DureError while a stage is running."""
         if image is None:
             return await self.jobs.record_overlay(which, overlay_id, None, layout)
         await self.jobs.may_overlay(which)
@@ -107,13 +107,13 @@ class Adverts(Service):
         return await self.outbox.list(tenant_id, state, limit)
 
     async def deliver_again(self, tenant_id: str, event_id: uuid.UUID) -> dict[str, Any]:
-        """The event as it is then. Raises DureError where there is none, or nowhere to deliver it."""
+        """Returns the event as it is then. Raises DureError if there is none, or no webhook to deliver it to."""
         if self.dispatcher is None:
-            raise errors.conflict("no webhook is configured that events are delivered to; set `webhook` in the config")
+            raise errors.conflict("no webhook is configured to deliver events to; set `webhook` in the config")
         return await self.outbox.deliver_again(tenant_id, event_id)
 
     async def delete(self, tenant_id: str, job_id: uuid.UUID | None) -> int:
-        """Delete one job, or all of a tenant's, rows and files; how many there were. Raises a 404 for no such job."""
+        """Delete one job, or all of a tenant's, rows and files; returns how many. Raises a 404 for an unknown job."""
         count = await self.janitor.delete(tenant_id, job_id)
         if job_id is not None and not count:
             raise errors.not_found(f"no job {job_id}", "job_id")
@@ -132,15 +132,15 @@ class Adverts(Service):
     ) -> dict[str, Any]:
         """Stage 1. Raises DureError."""
 
-        async def ask(sources: Sources) -> Asked:
+        async def ask(sources: Sources) -> StageRequest:
             ad_copy = next((text for text in (ad_copy_text, sources.ad_copy_eng, sources.desc_eng) if text), None)
             if ad_copy is None:
                 raise errors.invalid("the job has no ad copy; send ad_copy_text", "ad_copy_text")
             if sources.image is None:
                 raise errors.invalid("the variant has no image", "job_variants_id")
-            told = {"ad_copy_text": ad_copy, "prompt": prompt}
-            return await self._asked(
-                which.tenant_id, model, sources.image, validation_prompt(ad_copy, prompt), Validation, told
+            fields = {"ad_copy_text": ad_copy, "prompt": prompt}
+            return await self._request(
+                which.tenant_id, model, sources.image, validation_prompt(ad_copy, prompt), Validation, fields
             )
 
         return await self.calls.run(stages.VALIDATE, which, call, timeout_s, ask, following=following)
@@ -158,22 +158,22 @@ class Adverts(Service):
     ) -> dict[str, Any]:
         """Stage 2. Raises DureError."""
 
-        async def ask(sources: Sources) -> Asked:
-            told = {"overlay_id": overlay_id and str(overlay_id), "render_asset_url": render_asset_url}
+        async def ask(sources: Sources) -> StageRequest:
+            fields = {"overlay_id": overlay_id and str(overlay_id), "render_asset_url": render_asset_url}
             if render_asset_url:
-                image = await self._named(which.tenant_id, render_asset_url, "render_asset_url")
+                image = await self._image_at(which.tenant_id, render_asset_url, "render_asset_url")
             elif sources.overlaid_image:
                 image = sources.overlaid_image
             elif sources.render_url:
-                image = await self._named(which.tenant_id, sources.render_url, "render.url")
+                image = await self._image_at(which.tenant_id, sources.render_url, "render.url")
             else:
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
-            return await self._asked(which.tenant_id, model, image, JUDGE, Judgement, told)
+            return await self._request(which.tenant_id, model, image, JUDGE, Judgement, fields)
 
         return await self.calls.run(stages.JUDGE, which, call, timeout_s, ask, overlay_id, following)
 
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
-        """How far a job is, each time that it has come further. Raises DureError."""
+        """A job's progress, each time it advances. Raises DureError."""
         if self.followers >= MAX_FOLLOWERS:
             raise errors.overloaded("adverts")
         self.followers += 1
@@ -184,7 +184,7 @@ class Adverts(Service):
             self.followers -= 1
 
     def _report(self, trouble: str) -> None:
-        """Tell the board what stands in the way of writing files, where that is news."""
+        """Report to the board what keeps files from being written, if that has changed."""
         if trouble == self.trouble:
             return
         logger.error("%s", trouble) if trouble else logger.warning("files can be written again")
@@ -192,8 +192,8 @@ class Adverts(Service):
         self.graph.reporter.event(RUNS)
         self.graph.reporter.facts({TROUBLE: trouble})
 
-    async def _named(self, tenant_id: str, url: str, param: str) -> str | bytes:
-        """The path of an image of the tenant's, or what lies at a URL."""
+    async def _image_at(self, tenant_id: str, url: str, param: str) -> str | bytes:
+        """The path of one of the tenant's images, or the content of an image at a URL."""
         if "\0" in url:
             raise errors.invalid(f"{param} has a NUL character", param)
         if "://" not in url and not url.startswith("//"):
@@ -206,17 +206,22 @@ class Adverts(Service):
         await look_at(content, limits, param)
         return content
 
-    async def _asked(
+    async def _request(
         self,
         tenant_id: str,
         model: str | None,
         image: str | bytes,
         prompt: str,
         verdict: type[BaseModel],
-        told: dict[str, Any],
-    ) -> Asked:
-        asked = self.graph.model("vision", model)
+        fields: dict[str, Any],
+    ) -> StageRequest:
+        served = self.graph.model("vision", model)
         content = await self.assets.read(image) if isinstance(image, str) else image
-        record = {**told, "image": image if isinstance(image, str) else None, "model": asked.name, "question": prompt}
+        record = {
+            **fields,
+            "image": image if isinstance(image, str) else None,
+            "model": served.name,
+            "question": prompt,
+        }
         question = Question(content, prompt, json.dumps(verdict.model_json_schema()), tenant_id)
-        return Asked(asked, question, verdict, record)
+        return StageRequest(served, question, verdict, record)

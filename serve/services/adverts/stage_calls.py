@@ -1,4 +1,4 @@
-"""One call of a stage, from its start to its end on record: whatever happens in between, there is an end."""
+"""One call of a stage, from its start to its recorded end. Whatever happens in between, an end is recorded."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from serve.services.adverts.stages import Sources, Stage, Stages, Which
 logger = logging.getLogger("ray.serve")
 
 STARTS = 3
-"""How often a stage is begun anew because its variant has changed meanwhile."""
+"""Attempts to start a stage whose variant keeps changing."""
 RENEWALS = 4
-"""Of a lease before it would end."""
+"""Renewals per lease."""
 FIRST_RENEWAL_S, LONGEST_RENEWAL_S = 0.2, 1.0
-"""Renewing also tells followers how far the call is."""
+"""Pauses between renewals, which also report the call's progress to followers."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a model is to be asked in a stage."""
+class StageRequest:
+    """What a stage asks a model."""
 
     model: Model
     question: Question
     verdict: type[BaseModel]
     record: dict[str, Any]
-    """Of it, for the trace."""
+    """What the trace says of the request."""
     gone: bool = False
-    """Nobody waits for the answer any more."""
+    """The client has left, and nobody waits for the answer."""
 
 
 class StageCalls:
-    """Makes calls under leases; `on_end` hears of each whose end is on record."""
+    """Runs calls under leases; `on_end` is called after each end that is recorded."""
 
     def __init__(self, record: Stages, on_end: Callable[[], None]) -> None:
         self.stages = record
@@ -58,21 +58,21 @@ class StageCalls:
         which: Which,
         call: uuid.UUID,
         timeout_s: float,
-        ask: Callable[[Sources], Awaitable[Asked]],
+        ask: Callable[[Sources], Awaitable[StageRequest]],
         overlay_id: uuid.UUID | None = None,
         following: Following | None = None,
     ) -> dict[str, Any]:
-        """Start the stage, ask the model, and put on record what came of it, whatever that is."""
+        """Start the stage, ask the model, and record the outcome, whatever it is."""
         started, caller = time.monotonic(), Caller.waiting(timeout_s, which.tenant_id)
         if known := await self.stages.outcome(which, call):
-            return _answer(which, call, known)  # it is made again, by one who did not hear of its end
-        asked = await self._start(stage, which, call, ask, overlay_id)
+            return _answer(which, call, known)  # a repeat, whose client never got the answer
+        request = await self._start(stage, which, call, ask, overlay_id)
         verdict: dict[str, Any] | None = None
         problem: DureError | None = None
-        gone = asked.gone
+        gone = request.gone
         try:
             if not gone:
-                verdict = await self._verdict(stage, call, asked, caller, following or Following())
+                verdict = await self._verdict(stage, call, request, caller, following or Following())
         except DureError as error:
             problem = error
         except asyncio.CancelledError:
@@ -103,39 +103,39 @@ class StageCalls:
         stage: Stage,
         which: Which,
         call: uuid.UUID,
-        ask: Callable[[Sources], Awaitable[Asked]],
+        ask: Callable[[Sources], Awaitable[StageRequest]],
         overlay_id: uuid.UUID | None,
-    ) -> Asked:
-        """What is to be asked in the stage, which has started. Raises DureError, and CancelledError, where it has not.
+    ) -> StageRequest:
+        """Start the stage; returns what it asks. Raises DureError or CancelledError if it has not started.
 
-        A client that leaves just then is `gone` where the stage has started.
+        If the client leaves just then, but the stage has started, the request is marked `gone`.
         """
         for _ in range(STARTS):
             sources = await self.stages.sources(stage, which, call, overlay_id)
-            asked = await ask(sources)
-            starting = asyncio.ensure_future(self.stages.start(stage, which, call, sources.revision, asked.record))
+            request = await ask(sources)
+            starting = asyncio.ensure_future(self.stages.start(stage, which, call, sources.revision, request.record))
             try:
                 started = await asyncio.shield(starting)
             except asyncio.CancelledError:
                 if not await starting:
                     raise
-                return replace(asked, gone=True)
+                return replace(request, gone=True)
             if started:
-                return asked
+                return request
         raise errors.conflict("the variant keeps changing; send the request again", "job_variants_id", 1)
 
     def _ended(self, ending: asyncio.Task[bool]) -> None:
         self.ending.discard(ending)
         if not ending.cancelled() and ending.exception():
-            logger.error("what came of a stage is not on record: %r", ending.exception())
+            logger.error("the outcome of a stage could not be recorded: %r", ending.exception())
         else:
             self.on_end()
 
     async def _verdict(
-        self, stage: Stage, call: uuid.UUID, asked: Asked, caller: Caller, following: Following
+        self, stage: Stage, call: uuid.UUID, request: StageRequest, caller: Caller, following: Following
     ) -> dict[str, Any]:
-        """What the model says. Raises DureError, also where the lease is lost."""
-        results = asked.model.results([asked.question], caller, "image", following)
+        """The model's verdict. Raises DureError, also if the lease is lost."""
+        results = request.model.results([request.question], caller, "image", following)
         asking = asyncio.ensure_future(results)
         holding = asyncio.ensure_future(self._hold(call, following))
         try:
@@ -143,14 +143,14 @@ class StageCalls:
             if not asking.done():
                 raise stages.lost(stage)
             answers: list[Answer] = asking.result()
-            return asked.verdict.model_validate_json(answers[0].json).model_dump()
+            return request.verdict.model_validate_json(answers[0].json).model_dump()
         finally:
             for task in (asking, holding):
                 task.cancel()
             await asyncio.gather(asking, holding, return_exceptions=True)
 
     async def _hold(self, call: uuid.UUID, following: Following) -> None:
-        """Returns once the lease has been lost."""
+        """Renew the lease; returns once it has been lost."""
         pause_s = FIRST_RENEWAL_S
         while True:
             await asyncio.sleep(min(pause_s, self.stages.lease_s / RENEWALS))
@@ -158,12 +158,12 @@ class StageCalls:
             try:
                 if not await self.stages.renew(call, following.progress.told() if following.progress else {}):
                     return
-            except Exception as error:  # a database that is away may be back before the lease ends
+            except Exception as error:  # an unreachable database may be back before the lease ends
                 logger.warning("a lease could not be renewed: %s", error)
 
 
 def _answer(which: Which, call: uuid.UUID, response: dict[str, Any]) -> dict[str, Any]:
-    """What is told of what is on record. Raises DureError where that is a failure."""
+    """The answer to the client from a recorded response. Raises DureError if that is a failure."""
     if "error" in response:
         raise DureError(503, response["error"]["type"], response["error"]["message"], None, 1)
     return {"job_id": str(which.job_id), "vlm_trace_id": str(call), **response}

@@ -1,8 +1,8 @@
 """The two stages of a variant: what starts them, who holds them, how they end.
 
-A change of a variant is made only where nothing else has changed it since it was read, so of two calls that start the
-same stage one wins. Who holds a running stage has it under a lease that is renewed; where its process dies, the lease
-ends, and the stage has failed. Each start writes a trace, in the same transaction, which its end completes.
+A variant is changed only if nothing else has changed it since it was read, so of two calls that start the same stage
+one wins. The call that runs a stage holds a lease and renews it. If its process dies, the lease ends and the stage has
+failed. Each start writes a trace in the same transaction, and the end of the stage completes it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from serve.store.outbox import event_of
 from serve.store.tables import AdCopy, ImageAsset, Job, JobInput, Overlay, Trace, Variant, now
 
 PROVIDER = "llava"
-EXPIRED = "the call that held it died: its lease ended"
+EXPIRED = "the call that ran it died, and its lease ended"
 AT_ONCE = 100
-"""Leases that are ended in one transaction."""
+"""Leases ended in one transaction."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Stage:
     step: Literal["vlm_analyze", "vlm_judge"]
     operation: Literal["analyze", "judge"]
     starts_from: frozenset[tuple[str, str]]
-    """Steps and statuses."""
+    """Pairs of step and status."""
     triggers: Literal["yolo_detect", "ocr_eval"]
-    """What is to be done once it is done."""
+    """The type of the event that it leads to."""
 
 
 VALIDATE = Stage(
@@ -48,7 +48,7 @@ JUDGE = Stage("vlm_judge", "judge", frozenset({("overlay", "done"), ("vlm_judge"
 
 @dataclass(frozen=True)
 class Which:
-    """A variant, as its tenant names it."""
+    """A variant, as its tenant identifies it."""
 
     tenant_id: str
     job_id: uuid.UUID
@@ -57,28 +57,28 @@ class Which:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a stage may work with, and the revision of the variant that this was read at."""
+    """What a stage may work with, and the variant's revision when this was read."""
 
     revision: int
     desc_eng: str | None
     ad_copy_eng: str | None
-    """The newest that is done."""
+    """The newest one that is done."""
     image: str | None
     """Path of the variant's own image."""
     overlaid_image: str | None
     render_url: str | None
-    """Of the overlay's layout."""
+    """From the overlay's layout."""
 
 
 class Stages:
     def __init__(self, database: Database, lease_s: float, to_webhook: bool = True) -> None:
-        """`to_webhook`: there is one to deliver the events to."""
+        """`to_webhook`: a webhook is configured, so events are to be delivered."""
         self.database = database
         self.lease_s = lease_s
         self.to_webhook = to_webhook
 
     async def outcome(self, which: Which, call: uuid.UUID) -> dict[str, Any] | None:
-        """What has been put on record for a call that was made before; None where there is nothing yet.
+        """The recorded response of a call that was made before; None if there is none yet.
 
         Raises a 404 for an unknown variant.
         """
@@ -93,7 +93,7 @@ class Stages:
     async def sources(
         self, stage: Stage, which: Which, call: uuid.UUID, overlay_id: uuid.UUID | None = None
     ) -> Sources:
-        """What the stage may work with. Raises DureError where this call may not start it."""
+        """What the stage may work with. Raises DureError if this call may not start it."""
 
         async def read(session: AsyncSession) -> Sources:
             variant = await find(session, which)
@@ -122,16 +122,16 @@ class Stages:
         return await self.database.read(read)
 
     async def start(self, stage: Stage, which: Which, call: uuid.UUID, revision: int, request: dict[str, Any]) -> bool:
-        """Begin, under a lease of this call, with a trace of the same id. Safe to be called again.
+        """Begin the stage under a lease of this call, with a trace of the same id. Idempotent.
 
-        False where the variant has changed since `revision`; raises DureError where the stage may not start.
+        False if the variant has changed since `revision`. Raises DureError if the stage may not start.
         """
 
         async def write(session: AsyncSession) -> bool:
             variant = await find(session, which)
             _check(stage, variant, call)
             if variant.status == "running":
-                return True  # an earlier try got through, though its answer did not
+                return True  # an earlier attempt succeeded, but its answer was lost
             if await session.get(Trace, call) is not None:
                 raise lost(stage)
             if variant.revision != revision:
@@ -167,7 +167,7 @@ class Stages:
         return await self.database.write(write)
 
     async def renew(self, call: uuid.UUID, progress: dict[str, Any] | None) -> bool:
-        """Hold the lease for longer, and tell how far the call is. False where it has been lost."""
+        """Renew the lease and record the call's progress. False if the lease has been lost."""
 
         async def write(session: AsyncSession) -> bool:
             held = update(Variant).where(Variant.lease_id == call, Variant.status == "running")
@@ -184,9 +184,9 @@ class Stages:
         latency_ms: int,
         reason: str | None,
     ) -> bool:
-        """Put what came of it on record, with the event that follows where it did not fail. Safe to be called again.
+        """Record the outcome and, unless the stage failed, the event it leads to. Idempotent.
 
-        `reason` says why it failed. False where the lease was lost, and that is on record.
+        `reason` says why it failed. False if the lease was lost; then that is on record instead.
         """
 
         async def write(session: AsyncSession) -> bool:
@@ -209,7 +209,7 @@ class Stages:
         return await self.database.write(write)
 
     async def expire(self) -> int:
-        """End the leases that are over; how many there were."""
+        """End the leases that have run out; returns how many."""
 
         async def write(session: AsyncSession) -> int:
             over = (
@@ -240,12 +240,12 @@ class Stages:
 
 
 def failure(kind: str, message: str) -> dict[str, Any]:
-    """A trace's response where there was no verdict."""
+    """A trace's response if there was no verdict."""
     return {"error": {"type": kind, "message": message}}
 
 
 async def find(session: AsyncSession, which: Which) -> Variant:
-    """The variant. Raises a 404 where there is none, or it is another's."""
+    """The variant. Raises a 404 if there is none, or if it is another tenant's."""
     found = await session.scalar(
         select(Variant)
         .join(Job, Job.job_id == Variant.job_id)
@@ -262,11 +262,11 @@ def busy(variant: Variant) -> DureError:
 
 
 def lost(stage: Stage) -> DureError:
-    return errors.conflict(f"{stage.step} was taken from this call, because it had not been heard of for too long")
+    return errors.conflict(f"this call lost its lease on {stage.step}: it was not renewed in time")
 
 
 def _check(stage: Stage, variant: Variant, call: uuid.UUID) -> None:
-    """Raises DureError where the call may not start the stage from what the variant is at, and has not started it."""
+    """Raises DureError unless the call has started the stage already, or may start it from the variant's state."""
     if variant.status == "running":
         if variant.lease_id == call:
             return
@@ -278,9 +278,9 @@ def _check(stage: Stage, variant: Variant, call: uuid.UUID) -> None:
         )
 
 
-def _ended(failed: str | None) -> dict[str, Any]:
-    status = "done" if failed is None else "failed"
-    return {"status": status, "reason": failed, "progress": None, "lease_id": None, "lease_until": None}
+def _ended(reason: str | None) -> dict[str, Any]:
+    status = "done" if reason is None else "failed"
+    return {"status": status, "reason": reason, "progress": None, "lease_id": None, "lease_until": None}
 
 
 async def _path(session: AsyncSession, image_asset_id: uuid.UUID | None) -> str | None:

@@ -1,8 +1,8 @@
-"""Image files that are uploaded: written down, written, and put on record, in this order.
+"""Uploaded image files: noted as pending, then written, then recorded, in this order.
 
-So whatever is cut short in between, by a full disk, a client that leaves or a process that dies, is known, and swept.
-Files that nobody knows of are left where they are: a folder that was given to another database would be emptied
-otherwise. Those in a job's folder go with the job.
+So an upload that is cut short, by a full disk, a client that leaves or a process that dies, is known and gets swept.
+Unknown files are left where they are; otherwise a folder that was given to another database would be emptied. Files in
+a job's folder go with the job.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ logger = logging.getLogger("ray.serve")
 Result = TypeVar("Result")
 
 GIVEN_UP_S = 600.0
-"""An upload that has not come to its end by then has died: each of its steps is given up after less than a minute."""
+"""An upload that has not ended by then has died, as each of its steps is given up after less than a minute."""
 FORGOTTEN_S = 3600.0
-"""A write that hung may still have been carried out after its file was deleted, so that is done once more, then."""
+"""The file is deleted once more after this time, as a write that hung may still have been carried out."""
 AT_ONCE = 100
 
 
@@ -45,13 +45,13 @@ class Uploads:
         self.pending = PendingFiles(database)
         self.assets = assets
         self.troubled = asyncio.Event()
-        """A file could not be written."""
+        """Set when a file could not be written."""
         self.clearing: set[asyncio.Task[None]] = set()
 
     async def kept(self, file: NewFile, record: Callable[[], Awaitable[Result]]) -> Result:
-        """Write a file, and what `record` returns, which puts it on record. Raises DureError.
+        """Write a file and call `record`, which records it; returns what `record` returns. Raises DureError.
 
-        Where that does not come about, nothing is left of the file; where the caller is cancelled, soon after.
+        If this fails, nothing is left of the file; if the caller is cancelled, the file goes soon after.
         """
         try:
             await self.pending.expect(file.tenant_id, file.job_id, file.path)
@@ -75,18 +75,18 @@ class Uploads:
             raise
 
     def take_back(self, path: str) -> None:
-        """The file that was kept is not needed: it never comes to be on record, and goes soon."""
+        """The file is not needed: it is never recorded, and goes soon."""
         self._clear(path, None, refused=True)
 
     async def drop(self, tenant_id: str, job_id: uuid.UUID | None) -> None:
-        """Whatever a tenant, or one of its jobs, is uploading goes, and is refused in the end."""
+        """Drop all that a tenant, or one of its jobs, is uploading; these uploads end with an error."""
         last = ""
         while paths := await self.pending.drop_of(tenant_id, job_id, last, AT_ONCE):
             for last in paths:
                 await self.assets.discard(last)
 
     async def sweep(self, at: datetime.datetime | None = None) -> int:
-        """Delete the files of uploads that have died by now, or by `at`; how many there were."""
+        """Delete the files of uploads that have died by now, or by `at`; returns how many."""
         at = at or now()
         swept = 0
         while paths := await self.pending.drop_old(at - datetime.timedelta(seconds=GIVEN_UP_S), AT_ONCE):
@@ -106,9 +106,10 @@ class Uploads:
         return clearing
 
     async def _cleared(self, path: str, writing: asyncio.Future[None] | None, refused: bool) -> None:
-        """Delete a file unless it is on record, which it is not where that was `refused`.
+        """Delete a file unless it has been recorded; `refused` says that it certainly has not.
 
-        Else its entry stays, dropped, as the call may have been made again. What fails here is left to the sweep.
+        Without `refused` its entry stays, as dropped, since the call may have been repeated. The sweep retries what
+        fails here.
         """
         try:
             hangs = writing is not None and await _hangs(writing)
@@ -117,10 +118,10 @@ class Uploads:
             if refused and not hangs:
                 await self.pending.strike_out(path)
         except Exception as error:
-            logger.warning("the file %r is left to be swept: %r", path, error)
+            logger.warning("the file %r is left to the sweep: %r", path, error)
 
 
 async def _hangs(writing: asyncio.Future[None]) -> bool:
-    """Wait until a file has been written, or that was given up. Might it still be written?"""
+    """Wait until a write ends or is given up. Returns whether the file may still be written after that."""
     [problem] = await asyncio.gather(writing, return_exceptions=True)
     return problem is not None and isinstance(problem.__cause__, TimeoutError)

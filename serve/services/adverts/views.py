@@ -1,4 +1,4 @@
-"""What a tenant sees of the record: jobs, traces, and how far a job is."""
+"""What a tenant sees of the record: jobs, traces, and the progress of a job."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from serve.store.database import Database
 from serve.store.tables import AdCopy, Event, ImageAsset, Job, JobInput, Trace, Variant
 
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 1.0
-"""Between two looks at a job that somebody follows: shorter while it is moving."""
+"""Pause between reads of a followed job; it is shorter while the job advances."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a follower of a job sees at a moment."""
+    """What a follower of a job sees at one moment."""
 
     variants: list[dict[str, Any]]
     events: list[dict[str, Any]]
@@ -36,7 +36,7 @@ class Views:
         self.database = database
 
     async def job(self, tenant_id: str, job_id: uuid.UUID) -> dict[str, Any]:
-        """A job with its variants and what models said of them. Raises a 404."""
+        """A job with its variants and their verdicts. Raises a 404 if there is none."""
 
         async def read(session: AsyncSession) -> dict[str, Any]:
             job = await _job(session, tenant_id, job_id)
@@ -74,7 +74,7 @@ class Views:
         return await self.database.read(read)
 
     async def traces(self, tenant_id: str, job_id: uuid.UUID | None, after: str | None, limit: int) -> dict[str, Any]:
-        """So many traces, the oldest first, and where the next ones begin. Raises a 404 and a 400."""
+        """Up to `limit` traces, the oldest first, and the cursor of the next page. Raises a 404 and a 400."""
 
         async def read(session: AsyncSession) -> dict[str, Any]:
             query = select(Trace).join(Job, Job.job_id == Trace.job_id).where(Job.tenant_id == tenant_id)
@@ -84,13 +84,13 @@ class Views:
             if after is not None:
                 query = query.where(tuple_(Trace.created_at, Trace.vlm_trace_id) > tuple_(*_place(after)))
             page = list(await session.scalars(query.order_by(Trace.created_at, Trace.vlm_trace_id).limit(limit + 1)))
-            following = _cursor(page[limit - 1]) if len(page) > limit else None
-            return {"traces": [_trace(trace) for trace in page[:limit]], "next": following}
+            next_cursor = _cursor(page[limit - 1]) if len(page) > limit else None
+            return {"traces": [_trace(trace) for trace in page[:limit]], "next": next_cursor}
 
         return await self.database.read(read)
 
     async def asset_path(self, tenant_id: str, path: str) -> str | None:
-        """The path, if it is of an image of this tenant's."""
+        """The path, if it is that of one of the tenant's images."""
 
         async def read(session: AsyncSession) -> str | None:
             return await session.scalar(
@@ -102,7 +102,7 @@ class Views:
         return await self.database.read(read)
 
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
-        """How far a job is: now, and each time that it has come further. Raises a 404, also once it was deleted."""
+        """A job's progress, now and each time it advances. Raises a 404, also once the job is deleted."""
         before: Progress | None = None
         pause_s = SHORTEST_LOOK_S
         while True:
@@ -114,7 +114,7 @@ class Views:
             pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
 
     async def progress(self, tenant_id: str, job_id: uuid.UUID) -> Progress:
-        """Raises a 404."""
+        """A job's progress now. Raises a 404 if there is no such job."""
 
         async def read(session: AsyncSession) -> Progress:
             await _job(session, tenant_id, job_id)
@@ -148,7 +148,7 @@ def _variant(variant: Variant, paths: dict[uuid.UUID, str], traces: Sequence[Tra
     own = [trace for trace in traces if trace.job_variants_id == variant.job_variants_id]
     newest = {trace.operation_type: trace.response for trace in own}
     if variant.step != "vlm_judge":
-        newest.pop("judge", None)  # it was of an advert that another has taken the place of
+        newest.pop("judge", None)  # it is the verdict on an earlier finished advert
     verdicts = {name: response for name, response in newest.items() if response and "error" not in response}
     overlaid = variant.overlaid_img_asset_id
     return {

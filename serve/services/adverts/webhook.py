@@ -1,4 +1,4 @@
-"""Delivers events to a webhook, at least once each: `X-Dure-Event-ID` tells a repeat from news."""
+"""Delivers events to a webhook, at least once each; `X-Dure-Event-ID` identifies repeats."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from serve.store.outbox import Delivery, Outbox
 logger = logging.getLogger("ray.serve")
 
 LOOK_S = 1.0
-"""How often due events are looked for where nobody says that there are some."""
+"""How often to look for due events while nothing calls `wake`."""
 AT_ONCE = 16
 LONGEST_ERROR = 300
 
 
 def signature(secret: str, at: int, body: bytes) -> str:
-    """Of the header X-Dure-Signature: HMAC-SHA256 over the Unix time, a dot and the body."""
+    """Value of the header X-Dure-Signature: HMAC-SHA256 over the Unix time, a dot and the body."""
     mac = hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256)
     return f"t={at},v1={mac.hexdigest()}"
 
@@ -45,7 +45,7 @@ class Dispatcher:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def wake(self) -> None:
-        """There may be an event."""
+        """Look for due events now."""
         self._due.set()
 
     async def _run(self) -> None:
@@ -56,9 +56,9 @@ class Dispatcher:
                 deliveries = await self.outbox.claim(AT_ONCE)
                 await asyncio.gather(*(self._deliver(delivery) for delivery in deliveries))
             except DureError as error:
-                logger.warning("events wait: %s", error)
+                logger.warning("events could not be delivered: %s", error)
             except Exception:
-                logger.exception("events wait")
+                logger.exception("events could not be delivered")
             if len(deliveries) < AT_ONCE:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
@@ -74,7 +74,7 @@ class Dispatcher:
         await self.outbox.failed(delivery.event_id, problem, None if last else self._pause_s(delivery.attempt))
 
     async def _post(self, event_id: uuid.UUID, body: bytes) -> str | None:
-        """Why it was not taken; None where it was."""
+        """Why the webhook did not accept the event; None if it did."""
         headers = {
             "Content-Type": "application/json",
             "X-Dure-Event-ID": str(event_id),
@@ -83,11 +83,11 @@ class Dispatcher:
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 response = await self.client.post(self.settings.url, content=body, headers=headers)
-        except Exception as error:  # whatever it is, this event has been tried
+        except Exception as error:  # whatever the error, this was an attempt
             return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
         return None if response.is_success else f"the webhook answered {response.status_code}"
 
     def _pause_s(self, attempt: int) -> float:
-        """Doubled each time, and a little uneven, so that what failed together does not come back together."""
+        """Doubles with each attempt, with jitter, so that events that failed together are not retried together."""
         pause_s: float = min(self.settings.first_retry_s * 2 ** (attempt - 1), self.settings.longest_retry_s)
         return pause_s * random.uniform(0.75, 1.25)

@@ -1,4 +1,4 @@
-"""What Alembic runs to apply migrations: one process at a time."""
+"""Alembic runs this to apply migrations, in one process at a time."""
 
 from alembic import context
 from sqlalchemy import create_engine, event, text
@@ -8,7 +8,7 @@ from serve.store.database import begin, prepare
 from serve.store.tables import Table
 
 LOCK = 0x64757265
-"""Of PostgreSQL's advisory locks, ours."""
+"""Dure's number among PostgreSQL's advisory locks."""
 
 engine = create_engine(context.config.attributes["url"], poolclass=NullPool)
 is_sqlite = engine.dialect.name == "sqlite"
@@ -18,7 +18,7 @@ if is_sqlite:
 with engine.connect().execution_options(writes=True) as connection:
     context.configure(connection=connection, target_metadata=Table.metadata, transactional_ddl=True)
     with context.begin_transaction():
-        if not is_sqlite:  # which lets one write at a time
+        if not is_sqlite:  # SQLite has one writer at a time anyway
             connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
         context.run_migrations()
 engine.dispose()

@@ -1,4 +1,4 @@
-"""Adverts: jobs with their inputs, images, variants, texts and overlays, and what models said."""
+"""Adverts: jobs with their inputs, images, variants, texts and overlays, and the traces of models."""
 
 import datetime
 

@@ -1,4 +1,4 @@
-"""What others are to hear of, and requests that may be repeated."""
+"""The outbox of events, and idempotency keys."""
 
 import sqlalchemy as sa
 from alembic import op

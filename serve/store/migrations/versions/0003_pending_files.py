@@ -1,4 +1,4 @@
-"""Image files whose rows are still to come."""
+"""Image files that are not recorded yet."""
 
 import sqlalchemy as sa
 from alembic import op
