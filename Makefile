@@ -28,6 +28,8 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
+	git ls-files -z | xargs -0 $(BIN)/check-added-large-files --enforce-all --maxkb 4000
+	git ls-files -z | xargs -0 $(BIN)/detect-private-key
 
 demo: $(INSTALLED)
 	$(BIN)/python -m demo.next_word.make
