@@ -35,8 +35,8 @@ class ModelSpec:
     engine: str = ""
     """MODULE:CLASS of the engine. If empty, `task` is that."""
     footprint: str = ""
-    """MODULE:FUNCTION that works out a replica's GPU memory from this spec and the checkpoint's folder. Empty if none is
-    known."""
+    """MODULE:FUNCTION that works out a replica's GPU memory, from this spec and the checkpoint's folder. Empty if there
+    is none."""
     prefix_cache_mb: float = 256
     """Memory for the prefix cache, which keeps keys and values of earlier prompts."""
     max_batch_items: int = 32
