@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve stop test test-fast config-reference lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-tenants bench-scaling bench-outages bench-deploys loadtest
+.PHONY: serve stop test test-fast config-reference lint demo demo-check bench-embeddings bench-rerank bench-batching bench-predict bench-typing bench-cache bench-vision bench-adverts bench-memory bench-overload bench-refusals bench-tenants bench-scaling bench-outages bench-deploys loadtest
 
 serve: $(INSTALLED)
 	@exec $(BIN)/dure serve --config $(CONFIG)
@@ -72,6 +72,9 @@ loadtest: $(INSTALLED)
 
 bench-overload: $(INSTALLED)
 	$(BIN)/python -m loadtests.overload $(ARGS)
+
+bench-refusals: $(INSTALLED)
+	$(BIN)/python -m loadtests.refusals $(ARGS)
 
 bench-tenants: $(INSTALLED)
 	$(BIN)/python -m loadtests.tenants $(ARGS)

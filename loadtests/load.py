@@ -70,6 +70,17 @@ def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
 
 
 def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
+    requests, rate, p50, p99, failed = wrk(url, body, workload, seconds)
+    answered = rate * max(requests - failed, 0) / max(requests, 1)
+    if not answered:
+        return Measure(0, 0, failed=failed)
+    return Measure(answered * workload.items, answered, p50, p99, failed)
+
+
+def wrk(url: str, body: str, workload: Workload, seconds: int) -> tuple[int, float, float, float, int]:
+    """Run wrk. Returns the responses, those per second, the p50 and p99 of their latency in ms, and how many of them
+    were not a 200.
+    """
     command = ["wrk", "-t1", f"-c{workload.clients}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(HERE / "fresh.lua"), url, "--", body]
     command += [str(workload.words), str(workload.shortest), str(workload.longest)]
@@ -78,7 +89,4 @@ def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
     )
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     requests, microseconds, p50, p99, failed = line.split()[1:]
-    rate = max(int(requests) - int(failed), 0) / int(microseconds) * 1e6
-    if not rate:
-        return Measure(0, 0, failed=int(failed))
-    return Measure(rate * workload.items, rate, float(p50), float(p99), int(failed))
+    return int(requests), int(requests) / int(microseconds) * 1e6, float(p50), float(p99), int(failed)
