@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 LATE = "deadline_exceeded"
@@ -42,6 +43,11 @@ class DureError(Exception):
 def body(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
     error = {"type": kind, "message": message}
     return {"error": error | ({"param": param} if param else {})}
+
+
+def problem_text(problem: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says, without the prefix of those that validators raise."""
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def invalid(message: str, param: str | None = None) -> DureError:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from serve.waiting import end
+
 PAUSE_S = 0.1
 """Shortest time between two progress updates of a request."""
 
@@ -106,6 +108,4 @@ async def followed(work: Callable[[Following], Awaitable[Result]]) -> AsyncGener
             await asyncio.wait((working,), timeout=PAUSE_S)
             changed = asyncio.ensure_future(following.changed())
     finally:
-        for task in (working, changed):
-            task.cancel()
-        await asyncio.gather(working, changed, return_exceptions=True)
+        await end(working, changed)

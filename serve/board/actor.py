@@ -7,7 +7,6 @@ board wrong, a new board is complete within a second, and a process that falls s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -20,6 +19,7 @@ from deployments.spec import Order
 from serve.actors import only
 from serve.board.reloads import Reload, Reloads
 from serve.board.reports import BEAT_S, DIED, HISTORY, LISTEN_S, SILENCE_S, Changes, Key, Replica, Report
+from serve.waiting import within
 
 logger = logging.getLogger("ray.serve")
 
@@ -94,8 +94,7 @@ class Board:
             return Changes(self.epoch, self.sequence, True, list(self.replicas.items()), self.stops)
         if since == self.sequence and stops == self.stops:
             changed = self.changed
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), LISTEN_S)
+            await within(changed, LISTEN_S)
         missed = self.sequence - since
         states = list(self.history)[len(self.history) - missed :]
         return Changes(self.epoch, self.sequence, False, states, self.stops)

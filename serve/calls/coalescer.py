@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import secrets
@@ -19,6 +18,7 @@ from serve.calls.pending import Call, Parcel
 from serve.progress import Following
 from serve.queues.fair_queue import FairQueue
 from serve.queues.pace import Pace
+from serve.waiting import within
 
 LEAD, LEAD_S = 0.1, 0.01
 """How long before the end of the current call the next one is sent: a fraction of its time, as that is an estimate, and
@@ -213,8 +213,7 @@ class Coalescer:
                 call.task.add_done_callback(functools.partial(self._ended, call))
                 continue
             self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause_s)
+            await within(self._wake, pause_s)
 
     def _take(self) -> Call:
         """Items for as many turns as there is room for, but at least one."""

@@ -119,11 +119,16 @@ class Graph:
             if found is None:
                 raise errors.not_found(f"this server has no model with task {task}; see GET /v1/models", "model")
             return found
-        model = self.models.get(name)
-        if model is None:
-            raise errors.not_found(f"no model {name!r}; there are {', '.join(self.models)}", "model")
+        model = self.named(name, "model")
         if model.task != task:
             raise errors.invalid(f"model {name!r} has task {model.task}, this endpoint needs {task}", "model")
+        return model
+
+    def named(self, name: str, param: str = "name") -> Model:
+        """The model with this name. Raises a 404 for the field `param` if there is none."""
+        model = self.models.get(name)
+        if model is None:
+            raise errors.not_found(f"no model {name!r}; the models are {', '.join(self.models)}", param)
         return model
 
     def service(self, name: str, needs: str) -> Deployment:

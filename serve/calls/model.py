@@ -21,6 +21,7 @@ from serve.calls.deployment import LOST, RETRY_PAUSE_S, Deployment
 from serve.config.model import ModelSettings
 from serve.errors import DureError
 from serve.progress import Following, Progress, telling
+from serve.waiting import end
 
 DIED = Refusal("the model's process died twice while it worked on this; send something smaller", "failed")
 
@@ -84,9 +85,7 @@ class Model(Deployment):
                 loaded.result()
             return await asking
         finally:
-            for task in (asking, loaded):
-                task.cancel()
-            await asyncio.gather(asking, loaded, return_exceptions=True)
+            await end(asking, loaded)
 
     async def _loaded(self, timeout_s: float) -> None:
         """Wait for the model. Raises DureError if it has failed or is not loaded in time."""

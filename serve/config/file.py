@@ -14,6 +14,7 @@ from serve.config.base import SettingsError, unknown_name
 from serve.config.serve_options import FileOptions
 from serve.config.settings import Settings
 from serve.config.yaml_file import read_yaml
+from serve.errors import problem_text
 from serve.failures import one_line
 
 SECRET = (".url", ".secret", "password")
@@ -82,7 +83,7 @@ def _what(problem: ErrorDetails) -> str:
     if problem["type"] == "literal_error":
         known = [word.strip(" '") for word in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
         return unknown_name(str(problem["input"])[:LONGEST], "value", known)
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "has to be", 1)
+    message = problem_text(problem).replace("Input should be", "has to be", 1)
     return TYPES.get(problem["type"], message)
 
 

@@ -31,7 +31,7 @@ def response(path: str, error: DureError | ValidationError) -> Response:
 def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:
     """A pydantic problem as a DureError. OpenAI's API answers 400 where FastAPI answers 422."""
     param = ".".join(str(part) for part in problem["loc"]) or None
-    message = problem["msg"].removeprefix("Value error, ")
+    message = errors.problem_text(problem)
     if problem["type"] == "json_invalid":
         param, message = None, f"the body is not JSON: {problem['ctx']['error']}"
     status = 400 if path.startswith(OPENAI_PATHS) else 422

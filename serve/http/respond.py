@@ -40,7 +40,7 @@ async def respond(caller: Caller, work: Work) -> Response:
 
 
 async def _events(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(sse.with_pauses(_chained(first, updates))) as items:
+    async with contextlib.aclosing(updates), contextlib.aclosing(sse.with_pauses(sse.chained(first, updates))) as items:
         try:
             async for each in items:
                 if each is None:
@@ -60,10 +60,3 @@ async def _events(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[byt
 def _failed(error: DureError) -> bytes:
     data = errors.body(error.kind, error.message, error.param) | {"status": error.status}
     return sse.event(data | dict(error.headers), "error")
-
-
-async def _chained(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[Any]:
-    async with contextlib.aclosing(updates):
-        yield first
-        async for each in updates:
-            yield each

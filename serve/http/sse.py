@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import orjson
 from fastapi.responses import StreamingResponse
 
+from serve.waiting import end
+
 Item = TypeVar("Item")
 
 HEARTBEAT_S = 10.0
@@ -48,6 +50,11 @@ async def with_pauses(items: AsyncIterator[Item], stopping: asyncio.Event | None
             upcoming = asyncio.ensure_future(anext(items))
             yield item
     finally:
-        for task in (stop, upcoming):
-            task.cancel()
-        await asyncio.gather(stop, upcoming, return_exceptions=True)
+        await end(stop, upcoming)
+
+
+async def chained(first: Item, rest: AsyncIterator[Item]) -> AsyncIterator[Item]:
+    """`first`, then the rest."""
+    yield first
+    async for item in rest:
+        yield item

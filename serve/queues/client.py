@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -22,6 +21,7 @@ from serve.queues.admission import BEAT_S, Held, Holding, TurnedAway, admission
 from serve.queues.gate import Gate
 from serve.queues.lane import Asked, Decision, Standing
 from serve.queues.tickets import LONGEST_S, Refused
+from serve.waiting import within
 
 logger = logging.getLogger("ray.serve")
 
@@ -203,6 +203,4 @@ class Lanes:
                 logger.warning("could not report to admission: %r", error)
                 self._actor = None
             self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                pause_s = FOLLOWED_BEAT_S if any(self.waiting.values()) else BEAT_S
-                await asyncio.wait_for(self._wake.wait(), pause_s)
+            await within(self._wake, FOLLOWED_BEAT_S if any(self.waiting.values()) else BEAT_S)

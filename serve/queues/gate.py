@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import secrets
 import time
@@ -17,6 +16,7 @@ from serve.caller import DEFAULT_TENANT, Caller
 from serve.errors import DureError
 from serve.metrics import QUEUE_ITEMS, REJECTED
 from serve.queues.tickets import FOR_NEWCOMERS, Refused, Tickets
+from serve.waiting import within
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,7 @@ class Gate:
                 raise errors.too_late(self.name, patience_s)
             if left <= 0:
                 raise self._refused(turns, tenant, ticket)
-            # Not wait_for, which in Python 3.11 loses a cancellation that arrives just as the event is set.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._freed.wait()
+            await within(self._freed, left)
         self._count(tenant, turns, items)
         try:
             yield

@@ -42,8 +42,7 @@ async def list_models(graph: GraphDep) -> dict[str, Any]:
 @router.get("/v1/models/{name}")
 async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
     """How a model was loaded, and the state of its replicas."""
-    if name not in graph.models:
-        raise errors.not_found(f"no model {name!r}; the models are {', '.join(graph.models)}", "name")
+    graph.named(name)
     replicas = graph.watch.of(name)
     facts = next((replica.facts for replica in replicas if replica.facts), None) or {}
     weights = facts.get("weights_bytes")
@@ -114,8 +113,7 @@ async def reload(name: str, body: ReloadRequest, graph: GraphDep, caller: Caller
 
     If loading fails, the old model stays and the answer says why. A reload lasts until the next deploy.
     """
-    if name not in graph.models:
-        raise errors.not_found(f"no model {name!r}; the models are {', '.join(graph.models)}", "name")
+    graph.named(name)
     actor = await asyncio.to_thread(board)
     try:
         order = await _board_answer(actor.order.remote(name, body.changes(graph.settings.models[name])))
@@ -154,9 +152,7 @@ class RunRequest(Body):
 @calls(model="name")
 async def run(name: str, body: RunRequest, graph: GraphDep, caller: CallerDep) -> Response:
     """Run a model with an engine of your own (`task: MODULE:CLASS`). Its `prepare` gets each item unchanged."""
-    if name not in graph.models:
-        raise errors.not_found(f"no model {name!r}; the models are {', '.join(graph.models)}", "name")
-    model = graph.models[name]
+    model = graph.named(name)
     if model.task in TASKS:
         raise errors.invalid(f"model {name!r} has task {model.task}, which has an endpoint of its own; see GET /docs")
     if len(body.items) > graph.settings.limits.max_list_items:

@@ -21,6 +21,7 @@ from serve.http.json_bounds import JsonBounds, check
 from serve.http.requests import Body
 from serve.metrics import CONNECTIONS
 from serve.routes.predict import PredictRequest, next_words
+from serve.waiting import end
 
 logger = logging.getLogger("ray.serve")
 
@@ -135,21 +136,19 @@ class Connection:
         try:
             await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (*loops, self.answering):
-                if task:
-                    task.cancel()
-            ends = await asyncio.gather(*loops, return_exceptions=True)
-            await self._close([end for end in ends if isinstance(end, Exception)])
+            if self.answering:
+                self.answering.cancel()
+            await self._close([each for each in await end(*loops) if isinstance(each, Exception)])
 
     async def _close(self, ends: list[Exception]) -> None:
         code, reason = status.WS_1011_INTERNAL_ERROR, ""
         if self.stopped:
             code, reason = status.WS_1012_SERVICE_RESTART, STOPPING
-        for end in ends:
-            if isinstance(end, LimitExceeded | TimeoutError):
-                code, reason = status.WS_1008_POLICY_VIOLATION, str(end) or "the client does not read its answers"
-            elif not isinstance(end, WebSocketDisconnect):
-                logger.error("a connection failed", exc_info=end)
+        for error in ends:
+            if isinstance(error, LimitExceeded | TimeoutError):
+                code, reason = status.WS_1008_POLICY_VIOLATION, str(error) or "the client does not read its answers"
+            elif not isinstance(error, WebSocketDisconnect):
+                logger.error("a connection failed", exc_info=error)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):  # it may be closed already
             async with asyncio.timeout(CLOSE_S):
                 await self.socket.close(code, reason)
@@ -227,5 +226,5 @@ class Connection:
 def _message(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in problem["loc"] if part not in ("input", "ping"))
-    message = problem["msg"].removeprefix("Value error, ")
+    message = errors.problem_text(problem)
     return f"{param}: {message}" if param else message

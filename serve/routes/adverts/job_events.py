@@ -49,7 +49,7 @@ async def _stream(
     variants: dict[str, dict[str, Any]] = {}
     ids = [event["event_id"] for event in first.events]
     sent = set(ids[: ids.index(last_event_id) + 1]) if last_event_id in ids else set()
-    async with contextlib.aclosing(sse.with_pauses(_chained(first, updates), stopping)) as items:
+    async with contextlib.aclosing(sse.with_pauses(sse.chained(first, updates), stopping)) as items:
         with contextlib.suppress(TimeoutError, DureError):
             async with asyncio.timeout(LONGEST_S):
                 async for progress in items:
@@ -64,12 +64,6 @@ async def _stream(
                         if event["event_id"] not in sent:
                             sent.add(event["event_id"])
                             yield sse.event(event, event["type"], event["event_id"])
-
-
-async def _chained(first: Progress, updates: AsyncIterator[Progress]) -> AsyncIterator[Progress]:
-    yield first
-    async for progress in updates:
-        yield progress
 
 
 def _shown(variant: dict[str, Any]) -> dict[str, Any]:

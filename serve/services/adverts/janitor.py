@@ -18,6 +18,7 @@ from serve.services.adverts.uploads import Uploads
 from serve.store.database import DiskFull
 from serve.store.outbox import Outbox
 from serve.store.tables import now
+from serve.waiting import within
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,10 +87,8 @@ class Janitor:
                 logger.warning("leases, uploads and old jobs are not tidied for now: %s", error)
             except Exception:
                 logger.exception("leases, uploads and old jobs are not tidied for now")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
-                    await self.uploads.troubled.wait()
-                    await asyncio.sleep(SHORTEST_LOOK_S)
+            if await within(self.uploads.troubled, min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
+                await asyncio.sleep(SHORTEST_LOOK_S)
 
     async def _tidy(self) -> None:
         await self.jobs.database.hold_room()

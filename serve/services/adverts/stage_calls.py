@@ -20,6 +20,7 @@ from serve.errors import DureError
 from serve.progress import Following
 from serve.services.adverts import stages
 from serve.services.adverts.stages import Sources, Stage, Stages, Which
+from serve.waiting import end
 
 logger = logging.getLogger("ray.serve")
 
@@ -145,9 +146,7 @@ class StageCalls:
             answers: list[Answer] = asking.result()
             return request.verdict.model_validate_json(answers[0].json).model_dump()
         finally:
-            for task in (asking, holding):
-                task.cancel()
-            await asyncio.gather(asking, holding, return_exceptions=True)
+            await end(asking, holding)
 
     async def _hold(self, call: uuid.UUID, following: Following) -> None:
         """Renew the lease; returns once it has been lost."""

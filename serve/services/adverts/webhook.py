@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import logging
@@ -17,6 +16,7 @@ import orjson
 from serve.config.services import WebhookSettings
 from serve.errors import DureError
 from serve.store.outbox import Delivery, Outbox
+from serve.waiting import within
 
 logger = logging.getLogger("ray.serve")
 
@@ -60,9 +60,7 @@ class Dispatcher:
             except Exception:
                 logger.exception("events could not be delivered")
             if len(deliveries) < AT_ONCE:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_S):
-                        await self._due.wait()
+                await within(self._due, LOOK_S)
 
     async def _deliver(self, delivery: Delivery) -> None:
         problem = await self._post(delivery.event_id, orjson.dumps(delivery.payload))
