@@ -14,7 +14,7 @@ from deployments.spec import ModelSpec
 
 
 def load_engine(spec: ModelSpec, progress: LoadProgress) -> Engine[Any, Any, Any]:
-    """The spec's engine, loaded. Raises CheckpointError naming the file or setting at fault."""
+    """Load the spec's engine. Raises CheckpointError naming the file or setting at fault."""
     engine = engine_class(spec)
     folder = resolve(spec.source, spec.revision)
     if getattr(engine, "checks_files", False):
