@@ -155,7 +155,7 @@ def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
 
 
 def test_a_model_over_several_gpus_says_how_many() -> None:
-    with pytest.raises(ValueError, match="m: how many GPUs a device_map may use has to be said"):
+    with pytest.raises(ValueError, match="m: a model with device_map needs num_gpus"):
         settings(GPUS, m=RERANKER | {"device_map": "auto"})
 
 
