@@ -89,7 +89,7 @@ def _autoscaling(scaling: Autoscaling) -> dict[str, Any]:
 
 
 def _lifecycle(settings: Settings, num_gpus: float = 0) -> dict[str, float]:
-    """Options of all deployments. New replicas are ready before old ones stop, except on GPUs, which may not fit both."""
+    """Options of all deployments. New replicas start before old ones stop, except on GPUs, which may not fit both."""
     return {
         "max_surge_percent": 0 if num_gpus else 100,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
