@@ -52,7 +52,7 @@ class PendingItem:
     place: int
     """Index in the call."""
     number: int
-    """By which the sender takes the item back."""
+    """The sender takes the item back by this number."""
     followed: bool = False
     taken_back: bool = False
     """The item was cancelled. Others of its call may still be wanted."""
