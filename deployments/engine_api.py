@@ -1,4 +1,4 @@
-"""What an engine outside Dure is written with. These names are stable; other modules may change at any time."""
+"""The API for engines outside Dure. These names are stable. Other modules may change at any time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load_model` imports torch, which some engines do without."""
+    """Import `load_model` on first use: it imports torch, which some engines do not need."""
     if name != "load_model":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from deployments.checkpoints.loading import load_model

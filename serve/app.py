@@ -23,13 +23,13 @@ HEALTH_CHECK_PERIOD_S = 2
 HEALTH_CHECK_TIMEOUT_S = 10
 POLICY = "deployments.scaling:by_items"
 METRICS_INTERVAL_S = 1
-"""Serve's 10 s hide a rush, and the first request for a model that sleeps, for as long."""
+"""Serve's default of 10 s delays the reaction to a rush, and to the first request for a sleeping model, by as much."""
 INGRESS_MAX_ONGOING = 4096
-"""Every stream and WebSocket holds one; HAProxy's own limit is the same."""
+"""Every stream and WebSocket counts as one. HAProxy has the same limit."""
 
 
 def build(settings: Settings) -> Application:
-    """One deployment per model, one per composed service, and the ingress over them."""
+    """The application: one deployment per model, one per composed service, and the ingress that calls them."""
     settings = with_shares(settings)
     deploy = uuid.uuid4().hex
     largest_first = sorted(settings.models.items(), key=lambda item: -item[1].gpu_share)  # Serve starts them in order
@@ -89,7 +89,7 @@ def _autoscaling(scaling: Autoscaling) -> dict[str, Any]:
 
 
 def _lifecycle(settings: Settings, num_gpus: float = 0) -> dict[str, float]:
-    """A new version's replicas are ready before the old one's stop, but where both would not find room on a GPU."""
+    """Options of all deployments. New replicas start before old ones stop, except on GPUs, which may not fit both."""
     return {
         "max_surge_percent": 0 if num_gpus else 100,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,

@@ -1,4 +1,4 @@
-"""The ingress deployment: a FastAPI app over the graph, with one error shape."""
+"""The ingress deployment: a FastAPI app over the graph, with one shape for all errors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from serve.routes import embeddings, health, loading, metrics, models, predict, 
 from serve.routes.adverts import vision
 
 ROUTES = (health, models, loading, predict, embeddings, rerank, vision, predict_ws, queues, metrics)
-"""Those that no service brings along."""
+"""Route modules that belong to no service."""
 
 
 def routers(settings: Settings) -> list[APIRouter]:
-    """Of all endpoints, those of services too."""
+    """Routers of all endpoints, including those of services."""
     entries = (*SERVICES.values(), *(own.entry for own in settings.services.values()))
     modules = [importlib.import_module(path) for entry in entries for path in entry.routes]
     return [module.router for module in (*ROUTES, *modules)]
 
 
 def make_app(graph: Graph) -> DirectApp:
-    """All routes over a graph."""
+    """The app with all routes, calling the models and services of `graph`."""
     app = DirectApp(title="Dure", description="Many models from few GPUs behind one endpoint.")
     app.state.graph = graph
     for router in routers(graph.settings):
@@ -61,13 +61,13 @@ class Ingress:
         self.built = make_app(self.graph)
         serve_behind(self.built.border.outermost, ServerBounds.of(settings.limits, settings.websocket))
         gc.collect()
-        gc.freeze()  # what is here stays: passing over it again and again took four fifths of parsing long lists
+        gc.freeze()  # objects made so far are permanent; rescanning them took 4/5 of the time to parse long lists
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.built
 
     def check_health(self) -> None:
-        """Raises where this replica would take requests and never answer them; Serve puts another in its place."""
+        """Raises RuntimeError if this replica would take requests and never answer them. Serve then replaces it."""
         if dead := self.graph.dead:
             raise RuntimeError(f"{' and '.join(dead)} has ended")
 
@@ -78,14 +78,14 @@ async def _dure_error(request: Request, error: Exception) -> Response:
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
-    """FastAPI's own findings in Dure's shape."""
+    """FastAPI's validation errors in Dure's error shape."""
     assert isinstance(error, RequestValidationError)
     path, problem = get_route_path(request.scope), error.errors()[0]
     return response(path, of_validation(path, problem | {"loc": problem["loc"][1:]}))
 
 
 async def _crash(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again once this is sent, and the border logs it."""
+    """Answer with a 500. Starlette then raises the error again, and the border logs it."""
     return response(get_route_path(request.scope), errors.internal())
 
 

@@ -1,4 +1,4 @@
-"""Small checkpoints of the kinds that people have: other architectures, layouts and limits, right and wrong ones."""
+"""Builds small checkpoints as users have them: various architectures, layouts and limits, valid and damaged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TINY: dict[str, Any] = {
 
 
 def copy(source: Path, folder: Path, *without: str) -> Path:
-    """A checkpoint's folder without some of its files."""
+    """Copy a checkpoint's folder without the files that match `without`."""
     shutil.copytree(source, folder)
     for pattern in without:
         for path in folder.glob(pattern):
@@ -57,14 +57,14 @@ def copy(source: Path, folder: Path, *without: str) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file, or take away those that are None."""
+    """Set keys of a JSON file. A value of None removes the key."""
     document = json.loads(path.read_text(encoding="utf-8")) | changes
     document = {key: value for key, value in document.items() if value is not None}
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
 
 def byte_level(*specials: str) -> Tokenizer:
-    """A byte-level BPE of 400 tokens, as GPT-2's, RoBERTa's and Qwen's are."""
+    """A byte-level BPE tokenizer with 400 tokens, like those of GPT-2, RoBERTa and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +79,7 @@ def byte_level(*specials: str) -> Tokenizer:
 
 
 def roberta(folder: Path, scores: bool = False, positions: int = 514, **changes: Any) -> Path:
-    """RoBERTa with MiniLM's tokenizer, which says nothing of a limit; its positions begin after the padding id."""
+    """RoBERTa with MiniLM's tokenizer, which sets no length limit. Its positions begin after the padding id."""
     folder.mkdir(parents=True)
     shutil.copy(MINILM / "tokenizer.json", folder)
     shutil.copy(MINILM / "tokenizer_config.json", folder)
@@ -92,7 +92,7 @@ def roberta(folder: Path, scores: bool = False, positions: int = 514, **changes:
 
 
 def causal_reranker(folder: Path, chat: bool) -> Path:
-    """A language model that answers yes or no, as Qwen3's rerankers."""
+    """A language model that answers yes or no, like Qwen3's rerankers."""
     folder.mkdir(parents=True)
     tokenizer = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -121,7 +121,7 @@ def causal_reranker(folder: Path, chat: bool) -> Path:
 
 
 def gpt2(folder: Path, padded_rows: int = 0) -> Path:
-    """A GPT-2 with its own kind of tokenizer, whose words begin with a byte for a space."""
+    """A GPT-2 with a tokenizer of its own kind, whose words begin with a byte for the space."""
     folder.mkdir(parents=True)
     tokenizer = byte_level("<|endoftext|>")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -139,7 +139,7 @@ def gpt2(folder: Path, padded_rows: int = 0) -> Path:
 
 
 def static(folder: Path) -> Path:
-    """A table of embeddings, which sentence-transformers saves without a config.json."""
+    """A static embedding table, which sentence-transformers saves without a config.json."""
     torch.manual_seed(4)
     table = StaticEmbedding(Tokenizer.from_file(str(MINILM / "tokenizer.json")), embedding_dim=32)
     SentenceTransformer(modules=[table], device="cpu").save(str(folder))
@@ -147,7 +147,7 @@ def static(folder: Path) -> Path:
 
 
 def in_a_subfolder(folder: Path) -> Path:
-    """MiniLM as old versions of sentence-transformers saved: the encoder in `0_Transformer`."""
+    """MiniLM as old versions of sentence-transformers saved it, with the encoder in `0_Transformer`."""
     copy(MINILM, folder)
     inside = folder / "0_Transformer"
     inside.mkdir()
@@ -163,7 +163,7 @@ LAYOUT = ("modules.json", "config_sentence_transformers.json", "README.md")
 
 
 def with_prompts(folder: Path, prompts: dict[str, str], default: str | None = None, pooled: bool = True) -> Path:
-    """A small BERT in MiniLM's layout that wants a text before its texts, which its pooling may leave out."""
+    """A small BERT in MiniLM's layout with prompts. `pooled`: pooling includes the prompt's tokens."""
     copy(MINILM, folder, "*.safetensors")
     torch.manual_seed(5)
     BertModel(BertConfig(**TINY, vocab_size=30522)).save_pretrained(folder)
@@ -174,7 +174,7 @@ def with_prompts(folder: Path, prompts: dict[str, str], default: str | None = No
 
 
 def with_added_token(source: Path, folder: Path, token: str) -> Path:
-    """A tokenizer that makes an id which the model has no embedding for."""
+    """A checkpoint whose tokenizer produces an id that the model has no embedding for."""
     copy(source, folder, "vocab.txt")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(token, normalized=False)])
@@ -183,7 +183,7 @@ def with_added_token(source: Path, folder: Path, token: str) -> Path:
 
 
 def with_weights(source: Path, folder: Path, change: Any, pickled: bool = False) -> Path:
-    """A checkpoint whose weights, a dict of tensors by name, `change` has made others of; all in one file."""
+    """A checkpoint with weights changed by `change`, which maps tensors by name to new ones. All are in one file."""
     weights: dict[str, torch.Tensor] = {}
     for path in sorted(source.glob("*.safetensors")):
         weights |= load_file(path)
@@ -197,6 +197,6 @@ def with_weights(source: Path, folder: Path, change: Any, pickled: bool = False)
 
 
 def roberta_pairs(tokenizer: Tokenizer) -> Tokenizer:
-    """With RoBERTa's special tokens around texts and pairs."""
+    """The tokenizer with RoBERTa's special tokens around texts and pairs."""
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return tokenizer

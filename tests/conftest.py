@@ -1,4 +1,4 @@
-"""What must be set before torch is imported, and which tests may run beside which."""
+"""Sets the environment before torch is imported, and decides which tests may run in parallel."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ for name in ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM"):
     os.environ.setdefault(name, EVERYWHERE[name])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
-    # Two clusters that start at once on a new machine would each make one, and the first not know its own nodes.
+    # On a new machine, two clusters that start at once would each make a token, and the first reject its own nodes.
     subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"], capture_output=True, timeout=60
     )
@@ -22,11 +22,14 @@ os.environ.setdefault("DURE_CACHE", str(Path(__file__).resolve().parent.parent /
 
 
 OWN = ("tests/cluster/test_lifecycle.py", "tests/cluster/test_nodes.py")
-"""Have clusters of their own."""
+"""Files whose tests start their own clusters."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Clusters of their own come when the shared one has started: Ray gives a node 30 s, and all start on few cores."""
+    """Run tests with their own clusters after the shared cluster has started.
+
+    Ray gives a node 30 s to start, which is short if several start on few cores.
+    """
 
     def later(item: pytest.Item) -> int:
         file = item.nodeid.partition("::")[0]
@@ -37,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of the shared cluster in one process, one after the other; those of other files beside them."""
+    """Run all tests of the shared cluster in one process, and each other file in parallel to them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -45,5 +48,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return "cluster" if file.startswith("tests/cluster/") and file not in OWN else file
 
-    config.option.loadscopereorder = False  # the longest come first
+    config.option.loadscopereorder = False  # keep the order: the longest come first
     return ByFile(config, log)

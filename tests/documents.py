@@ -1,4 +1,4 @@
-"""The documents of this repository, and what they hold: commands, code, links, and names of what there is."""
+"""Reads this repository's documents: their commands, code and prose."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ DOCUMENTS = [
 EXAMPLES = ROOT / "examples"
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 HOME = "~/"
-"""Of a node, where cluster.yaml puts the configs."""
+"""Home folder of a node, where cluster.yaml puts the configs."""
 OWN_WEBSOCKET = 22
-"""The version of Node from which on WebSocket is there without asking for it; 20 has it behind a switch."""
+"""First version of Node with WebSocket by default. Node 20 has it behind a switch."""
 
 
 def text(document: Path | str) -> str:
@@ -44,7 +44,7 @@ def prose(document: Path | str) -> str:
 
 
 def blocks(language: str) -> list[str]:
-    """The blocks of a language, of all documents."""
+    """All code blocks in a language, from all documents."""
     return [body for document in DOCUMENTS for kind, body in FENCED.findall(text(document)) if kind == language]
 
 
@@ -55,7 +55,7 @@ def _commands() -> Iterator[str]:
 
 
 COMMANDS = list(dict.fromkeys(_commands()))
-"""In all blocks of shell commands, continuation lines joined, each command once."""
+"""The commands of all bash blocks, without duplicates, continuation lines joined."""
 
 
 def of(*programs: str) -> list[str]:
@@ -73,7 +73,7 @@ def of_examples() -> list[str]:
 
 
 def run_example(command: str, url: str) -> str:
-    """Run a command of an example beside the server at `url`; what it printed. Skips where Node is missing or old."""
+    """Run an example's command against the server at `url` and return its output. Skips if Node is missing or old."""
     program, *rest = shlex.split(command)
     words = {"python": [sys.executable], "node": _node, "bash": ["bash"]}[program]
     run = subprocess.run(
@@ -102,13 +102,13 @@ def _node() -> list[str]:
 
 
 def assert_dure_takes(words: list[str]) -> None:
-    """A `dure` command on another machine: there is such a command, and its config is valid."""
+    """Assert that a `dure` command for another machine exists and that its config is valid."""
     assert (words[0], words[1] in dure_commands()) == ("dure", True)
     config = words[words.index("--config") + 1]
     assert read_config(ROOT / config.removeprefix(HOME)).settings.models
 
 
 def dure_commands() -> set[str]:
-    """The names of all of them."""
+    """The names of all `dure` commands and groups."""
     named = {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}
     return named | {group.name for group in app.registered_groups if group.name}

@@ -1,4 +1,4 @@
-"""Runs the real `dure` for tests: its own port, state folder and config."""
+"""Runs the real `dure` for tests, with its own port, state folder and config."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ READY_S = 150.0
 
 
 def free_port() -> int:
-    """One that neither the system nor Ray nor Serve gives to others before it is used."""
+    """A free port outside the ranges that the system, Ray and Serve assign from."""
     ports = range(20_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2, 30_000, 2)
     return first_free(random.sample(ports, 100), "127.0.0.1")
 
 
 def ports_of_its_own() -> dict[str, str]:
-    """For what Serve opens beside the endpoint: clusters that start at once would look for free ones together."""
+    """Environment with Serve's further ports. Clusters that start at once would otherwise pick the same free ones."""
     names = ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")
     return {f"RAY_SERVE_{name}": str(free_port()) for name in names}
 
 
 def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) -> Path:
-    """A config like configs/local.yaml with other models and settings."""
+    """Write a config like configs/local.yaml with other models and settings."""
     document = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
     document["http_options"]["port"] = port
     document["logging_config"]["logs_dir"] = str(folder / "logs")
@@ -53,7 +53,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 class Dure:
-    """A `dure serve` in a process group of its own, and everything it printed."""
+    """A `dure serve` in its own process group, with everything it has printed."""
 
     def __init__(self, config: Path, state: Path, port: int, **environment: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -95,13 +95,13 @@ class Dure:
             time.sleep(0.1)
 
     def ended(self, seconds: float) -> int:
-        """The exit code, once it has ended by itself."""
+        """Wait until it ends by itself and return the exit code."""
         code = self.process.wait(seconds)
         self.reader.join(5)
         return code
 
     def processes(self) -> list[psutil.Process]:
-        """All living processes that this Dure started, itself not among them."""
+        """All live processes that this Dure started, without itself."""
         return [process for process in psutil.process_iter() if str(self.state) in _mark(process)]
 
     def command(self, *words: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
@@ -117,7 +117,7 @@ class Dure:
         )
 
     def kill(self) -> None:
-        """End what a failed test may have left."""
+        """End everything that a failed test may have left behind."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
             try:

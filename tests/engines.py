@@ -1,4 +1,4 @@
-"""An engine of a user's own, as CONTRIBUTING shows it, with handles for tests to make it slow, fail or die."""
+"""A user's engine as CONTRIBUTING shows it, which tests can make slow, failing or dead."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
 
 
 def pairs(context: Any) -> tuple[float, dict[str, Any]]:
-    """A scaling policy of a user's own: two replicas while anything is asked for, and none else."""
+    """A user's scaling policy: two replicas while there are requests, otherwise none."""
     return (2 if context.total_num_requests else 0), {}
 
 
 class Shout:
-    """Answers `{"say": text}` in capitals; `wait` seconds long; `fail` trips over the item, `die` for good.
+    """Answers `{"say": text}` in capitals.
 
-    A batch whose items take up more than 100 of `memory` together does not fit.
+    In an item, `wait` makes the batch take that many seconds, `fail` makes it fail, and `die` makes every later batch
+    fail. A batch whose items have more than 100 of `memory` in total runs out of memory.
     """
 
     facts = Facts("cpu", "fp32", False, 0)

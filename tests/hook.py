@@ -1,4 +1,4 @@
-"""A webhook that remembers what it was sent."""
+"""A webhook server that records its deliveries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECRET = "a secret of the tests"
 
 
 @dataclass
-class Call:
+class Delivery:
     event_id: str
     signature: str
     body: bytes
@@ -29,11 +29,11 @@ class Call:
 class Hook:
     url: str
     secret: str = SECRET
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Delivery] = field(default_factory=list)
     refuse: dict[str, int] = field(default_factory=dict)
-    """How often events of these jobs are refused before they are taken."""
+    """By job: number of events to refuse before accepting."""
 
-    def of(self, job_id: str) -> list[Call]:
+    def of(self, job_id: str) -> list[Delivery]:
         return [call for call in self.calls if call.event["job_id"] == job_id]
 
 
@@ -44,7 +44,7 @@ def hook_on(port: int) -> Iterator[Hook]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            call = Call(self.headers["X-Dure-Event-ID"], self.headers["X-Dure-Signature"], body)
+            call = Delivery(self.headers["X-Dure-Event-ID"], self.headers["X-Dure-Signature"], body)
             hook.calls.append(call)
             left = hook.refuse.get(call.event["job_id"], 0)
             hook.refuse[call.event["job_id"]] = left - 1

@@ -1,6 +1,6 @@
-"""A hub's cache with the models of configs/gpu.yaml and configs/examples: real configs, no tokenizers, hollow weights.
+"""Writes a hub cache with the models of configs/gpu.yaml and configs/examples, without tokenizers or weights.
 
-The files' headers are true to the real shapes, and their size is, too; on the disk they take up next to nothing.
+Configs are real. Weight files have the real headers and sizes but are sparse, so they take almost no disk space.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def write_cache(folder: Path) -> None:
 
 
 def header(shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """Of a safetensors file of 16-bit tensors."""
+    """Header of a safetensors file of 16-bit tensors."""
     tensors: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

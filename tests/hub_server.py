@@ -1,4 +1,4 @@
-"""As much of a hub's HTTP interface as its client needs to fetch files, on loopback, with failures to order."""
+"""A hub server on loopback: the HTTP API that the client needs to fetch files, with failures on demand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from urllib.parse import unquote, urlsplit
 from tests.dure import free_port
 
 LARGE = (".safetensors", ".bin", ".onnx", ".h5", ".msgpack", ".ot")
-"""Files that the hub redirects to another host for."""
+"""Endings of files that the hub redirects to another host."""
 
 
 class Hub:
-    """Repositories by name: the files of one commit, which `main` and the commit's own name lead to."""
+    """Repositories by name. Each has the files of one commit, reachable as `main` or by its hash."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -28,11 +28,11 @@ class Hub:
         self.asked: list[str] = []
         """Method and path of each request."""
         self.sent: dict[str, int] = {}
-        """Bytes of each file that were sent, over all requests."""
+        """Bytes sent of each file, over all requests."""
         self.breaks: dict[str, int] = {}
-        """Files that are broken off once after so many bytes."""
+        """Files whose transfer breaks off once, after this many bytes."""
         self.stalls: dict[str, int] = {}
-        """Files that come to a halt after so many bytes."""
+        """Files whose transfer stalls after this many bytes."""
         self.released = threading.Event()
 
     @property
@@ -40,7 +40,7 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def add(self, source: str, files: dict[str, bytes]) -> str:
-        """A repository with these files; returns its commit."""
+        """Add a repository with these files and return its commit."""
         self.files[source] = files
         return self.commit(source)
 
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._file(source, rest, files[rest], elsewhere=kind == "large")
 
     def _siblings(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
-        """With sizes where they are asked for, as the hub has it."""
+        """The list of files. Like the hub's, it has sizes only on request."""
         sizes = "blobs=" in self.path.lower()
         return [{"rfilename": name} | ({"size": len(data)} if sizes else {}) for name, data in files.items()]
 
@@ -163,7 +163,7 @@ def serving() -> Iterator[Hub]:
 
 
 def environment(hub: Hub, cache: Path) -> dict[str, str]:
-    """For a process that is to use this hub and this cache."""
+    """Environment of a process that uses this hub and this cache."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(cache),

@@ -1,7 +1,6 @@
-"""The ingress without Ray: the real app and border, on the server that Serve makes, over models that answer at once.
+"""The ingress without Ray: the real app and border, on Serve's HTTP server, with fake models that answer at once.
 
-Between them stands what Serve does with a request: it reads ahead of the app without a bound, and decodes the headers
-that are its own.
+In between, Serve's request handling is imitated: it reads ahead of the app without limit and decodes its own headers.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ JUDGEMENT = Judgement(analysis="a", on_brief=True, occlusion=False, contrast_ok=
 
 
 class Answering:
-    """A handle whose replica answers all that it is asked, once it may."""
+    """A handle whose replica answers every request while `may` is set."""
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -64,13 +63,13 @@ class Answering:
         self.may.set()
         self.asked: list[Any] = []
         self.logits: list[float] | None = None
-        """Of a cross-encoder; falling ones else."""
+        """Logits of a cross-encoder. None: descending ones."""
 
     def options(self, stream: bool) -> Any:
         return SimpleNamespace(run=SimpleNamespace(remote=self._run))
 
     def _run(self, requests: Requests) -> Any:
-        return Call(self, requests)
+        return AnsweringCall(self, requests)
 
     def results(self, items: list[Any]) -> Any:
         count = len(items)
@@ -86,7 +85,7 @@ class Answering:
         return items
 
 
-class Call:
+class AnsweringCall:
     def __init__(self, handle: Answering, requests: Requests) -> None:
         self.handle = handle
         self.requests = requests
@@ -102,7 +101,7 @@ class Call:
 
 
 class Ready(Watch):
-    """All models are loaded."""
+    """A watch on which all models are loaded."""
 
     def __init__(self, models: list[str]) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class Ready(Watch):
 
 
 def make_graph(models: dict[str, Any] | None = None, **settings: Any) -> Graph:
-    """A graph whose models answer; needs a running event loop."""
+    """A graph with fake models. Needs a running event loop."""
     known = Settings.model_validate({"models": models or MODELS, "cache": {"ttl_s": 0}, **settings})
     watch = Ready(list(known.models))
     services = {name: Deployment(name, any_of(None), 4) for name in ("search", "adverts")}
@@ -139,7 +138,7 @@ def _model(name: str, settings: ModelSettings, watch: Watch) -> Model:
 
 
 def as_serve_does(app: ASGIApp) -> ASGIApp:
-    """What Serve's replica does between its server and the app."""
+    """Wrap the app as Serve's replica does, between its server and the app."""
 
     async def ingress(scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -174,9 +173,9 @@ def as_serve_does(app: ASGIApp) -> ASGIApp:
 class Heard:
     status: int
     headers: dict[str, str]
-    """By names in lower case."""
+    """By lower-case name."""
     content: Any
-    """JSON as it was meant, else bytes."""
+    """Parsed JSON, else bytes."""
 
     @property
     def error(self) -> dict[str, Any]:
@@ -196,11 +195,11 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def do(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """In the server's event loop."""
+        """Run a coroutine in the server's event loop."""
         return asyncio.run_coroutine_threadsafe(work(), self.loop).result(10)
 
     def raw(self, sent: bytes, seconds: float = 10) -> bytes:
-        """What comes back on a connection of its own, until it is closed."""
+        """Send bytes on a new connection and return all that comes back until it is closed."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
             connection.sendall(sent)
             received = b""
@@ -209,7 +208,7 @@ class Running:
             return received
 
     def post(self, path: str, body: bytes = b"", *headers: str) -> Heard:
-        """With these headers, and none else but those that HTTP needs."""
+        """POST with these headers, plus only those that HTTP needs."""
         return self.ask("POST", path, f"Content-Length: {len(body)}", *headers, body=body)
 
     def ask(self, method: str, path: str, *headers: str, body: bytes = b"") -> Heard:
@@ -229,7 +228,7 @@ class Running:
 
 @contextmanager
 def running(models: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
-    """A server in a thread of its own."""
+    """Run a server in a thread of its own."""
     port = free_port()
     started: list[Running] = []
     ready, stop = threading.Event(), threading.Event()
@@ -261,7 +260,7 @@ def running(models: dict[str, Any] | None = None, **settings: Any) -> Iterator[R
 
 @contextmanager
 def held_back(server: Running, model: str) -> Iterator[None]:
-    """Its replica answers nothing meanwhile."""
+    """Keep the model's replica from answering inside the block."""
     handle: Any = server.graph.models[model].handle
 
     async def may(answer: bool) -> None:
@@ -278,7 +277,7 @@ def held_back(server: Running, model: str) -> Iterator[None]:
 
 
 def json_endpoints() -> list[tuple[str, type[Body]]]:
-    """Every endpoint that takes JSON, with its model; the part of a path that names a model is filled in."""
+    """Every endpoint that takes JSON, with its body class. A model name in the path is filled in."""
     routes = [
         route
         for router in routers(Settings.model_validate({"models": MODELS}))

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, as `ray start` makes one of several machines."""
+"""A Ray cluster of several nodes on one machine, started with `ray start` as on several machines."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ QUICK = {
     "RAY_health_check_failure_threshold": "3",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
-"""A node that is gone is known to be after about 5 s instead of 20, and an ingress drains for 2 s instead of 30."""
+"""Ray detects a lost node after about 5 s instead of 20 s, and an ingress drains for 2 s instead of 30 s."""
 
 
 class Nodes:
-    """Nodes are numbered from 0, the head. All answer on one port, for which the kernel chooses among them."""
+    """The nodes of a cluster, numbered from 0, the head. All share one port; the kernel picks a node per connection."""
 
     def __init__(self, state: Path, **environment: str) -> None:
         self.gcs = free_port()
         self.sockets = Path(tempfile.mkdtemp(prefix="dure-test-"))
         mark = {"DURE_OWNER": f"0:0:{state}", "SERVE_SOCKET_REUSE_PORT_ENABLED": "1"}
-        mark["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # Ray's word for several nodes at 127.0.0.1
+        mark["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # Ray's switch for several nodes at 127.0.0.1
         self.environment = local_environment(self.sockets) | QUICK | mark | ports_of_its_own() | environment
         self.count = 0
 
     def add(self, cpus: float, gpus: float = 0) -> int:
-        """Start a node with so many CPUs and GPUs, which Ray only counts. Returns its number."""
+        """Start a node with these CPUs and GPUs, which Ray only counts, and return its number."""
         at = ["--head", f"--port={self.gcs}", "--include-dashboard=false"]
         if self.count:
             at = [f"--address=127.0.0.1:{self.gcs}"]
@@ -70,11 +70,11 @@ class Nodes:
 
     @property
     def address(self) -> dict[str, str]:
-        """The environment of a command that is to find the cluster."""
+        """Environment of a command that connects to the cluster."""
         return self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.gcs}"}
 
     def processes(self, node: int | None = None) -> Iterator[psutil.Process]:
-        """All that runs on a node, or on any."""
+        """All processes of a node, or of all nodes."""
         for process in psutil.process_iter():
             try:
                 mark = process.environ().get(NODE, "") if process.status() != psutil.STATUS_ZOMBIE else ""
@@ -84,7 +84,7 @@ class Nodes:
                 yield process
 
     def actors(self, title: str) -> dict[psutil.Process, int]:
-        """Processes of actors whose title has these words, and the nodes that they run on."""
+        """Processes of actors with `title` in their command line, and the nodes they run on."""
         found = {}
         for process in self.processes():
             try:
@@ -95,7 +95,7 @@ class Nodes:
         return found
 
     def kill(self, node: int) -> None:
-        """As if its machine were gone."""
+        """Kill a node's processes, as if its machine were gone."""
         for process in self.processes(node):
             process.kill()
 

@@ -1,4 +1,4 @@
-"""A service of a user's own, as a project beside Dure would have it: its deployment and its endpoint."""
+"""A user's service in a project outside Dure: its deployment and its endpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ router = APIRouter()
 
 
 class Likeness(Service):
-    """How alike two texts are."""
+    """Measures how similar two texts are."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, models: dict[str, DeploymentHandle]

@@ -1,4 +1,4 @@
-"""Image files for tests: by Pillow, and by hand where Pillow writes none of the kind."""
+"""Image files for tests, written by Pillow, or by hand if Pillow can't write the format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 RGB = np.random.default_rng(7).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-"""A picture in which no two pixels are alike, wider than high."""
+"""A picture of random pixels, all different, wider than high."""
 ALPHA = np.random.default_rng(8).integers(0, 256, (24, 40), dtype=np.uint8)
 
 
@@ -26,7 +26,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(rows: np.ndarray, bits: int, colour: int, *before: bytes, width: int | None = None) -> bytes:
-    """Of rows of packed bytes; `colour` is the type: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
+    """A PNG of packed bytes by row. `colour`: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
     height = len(rows)
     header = struct.pack(">IIBBBBB", width or rows.shape[1], height, bits, colour, 0, 0, 0)
     filtered = b"".join(b"\0" + row.tobytes() for row in rows)
@@ -35,7 +35,7 @@ def png(rows: np.ndarray, bits: int, colour: int, *before: bytes, width: int | N
 
 
 def tiff(tags: dict[int, tuple[int, int, bytes]], pixels: bytes = b"", at: int = 8) -> bytes:
-    """Little-endian; a tag is its type, length and bytes. The pixels follow, which an empty 273 is made to say."""
+    """A little-endian TIFF. A tag is its type, length and bytes. An empty tag 273 becomes the offset of the pixels."""
     body = at + 2 + 12 * len(tags) + 4
     extra = b""
     entries = b""
@@ -57,8 +57,11 @@ def shorts(*values: int) -> tuple[int, int, bytes]:
 def raw_tiff(
     pixels: np.ndarray, bits: tuple[int, ...], photometric: int, *extra: int, width: int | None = None, at: int = 8
 ) -> bytes:
-    """Uncompressed, in one strip; `extra` says what the samples after the colours are: 1 and 2 are alpha, 1 for one
-    that the colours are multiplied by. `width` is in pixels, where several share a byte."""
+    """An uncompressed TIFF with one strip.
+
+    `extra` gives the kind of each sample after the colours: 1 is premultiplied alpha, 2 is plain alpha. `width` is in
+    pixels, for images with several pixels per byte.
+    """
     height = len(pixels)
     tags = {
         256: shorts(width or pixels.shape[1]),
@@ -75,7 +78,7 @@ def raw_tiff(
 
 
 def polyglot(width: int = 13_000, height: int = 13_000) -> bytes:
-    """A TIFF of a few pixels, which is an FLI of many to who looks for that first."""
+    """A TIFF of a few pixels that a reader looking for FLI first takes for an FLI of many pixels."""
     grey = RGB[:16, :16, 0]
     content = bytearray(raw_tiff(grey, (8,), 1, at=0x1AF12))
     content[8:128] = bytes(120)
@@ -84,7 +87,7 @@ def polyglot(width: int = 13_000, height: int = 13_000) -> bytes:
 
 
 def phone_picture(**options: Any) -> bytes:
-    """A JPEG that further pictures follow (MPO)."""
+    """A JPEG followed by further pictures (MPO)."""
     first = Image.fromarray(RGB)
     return encoded(first, "MPO", save_all=True, append_images=[first.rotate(180), first.resize((9, 9))], **options)
 

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests and benchmarks, on loopback, which can be stopped and started again."""
+"""A real PostgreSQL server on loopback, for tests and benchmarks. It can be stopped and started again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ START_S = 30.0
 
 
 def binaries() -> Path | None:
-    """Where Debian keeps the newest version's programs, or where they are on the path."""
+    """Folder of the newest version's programs as Debian installs them, or of those on the path."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     on_path = shutil.which("postgres")
     return found[-1].parent if found else Path(on_path).parent if on_path else None
 
 
 class Postgres:
-    """A server of its own in a temporary folder; `database` makes an empty database and gives its URL."""
+    """A server with its data in `folder`. `database` makes an empty database and returns its URL."""
 
     def __init__(self, folder: Path, port: int) -> None:
         found = binaries()
@@ -54,7 +54,7 @@ class Postgres:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """At once, cutting all connections, as when its machine is switched off in good order."""
+        """Stop at once and cut all connections, as in an orderly shutdown of its machine."""
         if self.process:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(START_S)
@@ -71,7 +71,7 @@ class Postgres:
         subprocess.run(command, check=True, capture_output=True, timeout=60, cwd="/")
 
     def _as_user(self, *command: str) -> list[str]:
-        """PostgreSQL refuses to run as root."""
+        """The command, run as `postgres` if this process is root, because PostgreSQL refuses to run as root."""
         if os.getuid() != 0:
             return list(command)
         return ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", *command]
@@ -79,7 +79,7 @@ class Postgres:
 
 @contextmanager
 def postgres(port: int) -> Iterator[Postgres]:
-    """A running server."""
+    """A running server in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         server = Postgres(Path(folder), port)
         server.start()

@@ -1,4 +1,4 @@
-"""An engine that is measured in no time: it doubles numbers, in 8 bits where it is told to."""
+"""An engine that calibrates instantly: it doubles numbers, rounded to 8 bits if quantised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a batch costs and whether waiting for a fuller one pays, both from what was measured lately."""
+"""What a batch costs, and whether waiting for a fuller one pays. Both are learned from recent measurements."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable
 
 FORGET = 0.95
-"""Weight of what was known before each new batch: the last twenty or so count."""
+"""Decay of older batches per new one. Roughly the last twenty batches count."""
 OUTLIER = 4.0
-"""A batch that took this many times what was expected says more about its neighbours on the machine than about it."""
+"""A batch's time is capped at this multiple of the expected time. Beyond it, other load on the machine is the cause."""
 
 
 class BatchCost:
-    """Seconds of a batch as `fixed + per_token * tokens` (padded tokens): least squares over recent batches."""
+    """Models a batch's time in seconds as `fixed + per_token * padded tokens`, by least squares over recent batches."""
 
     def __init__(self) -> None:
         self.fixed = 0.0
         self.per_token = 0.0
-        self._sums = [0.0] * 5  # of 1, x, y, xx, xy, each batch weighted by its age
+        self._sums = [0.0] * 5  # sums of 1, x, y, xx, xy; each batch is weighted by its age
 
     def observe(self, tokens: int, seconds: float) -> None:
         if self._sums[0] >= 1:
@@ -31,37 +31,37 @@ class BatchCost:
             slope = max(0.0, (count * xy - x * y) / spread)
             self.per_token = min(slope, y / x)
             self.fixed = (y - self.per_token * x) / count
-        elif self.fixed + self.per_token * tokens > 0:  # all of one size: keep the shares, follow the level
+        elif self.fixed + self.per_token * tokens > 0:  # all of one size: keep the ratio, scale both terms
             level = (y / count) / self.seconds(x / count)
             self.fixed, self.per_token = self.fixed * level, self.per_token * level
         else:
             self.fixed = y / count
 
     def seconds(self, tokens: float) -> float:
-        """Expected time of a batch of so many padded tokens; 0 before the first was measured."""
+        """Expected time of a batch of this many padded tokens. 0 before the first measurement."""
         return self.fixed + self.per_token * tokens
 
     @property
     def overhead_tokens(self) -> float:
-        """How many tokens cost as much as starting a batch does; infinite where tokens cost nothing measurable."""
+        """Tokens that cost as much as starting a batch. Infinite if a token's cost is too small to measure."""
         return self.fixed / self.per_token if self.per_token > 0 else math.inf
 
 
 SHORTEST_S = 1e-4
-"""A wait that an event loop can still tell from none."""
+"""Shortest wait that an event loop can distinguish from none."""
 NEARLY_ALL = 0.9
 
 
 class Linger:
-    """How long to wait after a batch for those that it answered to come back, so that they join the next one.
+    """Decides how long to wait after a batch for the clients it answered to return, so that they join the next batch.
 
-    Closed loops of clients otherwise fall into batches of 31, 1, 31, 1. After each batch it is noted when new items
-    came, whether anybody waited for them or not. So the gain of waiting is known before it is tried, and where it
-    would slow things down (a lone client, clients that stay away) nothing waits.
+    Without this, clients in a closed loop fall into batches of 31, 1, 31, 1. Arrival times of new items are recorded
+    after every batch, whether or not the batcher waited for them. The gain of waiting is therefore known before it is
+    tried. If waiting would slow things down (a lone client, clients that do not return), there is no wait.
     """
 
     LONGEST = 0.25
-    """Of the time of a batch."""
+    """Longest wait, as a fraction of the last batch's time."""
     STEPS = 10
     WEIGHT = 0.2
 
@@ -70,32 +70,32 @@ class Linger:
         self.clock = clock
         self.answered = 0
         self._ended = self._step = 0.0
-        self._came = [0] * self.STEPS
-        self._share = [0.0] * self.STEPS  # of the answered, back by the end of each step
+        self._arrivals = [0] * self.STEPS
+        self._share = [0.0] * self.STEPS  # fraction of the answered clients back by the end of each step
 
     @property
     def back_s(self) -> float:
-        """How long after a batch nearly all that it answered have come back; infinite where they don't in time."""
+        """Seconds after a batch until nearly all answered clients are back. Infinite if they do not return in time."""
         steps = (step * self._step for step, share in enumerate(self._share, 1) if share >= NEARLY_ALL)
         return next(steps, math.inf)
 
     def ended(self, items: int, seconds: float) -> None:
-        """A batch of so many items has been answered after so many seconds on the engine."""
+        """Record that a batch of `items` was answered after `seconds` on the engine."""
         self._learn()
         self.answered, self._ended = items, self.clock()
         self._step = seconds * self.LONGEST / self.STEPS
-        self._came = [0] * self.STEPS
+        self._arrivals = [0] * self.STEPS
 
     def arrived(self, items: int) -> None:
-        """So many new items have come."""
+        """Record the arrival of this many new items."""
         if self._step:
             step = int((self.clock() - self._ended) / self._step)
             if step < self.STEPS:
-                self._came[step] += items
+                self._arrivals[step] += items
 
     def wait_s(self, waiting: int, tokens: int, room: int) -> float:
-        """How long from now to wait with `waiting` items of `tokens` in hand and room for `room` in the batch."""
-        back = sum(self._came)
+        """Seconds to wait from now. `waiting` items of `tokens` in total are queued; the batch holds `room` items."""
+        back = sum(self._arrivals)
         if not waiting or waiting >= room or back >= self.answered or not self._step:
             return 0.0
         since = self.clock() - self._ended
@@ -115,7 +115,7 @@ class Linger:
         if not self._step:
             return
         came = 0
-        for step, items in enumerate(self._came):
+        for step, items in enumerate(self._arrivals):
             came += items
             share = min(1.0, came / self.answered)
             self._share[step] += self.WEIGHT * (share - self._share[step])

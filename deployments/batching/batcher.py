@@ -1,4 +1,4 @@
-"""The one place where a replica's items wait for its engine."""
+"""The queue of items that wait for a replica's engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deployments.batching.batch_cost import BatchCost
 from deployments.batching.budget import Budget
 from deployments.batching.cutting import cut
 from deployments.batching.runner import FAILED, EngineDead, Outcome, Runner
-from deployments.batching.waiting import LATE, TAKEN_BACK, Call, Waiting
+from deployments.batching.waiting import LATE, TAKEN_BACK, IncomingCall, PendingItem
 from deployments.collector import Shares, take
 from deployments.engines.contract import Engine
 from deployments.messages import News, Piece, Refusal
@@ -26,17 +26,17 @@ from deployments.spec import ModelSpec
 logger = logging.getLogger("ray.serve")
 
 NEWS_S = 0.25
-"""Between two pieces of news to those who follow."""
+"""Seconds between two progress updates to followers."""
 
-Run = Callable[[Waiting], Awaitable[None]]
+Run = Callable[[PendingItem], Awaitable[None]]
 
 
 class Batcher:
-    """Holds items until the engine is free, then hands `@serve.batch` one batch that is ready.
+    """Holds items until the engine is free, then passes one complete batch to `@serve.batch`.
 
-    Left to itself `@serve.batch` closes the next batch while the last one runs: at its timeout, nearly empty. So it is
-    given a batch as a whole, with its size set to match and no timeout. What it hands back per item says only that the
-    item has been run; results go to their calls, batch by batch, as the arrays that the engine made.
+    On its own, `@serve.batch` closes the next batch at its timeout, nearly empty, while the previous one still runs.
+    Dure therefore passes it a whole batch, with the batch size set to match and no timeout. Its return value per item
+    only says that the item has run. Results go to their calls batch by batch, as the arrays that the engine made.
     """
 
     def __init__(self, engine: Engine[Any, Any, Any], spec: ModelSpec, runner: Runner, threads: ThreadPoolExecutor):
@@ -46,9 +46,9 @@ class Batcher:
         self.budget = Budget(spec.max_batch_tokens, runner.memory)
         self.cost = BatchCost()
         self.max_items = spec.max_batch_items
-        self.waiting: list[Waiting] = []
+        self.waiting: list[PendingItem] = []
         self.items = 0
-        """Waiting or running."""
+        """Items that wait or run."""
         self._told_at = 0.0
         self._arrived = asyncio.Event()
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
@@ -56,24 +56,24 @@ class Batcher:
     async def submit(
         self, items: list[Any], timeouts_s: list[float], numbers: list[int], followed: Sequence[int] = ()
     ) -> AsyncGenerator[Piece, None]:
-        """The items' results, as they come; those that are Refusals already stay so.
+        """Yield the items' results as they arrive. Items that are already Refusals are passed through.
 
-        An item that has not begun to run within its timeout is refused, and one whose caller has gone never runs.
-        `numbers` are those that `take_back` goes by; of those that are `followed` there is news now and then.
+        An item that has not started within its timeout is refused. An item whose caller has gone is never run.
+        `take_back` identifies items by their `numbers`. Items whose numbers are in `followed` get progress updates.
         """
-        call = Call(len(items))
+        call = IncomingCall(len(items))
         now = time.monotonic()
         refused = {place: item for place, item in enumerate(items) if isinstance(item, Refusal)}
         if refused:
             call.refuse(refused)
         count = call.left
         self.waiting += (
-            Waiting(item, self.engine.cost(item), now + timeout_s, call, place, number, number in followed)
+            PendingItem(item, self.engine.cost(item), now + timeout_s, call, place, number, number in followed)
             for place, (item, timeout_s, number) in enumerate(zip(items, timeouts_s, numbers, strict=True))
             if place not in refused
         )
         self._count(count)
-        self._came(count)
+        self._on_arrival(count)
         self._arrived.set()
         try:
             while call.left > 0 or call.pieces:
@@ -84,16 +84,16 @@ class Batcher:
             self._count(-count)
 
     def take_back(self, numbers: list[int]) -> None:
-        """Nobody waits any more for the items with these numbers, if they are here."""
+        """Cancel the items with these numbers, if they are here."""
         unwanted = set(numbers)
         for item in self._held():
             if item.number in unwanted:
                 item.taken_back = True
 
     def check(self) -> None:
-        """Raises EngineDead where no batches are made any more or the engine can't run them."""
+        """Raises EngineDead if the batching loop has ended or the engine cannot run batches."""
         if self._pumping.done():
-            raise EngineDead(f"no batches are made any more: {self._pumping!r}")
+            raise EngineDead(f"the batching loop has ended: {self._pumping!r}")
         self.runner.check()
 
     def close(self) -> None:
@@ -102,33 +102,33 @@ class Batcher:
 
     @abstractmethod
     async def _pump(self) -> None:
-        """Make batches for as long as there are items."""
+        """Make batches for as long as the batcher is open."""
 
     @abstractmethod
-    def _held(self) -> list[Waiting]:
+    def _held(self) -> list[PendingItem]:
         """Items that can be taken back."""
 
-    def _came(self, items: int) -> None:
-        """So many items have come."""
+    def _on_arrival(self, items: int) -> None:
+        """Called when this many items have arrived."""
 
     def _count(self, items: int) -> None:
         self.items += items
         QUEUE.set(self.items)
 
-    def _batched(self, run: Callable[[list[Waiting]], Awaitable[list[None]]]) -> Any:
-        """`run` as a function of one item, which Serve collects; `set_max_batch_size` says of how many."""
+    def _batched(self, run: Callable[[list[PendingItem]], Awaitable[list[None]]]) -> Any:
+        """`run` as a function of one item. Serve collects batches of the size set by `set_max_batch_size`."""
         return serve.batch(max_batch_size=self.max_items, batch_wait_timeout_s=0)(run)
 
-    def _take(self, overhead_tokens: float, max_items: int, max_tokens: int) -> list[Waiting]:
-        """Items that leave together, which wait no more."""
+    def _take(self, overhead_tokens: float, max_items: int, max_tokens: int) -> list[PendingItem]:
+        """Remove the items of the next batch from the queue and return them."""
         places = cut([waiting.tokens for waiting in self.waiting], overhead_tokens, max_items, max_tokens)
         chosen = set(places)
         batch = [self.waiting[place] for place in places]
         self.waiting = [waiting for place, waiting in enumerate(self.waiting) if place not in chosen]
         return batch
 
-    def _wanted(self, items: list[Waiting], now: float = 0) -> list[Waiting]:
-        """Without those that nobody waits for or, at `now`, that are late, which are refused."""
+    def _wanted(self, items: list[PendingItem], now: float = 0) -> list[PendingItem]:
+        """The items still wanted at `now`. Late and cancelled items are refused and dropped."""
         wanted = []
         for item in items:
             if item.is_wanted(now):
@@ -139,8 +139,8 @@ class Batcher:
             item.call.refuse({item.place: LATE if item.deadline < now else TAKEN_BACK})
         return wanted
 
-    async def _compute(self, rows: list[Waiting]) -> Outcome:
-        """Run a batch on a thread of the engine's, and hand on what has come of it."""
+    async def _compute(self, rows: list[PendingItem]) -> Outcome:
+        """Run a batch on one of the engine's threads and deliver its outcome."""
         tokens = [row.tokens for row in rows]
         BATCH_ITEMS.observe(len(rows))
         BATCH_TOKENS.observe(sum(tokens))
@@ -153,7 +153,7 @@ class Batcher:
         self._deliver(rows, outcome)
         return outcome
 
-    def _deliver(self, batch: list[Waiting], outcome: Outcome) -> None:
+    def _deliver(self, batch: list[PendingItem], outcome: Outcome) -> None:
         for rows in outcome.did_not_fit:
             self.budget.out_of_memory(self.runner.padded([batch[row].tokens for row in rows]))
         for done, results in outcome.pieces:
@@ -165,8 +165,8 @@ class Batcher:
         for row, refusal in outcome.refusals.items():
             batch[row].call.refuse({batch[row].place: refusal})
 
-    def _lose(self, rows: list[Waiting]) -> None:
-        """A batch has come to nothing by a fault of this class's own."""
+    def _lose(self, rows: list[PendingItem]) -> None:
+        """Refuse all items of a batch that was lost to a bug in the batcher."""
         logger.exception("a batch of %d was lost", len(rows))
         for row in rows:
             row.call.refuse({row.place: Refusal(FAILED, "failed")})
@@ -175,13 +175,13 @@ class Batcher:
         self.cost.observe(padded, seconds)
         self.budget.observe(padded, seconds, full=bool(self.waiting))
 
-    def _tell_followers(self, running: Sequence[Waiting] = ()) -> None:
-        """How far those are that are followed."""
+    def _tell_followers(self, running: Sequence[PendingItem] = ()) -> None:
+        """Send progress updates for the followed items, at most every NEWS_S."""
         now = time.monotonic()
         if now - self._told_at < NEWS_S:
             return
         self._told_at = now
-        news: dict[Call, dict[int, News]] = {}
+        news: dict[IncomingCall, dict[int, News]] = {}
         for each in running:
             if each.followed:
                 news.setdefault(each.call, {})[each.place] = News(tokens=each.item.written)

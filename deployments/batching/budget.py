@@ -1,4 +1,4 @@
-"""How many padded tokens a batch may hold: as many as memory allows, and no more than make it faster."""
+"""How many padded tokens a batch may hold: up to what memory allows, and only while larger batches are faster."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from deployments.memory import Memory
 
 GIB = 2**30
 LOW_MEMORY = ((1 * GIB, 1 / 4), (2 * GIB, 1 / 2))
-"""Under so many free bytes of a whole device, this share of the maximum. A share of a GPU may be smaller than that and
-still be made for the maximum, so there only what was measured counts."""
+"""(free bytes, fraction of the maximum): limits for a whole device with less free memory than this. They do not apply
+to a share of a GPU, which may be smaller and still be sized for the maximum. There only measurements count."""
 MEMORY_SHARE = 0.8
-"""Of the free memory that one batch may take: the rest is for fragments and for others on the same device."""
+"""Fraction of the free memory that one batch may use. The rest is for fragmentation and other users of the device."""
 
 FIRST_ON_CPU = 2048
-"""Past the knee of most models on a CPU; from there on larger batches are tried step by step, as what a batch takes is
-kept by the process for the next one."""
+"""Initial budget on a CPU, past the knee of most models. Larger batches are tried step by step, because the process
+keeps the memory that a batch has allocated."""
 SMALLEST = 64
 NEARLY_BEST = 0.97
-"""The smallest size whose throughput comes this near to the best measured is the size to run."""
+"""The smallest size whose throughput is at least this fraction of the best measured one is used."""
 PROBE_EVERY = 16
-"""Of the full batches, so often one of twice the size is tried."""
+"""One in this many full batches is tried at twice the size."""
 WEIGHT = 0.2
 REGROW = 1.02
-"""Per batch that fitted, after memory ran out, up to nearly what did not fit."""
+"""After running out of memory, the ceiling grows by this factor per batch that fits, up to NEARLY_FAILED."""
 NEARLY_FAILED = 0.9
+"""Largest ceiling, as a fraction of the size that did not fit."""
 FORGIVE = 1.001
-"""Per batch: what once did not fit is tried again some thousand batches later."""
+"""The size that did not fit grows by this factor per batch, so it is tried again about a thousand batches later."""
 
 
 class Budget:
     """The size of the next batch in padded tokens, between one item and `max_tokens`.
 
-    Sizes are told apart by powers of two. Throughput rises with the size of a batch up to a knee that depends on
-    model and machine: the budget starts at the maximum, or on a CPU at FIRST_ON_CPU, and follows the knee as batches of
-    different sizes are measured. Memory bounds it from above: free bytes over the bytes per token measured so far.
+    Batches are grouped by size in powers of two. Throughput rises with batch size up to a knee that depends on the
+    model and the machine. The budget starts at the maximum, or at FIRST_ON_CPU on a CPU, and follows the knee as
+    batches of different sizes are measured. Memory is an upper bound: free bytes over measured bytes per token.
     """
 
     def __init__(self, max_tokens: int, memory: Memory) -> None:
@@ -47,11 +48,11 @@ class Budget:
         self._full = 0
 
     def tokens(self) -> int:
-        """Padded tokens that the next batch may hold; a single item may always run."""
+        """Padded tokens that the next batch may hold. A single item may always run."""
         return max(1, min(self._knee(), int(self._ceiling), self._memory_tokens()))
 
     def observe(self, tokens: int, seconds: float, full: bool) -> None:
-        """A batch of so many padded tokens has run; `full` where more waited than fitted in."""
+        """Record that a batch of this many padded tokens has run. `full`: more items waited than fitted in."""
         size = _size(tokens)
         rate = tokens / max(seconds, 1e-6)
         self._rates[size] = self._rates.get(size, rate) * (1 - WEIGHT) + rate * WEIGHT
@@ -62,7 +63,7 @@ class Budget:
             self.bytes_per_token = max(self.bytes_per_token * 0.99, self.memory.batch_bytes() / tokens)
 
     def out_of_memory(self, tokens: int) -> None:
-        """A batch of so many padded tokens did not fit."""
+        """Record that a batch of this many padded tokens ran out of memory."""
         self._failed = min(self._failed, tokens)
         self._ceiling = max(1.0, min(self._ceiling, tokens / 2))
 
@@ -88,5 +89,5 @@ class Budget:
 
 
 def _size(tokens: int) -> int:
-    """The power of two that holds so many tokens."""
+    """Exponent of the smallest power of two that holds this many tokens."""
     return max(0, math.ceil(math.log2(max(1, tokens))))

@@ -1,21 +1,21 @@
-"""Which of the waiting items leave together."""
+"""Chooses which waiting items form the next batch."""
 
 from __future__ import annotations
 
 import math
 
 ROUND = 8
-"""Where others wait anyway, a batch that is not full holds a multiple of so many: an engine may have to prepare for
-each new shape."""
+"""If other items wait anyway, a batch that is not full is cut to a multiple of this, because each new shape may cost an
+engine preparation."""
 
 
 def cut(lengths: list[int], overhead_tokens: float, max_items: int, max_tokens: int) -> list[int]:
-    """Places of the items that make the next batch, among items of these `lengths` in order of arrival.
+    """Indices of the items of the next batch. `lengths` are the waiting items' lengths, in order of arrival.
 
-    Every item is padded to the longest of its batch, and every batch costs as much as `overhead_tokens` to start. So
-    the waiting items are divided into ranges of length such that overhead and padding together are least, and the
-    range that the oldest item lies in is served, oldest first: it never waits for more than the batch that is running.
-    A batch holds at most `max_items` and `max_tokens` padded tokens; a single item may be longer.
+    Every item is padded to the longest of its batch, and starting a batch costs as much as `overhead_tokens`. The
+    waiting items are divided into ranges of length that minimise overhead plus padding. The range that holds the oldest
+    item is served, oldest first, so the oldest item never waits for more than the running batch.
+    A batch holds at most `max_items` items and `max_tokens` padded tokens. A single item may be longer.
     """
     groups: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
@@ -40,7 +40,7 @@ def cut(lengths: list[int], overhead_tokens: float, max_items: int, max_tokens: 
 def _range_of(
     wanted: int, sizes: list[int], counts: list[int], overhead: float, max_items: int, max_tokens: int
 ) -> tuple[int, int]:
-    """The range of `sizes` that holds the one at `wanted`, where all are divided at the least cost."""
+    """The range of `sizes` that holds index `wanted`, in the cheapest division of all sizes into ranges."""
     if math.isinf(overhead):
         return 0, len(sizes)
     best = [0.0]
@@ -64,6 +64,6 @@ def _range_of(
 
 
 def _rounded(length: int) -> int:
-    """The length rounded up to three significant bits, so that few sizes are told apart."""
+    """The length rounded up to three significant bits, so that there are few distinct sizes."""
     shift = max(0, length.bit_length() - 3)
     return -(-length >> shift) << shift

@@ -1,4 +1,4 @@
-"""Which batcher an engine gets."""
+"""Chooses the batcher for an engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deployments.spec import ModelSpec
 def batcher_of(
     engine: Engine[Any, Any, Any], spec: ModelSpec, threads: ThreadPoolExecutor, memory: Memory | None = None
 ) -> Batcher:
-    """The batcher for an engine, which runs its batches on `threads`; needs a running event loop."""
+    """The batcher for an engine. It runs batches on `threads` and needs a running event loop."""
     memory = memory or device_memory(engine.facts.device)
     on_cpu = engine.facts.device == "cpu" and engine.facts.runtime == "torch" and "torch" in sys.modules
     choice = ThreadChoice(spec.threads or disk_cache.cores()) if on_cpu else None

@@ -1,4 +1,4 @@
-"""Batches for engines that answer a batch at once."""
+"""Batches for engines that run each batch in a single pass."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 from deployments.batching.batch_cost import Linger
 from deployments.batching.batcher import Batcher
 from deployments.batching.runner import EngineDead, Runner
-from deployments.batching.waiting import Waiting
+from deployments.batching.waiting import PendingItem
 from deployments.engines.contract import Engine
 from deployments.spec import ModelSpec
 
 WORTH_SPLITTING = 4
-"""What waits is divided among free threads only in parts of so many times what starting a batch costs: the second part
-then adds a fifth to the work at most."""
+"""Waiting items are divided among free threads only in parts that cost at least this many times what starting a batch
+costs. A second part then adds at most a fifth to the work."""
 
 
 class OnceBatcher(Batcher):
-    """For engines that answer a batch at once, and may run several at once, each on a thread.
+    """For engines that run each batch in a single pass. Several batches may run in parallel, each on its own thread.
 
-    What waits is divided among the threads that are free, if there is enough of it to pay for another batch.
+    Waiting items are divided among the free threads if there are enough of them to pay for another batch.
     """
 
     def __init__(self, engine: Engine[Any, Any, Any], spec: ModelSpec, runner: Runner, threads: ThreadPoolExecutor):
         super().__init__(engine, spec, runner, threads)
         self.linger = Linger(self.cost)
         self._free = [self._batched(self._run) for _ in range(parallel(engine))]
-        """A way into `@serve.batch` for each thread that is free: batches of one mix up."""
+        """One `@serve.batch` function per free thread. Parallel batches through the same function would be mixed up."""
         self._freed = asyncio.Event()
         self._serving: set[asyncio.Task[None]] = set()
         self._lost: BaseException | None = None
@@ -39,17 +39,17 @@ class OnceBatcher(Batcher):
     def check(self) -> None:
         super().check()
         if self._lost:
-            raise EngineDead(f"a batch was not accounted for: {self._lost!r}")
+            raise EngineDead(f"delivering a batch failed: {self._lost!r}")
 
     def close(self) -> None:
         super().close()
         for task in self._serving:
             task.cancel()
 
-    def _held(self) -> list[Waiting]:
+    def _held(self) -> list[PendingItem]:
         return self.waiting
 
-    def _came(self, items: int) -> None:
+    def _on_arrival(self, items: int) -> None:
         self.linger.arrived(items)
 
     async def _pump(self) -> None:
@@ -84,15 +84,16 @@ class OnceBatcher(Batcher):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), wait_s)
 
-    def _next_batch(self) -> list[Waiting]:
+    def _next_batch(self) -> list[PendingItem]:
         tokens, overhead = self.budget.tokens(), self.cost.overhead_tokens
         if len(self._free) > 1:
             part = sum(waiting.tokens for waiting in self.waiting) / len(self._free)
-            least = 0 if math.isinf(overhead) else round(WORTH_SPLITTING * overhead)  # unknown while all are of a size
+            # The overhead is infinite while all batches have the same size.
+            least = 0 if math.isinf(overhead) else round(WORTH_SPLITTING * overhead)
             tokens = min(tokens, max(math.ceil(part), least))
         return self._take(overhead, self.max_items, tokens)
 
-    async def _serve(self, batch: list[Waiting], batched: Any) -> None:
+    async def _serve(self, batch: list[PendingItem], batched: Any) -> None:
         started = time.monotonic()
         try:
             batched.set_max_batch_size(len(batch))
@@ -107,13 +108,13 @@ class OnceBatcher(Batcher):
         self.linger.ended(len(batch), seconds)
         self._tell_followers()
 
-    async def _run(self, batch: list[Waiting]) -> list[None]:
+    async def _run(self, batch: list[PendingItem]) -> list[None]:
         await self._compute(batch)
         for waiting in batch:
-            waiting.item = None  # `@serve.batch` still knows the row; its memory is wanted by others
+            waiting.item = None  # free its memory: `@serve.batch` still holds the row
         return [None] * len(batch)
 
 
 def parallel(engine: Engine[Any, Any, Any]) -> int:
-    """How many batches an engine runs at once; one where it says nothing."""
+    """How many batches an engine runs in parallel. One by default."""
     return getattr(engine, "parallel", 1)

@@ -1,4 +1,4 @@
-"""Running a batch so that neither a bad item nor a lack of memory harms the others in it."""
+"""Runs a batch so that neither a bad item nor a lack of memory harms the other items in it."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from deployments.spec import ItemError
 logger = logging.getLogger("ray.serve")
 
 FAILURES_BEFORE_TEST = 3
-"""So many items failing in a row put the engine to the test: it has to run its own warm-up."""
+"""After this many failed items in a row, the engine is tested: it must run its own warm-up."""
 MAX_STALL_S = 600.0
-"""An engine that has not come back from one batch for this long is dead."""
+"""An engine that has not returned from a batch for this many seconds is considered dead."""
 FAILED = "the model failed on this item; the reason is in the replica's log"
-TOO_LARGE = "this item alone needs more memory than there is; make it smaller"
-NO_ROOM = "there is no memory for so many at once; send it again"
+TOO_LARGE = "this item alone needs more memory than is available; make it smaller"
+NO_ROOM = "there is not enough memory for this many items at once; send it again"
 
 
 class EngineDead(Exception):
-    """The engine fails whatever it is given, so the replica has to be replaced."""
+    """The engine fails on every input, so the replica must be replaced."""
 
 
 @dataclass
 class Outcome:
-    """What became of a batch."""
+    """The result of running a batch. Items are identified by their row in the batch."""
 
     pieces: list[tuple[Sequence[int], Any]] = field(default_factory=list)
-    """Rows of the batch that ran together, and their results."""
+    """Rows that ran together, with their results."""
     refusals: dict[int, Refusal] = field(default_factory=dict)
-    """By row."""
+    """Refused items by row."""
     unfinished: list[int] = field(default_factory=list)
-    """Rows that have further steps to take."""
+    """Rows that need further steps."""
     did_not_fit: list[range] = field(default_factory=list)
     """Rows that ran out of memory together."""
     put_off: list[int] = field(default_factory=list)
-    """Rows that did not fit beside the others that are on their way."""
+    """Rows postponed to a later step because they did not fit beside the others."""
 
 
 class Runner:
-    """Runs batches on an engine. A batch that fails is run again in halves, down to the item at fault."""
+    """Runs batches on an engine. A failed batch is run again in halves until the item at fault is found."""
 
     def __init__(self, engine: Engine[Any, Any, Any], memory: Memory, threads: ThreadChoice | None = None) -> None:
-        """`threads`: how many torch uses for a batch; left as they are where there is no choice."""
+        """`threads` chooses torch's thread count per batch. None leaves it unchanged."""
         self.engine = engine
         self.memory = memory
         self.threads = threads
         self.failures = 0
         self.dead = ""
         self.busy_since: dict[int, float] = {}
-        """When each batch that runs has begun, by its thread."""
+        """Start time of each running batch, by thread id, on the clock of time.monotonic."""
 
     def run(self, items: list[Any], tokens: int = 1) -> Outcome:
-        """Every row is in a piece, refused or unfinished. `tokens`, padding included, say how large the batch is."""
+        """Run a batch of `tokens` padded tokens. Every row ends up in a piece, refused or unfinished."""
         outcome = Outcome()
         thread, started = threading.get_ident(), time.monotonic()
         self.busy_since[thread] = started
@@ -80,15 +80,15 @@ class Runner:
         return outcome
 
     def padded(self, tokens: list[int]) -> int:
-        """Tokens that a batch of items of so many tokens computes."""
+        """Tokens computed for a batch of items with these token counts, padding included."""
         return max(1, *tokens) * len(tokens)
 
     def check(self) -> None:
-        """Raises EngineDead where the engine hangs, or fails even what it warmed up with."""
+        """Raises EngineDead if the engine hangs or fails its own warm-up."""
         if time.monotonic() - min(list(self.busy_since.values()), default=math.inf) > MAX_STALL_S:
-            raise EngineDead(f"the engine has not come back from a batch for {MAX_STALL_S:.0f} s")
+            raise EngineDead(f"the engine has not returned from a batch for {MAX_STALL_S:.0f} s")
         if self.dead:
-            raise EngineDead(f"the engine fails whatever it is given: {self.dead}")
+            raise EngineDead(f"the engine fails on every input: {self.dead}")
 
     def _run(self, items: list[Any], rows: range, outcome: Outcome) -> None:
         try:
@@ -96,8 +96,9 @@ class Runner:
             self._attempt(items, rows, outcome)
             self.failures = 0
             return
-        except Exception as error:  # an engine may trip over anything; its neighbours must not
-            logger.warning("a batch of %d failed: %s", len(rows), repr(error))  # a record keeps what it is given
+        except Exception as error:  # an engine may raise anything; other items must not suffer
+            # repr, because a log record keeps its arguments alive.
+            logger.warning("a batch of %d failed: %s", len(rows), repr(error))
             no_memory = _out_of_memory(error)
             if no_memory:
                 OUT_OF_MEMORY.inc()
@@ -105,7 +106,7 @@ class Runner:
             if len(rows) == 1:
                 self._give_up(rows[0], error, no_memory, outcome)
                 return
-        # Outside the handler, whose traceback holds the failed batch's tensors alive.
+        # Outside the handler: its traceback keeps the failed batch's tensors alive.
         if no_memory:
             self.memory.release()
         half = len(rows) // 2
@@ -130,7 +131,7 @@ class Runner:
         return Refusal(TOO_LARGE, "too_large") if no_memory else Refusal(FAILED, "failed")
 
     def _test(self) -> None:
-        """Tell a dead engine from one that was given bad items."""
+        """Distinguish a dead engine from bad items by running the warm-up."""
         try:
             self.engine.warm_up()
             self.failures = 0
@@ -139,16 +140,16 @@ class Runner:
 
 
 class StepRunner(Runner):
-    """Takes all items that are on their way one step further, with those that have just begun."""
+    """Advances all running items, including those that have just begun, by one step."""
 
     def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory, threads: ThreadChoice | None = None) -> None:
         super().__init__(engine, memory, threads)
         self.steps = engine
 
     def run(self, items: list[Any], tokens: int = 1) -> Outcome:
-        """Where memory is short, some are put off to the next step, until others have left theirs.
+        """Run one step. If memory is short, some items are postponed until others have finished.
 
-        Where none can go on, the one that came last is refused.
+        If none can go on, the most recent item is refused.
         """
         outcome = super().run(items, tokens)
         if outcome.put_off and len(outcome.put_off) == len(items):
@@ -175,7 +176,7 @@ class StepRunner(Runner):
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """torch's OutOfMemoryError on a GPU; on a CPU its allocator raises a plain RuntimeError."""
+    """On a GPU torch raises OutOfMemoryError. On a CPU its allocator raises a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -10,24 +10,24 @@ from typing import Any
 
 from deployments.batching.batcher import Batcher
 from deployments.batching.runner import StepRunner
-from deployments.batching.waiting import Waiting
+from deployments.batching.waiting import PendingItem
 from deployments.engines.contract import Stepping
 from deployments.spec import ModelSpec
 
 
 class StepBatcher(Batcher):
-    """For engines that work in steps: those that begin join those that are on their way."""
+    """For engines that work in steps. New items join the running ones between two steps."""
 
     def __init__(
         self, engine: Stepping[Any, Any, Any], spec: ModelSpec, runner: StepRunner, threads: ThreadPoolExecutor
     ) -> None:
         super().__init__(engine, spec, runner, threads)
         self.steps = engine
-        self.running: list[Waiting] = []
-        """In the engine, or between two of its steps."""
+        self.running: list[PendingItem] = []
+        """Items in a step, or between two steps."""
         self._begin = self._batched(self._run)
 
-    def _held(self) -> list[Waiting]:
+    def _held(self) -> list[PendingItem]:
         return [*self.waiting, *self.running]
 
     async def _pump(self) -> None:
@@ -41,14 +41,14 @@ class StepBatcher(Batcher):
                 if batch or self.running:
                     await self._serve(batch)
 
-    def _next_batch(self) -> list[Waiting]:
+    def _next_batch(self) -> list[PendingItem]:
         room = self.max_items - len(self.running)
         tokens = self.budget.tokens() - sum(running.tokens for running in self.running)
         if not self.waiting or room <= 0 or (self.running and self.waiting[0].tokens > tokens):
             return []
-        return self._take(math.inf, room, tokens)  # steps pad nothing, so items of all lengths go well together
+        return self._take(math.inf, room, tokens)  # steps do not pad, so lengths may be mixed freely
 
-    async def _serve(self, batch: list[Waiting]) -> None:
+    async def _serve(self, batch: list[PendingItem]) -> None:
         rows = [*self.running, *batch]
         padded = self.runner.padded([row.tokens for row in rows])
         started = time.monotonic()
@@ -64,17 +64,17 @@ class StepBatcher(Batcher):
         self._observe(padded, time.monotonic() - started)
         self._tell_followers(self.running)
 
-    async def _run(self, batch: list[Waiting]) -> list[None]:
-        """Run those that begin, with those that are on their way."""
+    async def _run(self, batch: list[PendingItem]) -> list[None]:
+        """Run one step with the new items of `batch` and those already running."""
         for waiting in batch:
             waiting.item = self.steps.begin(waiting.item)
         self.running = rows = [*self.running, *batch]
         outcome = await self._compute(rows)
         self.running = [rows[row] for row in outcome.unfinished]
-        going_on = set(outcome.unfinished)
+        unfinished = set(outcome.unfinished)
         for number, row in enumerate(rows):
-            if number in going_on:
+            if number in unfinished:
                 row.tokens = row.item.cost
             else:
-                row.item = None  # as above
+                row.item = None  # free its memory: `@serve.batch` still holds the row
         return [None] * len(batch)

@@ -1,4 +1,4 @@
-"""How many threads torch computes a batch with on a CPU: as many as pay, by what batches of like size took lately."""
+"""Chooses how many CPU threads torch uses for a batch, from the recent times of batches of similar size."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import math
 from collections import defaultdict
 
 WORTH = 1.25
-"""Twice the threads have to make a batch so many times as fast. A thread that adds less is worth more to another model,
-or to the ingress."""
+"""Doubling the threads must make a batch at least this many times as fast. Threads that add less are worth more to
+another model or the ingress."""
 TRY_EVERY = 24
-"""Of the batches of a size, so often one is run with another count: what else runs on the machine changes."""
+"""One in this many batches of a size is run with another count, because the other load on the machine changes."""
 WEIGHT = 0.25
-"""Of a new measurement beside what was known."""
+"""Weight of a new measurement in the moving average."""
 
 
 class ThreadChoice:
-    """Chooses between 1, 2, 4 and so on up to `most` threads, for each power of two of a batch's tokens apart.
+    """Chooses 1, 2, 4 and so on up to `most` threads, separately for each power of two of a batch's tokens.
 
-    Beside other processes on the same cores a batch on several threads waits at each layer for the one that was held
-    up, so that more threads may be slower; alone on the machine they are faster, but for small batches.
+    If other processes use the same cores, a batch on several threads waits at each layer for the slowest thread, so
+    more threads may be slower. Alone on the machine, more threads are faster except for small batches.
     """
 
     def __init__(self, most: int) -> None:
         self.counts = [most, *(1 << power for power in reversed(range((most - 1).bit_length())))]
-        """The most first: that is right for a model that is alone."""
+        """Largest count first: it is best for a model that runs alone."""
         self._seconds: dict[tuple[int, int], float] = {}
-        """For each token, by size and threads."""
+        """Seconds per token, by batch size and thread count."""
         self._batches: defaultdict[int, int] = defaultdict(int)
 
     def choose(self, tokens: int) -> int:
-        """Threads for a batch of so many tokens."""
+        """Thread count for a batch of this many tokens."""
         size = tokens.bit_length()
         untried = [count for count in self.counts if (size, count) not in self._seconds]
         if untried:
@@ -44,7 +44,7 @@ class ThreadChoice:
         return best
 
     def observe(self, tokens: int, threads: int, seconds: float) -> None:
-        """A batch of so many tokens took so long with so many threads."""
+        """Record the time that a batch of this many tokens took."""
         size, each = tokens.bit_length(), seconds / max(tokens, 1)
         known = self._seconds.get((size, threads), each)
         self._seconds[size, threads] = (1 - WEIGHT) * known + WEIGHT * each

@@ -1,4 +1,4 @@
-"""Items that wait in a replica, and the calls that they came in."""
+"""Items that wait in a replica, and the calls that brought them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 from deployments.messages import Piece, Refusal
 
-LATE = Refusal("its deadline passed before its turn came", "late")
-TAKEN_BACK = Refusal("nobody waits for it any more", "late")
+LATE = Refusal("its deadline passed before it was run", "late")
+TAKEN_BACK = Refusal("it was cancelled", "late")
 
 
 @dataclass(eq=False)
-class Call:
-    """Items that were submitted together, and what has come of them and was not yet handed on."""
+class IncomingCall:
+    """Items that were submitted together, with the results not yet handed on."""
 
     left: int
+    """Items not answered yet."""
     gone: bool = False
-    """Nobody waits for it any more."""
+    """The caller has left."""
     pieces: list[Piece] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -31,7 +32,7 @@ class Call:
         self.put(Piece((), [], refusals))
 
     async def next(self) -> list[Piece]:
-        """What has come since the last time, once there is something."""
+        """Wait for results, then return all since the last time."""
         await self.news.wait()
         self.news.clear()
         pieces, self.pieces = self.pieces, []
@@ -39,21 +40,23 @@ class Call:
 
 
 @dataclass(eq=False, slots=True)
-class Waiting:
-    """One item of a call that has not been answered."""
+class PendingItem:
+    """One unanswered item of a call."""
 
     item: Any
     tokens: int
-    """That its next step reads, where the engine works in steps."""
+    """Tokens of the item, or of its next step if the engine works in steps."""
     deadline: float
     """On the clock of time.monotonic."""
-    call: Call
+    call: IncomingCall
     place: int
+    """Index in the call."""
     number: int
+    """The sender takes the item back by this number."""
     followed: bool = False
     taken_back: bool = False
-    """Nobody waits for it any more, though somebody may for others of its call."""
+    """The item was cancelled. Others of its call may still be wanted."""
 
     def is_wanted(self, now: float) -> bool:
-        """Does anybody wait for it, and had it begun by its deadline?"""
+        """Whether somebody still waits for it and its deadline has not passed by `now`."""
         return not (self.call.gone or self.taken_back or self.deadline < now)

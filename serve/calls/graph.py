@@ -1,4 +1,4 @@
-"""What the routes call: the models of the config by name and task, and the composed services."""
+"""What routes call: the configured models, by name and task, and the composed services."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from serve.queues.client import Lanes
 @dataclass(frozen=True)
 class Graph:
     me: tuple[str, str]
-    """The deployment and replica that this graph is held by."""
+    """Names of the deployment and replica that hold this graph."""
     settings: Settings
     watch: Watch
     models: dict[str, Model]
@@ -38,6 +38,7 @@ class Graph:
     lanes: Lanes
     reporter: Reporter
     patient: bool
+    """Calls wait for room in a model's queue instead of being refused."""
 
     @classmethod
     def of(
@@ -47,7 +48,7 @@ class Graph:
         services: dict[str, DeploymentHandle],
         patient: bool = False,
     ) -> Graph:
-        """The graph as the running replica sees it. A service, whose own queue is bounded, is `patient` with models."""
+        """The graph of the running replica. Services set `patient`, because their own queue is already bounded."""
         context = serve.get_replica_context()
         weights = {name: tenant.weight for name, tenant in settings.tenants.items()}
         watch = Watch(name for name, model in settings.models.items() if not model.autoscaling.min_replicas)
@@ -74,12 +75,12 @@ class Graph:
         )
 
     def start(self) -> None:
-        """Begin to listen to the board and to report to it; needs a running event loop."""
+        """Start watching the board and reporting to it. Needs a running event loop."""
         keep_to_loopback()
         self.watch.start()
         for model in self.models.values():
             model.coalescer.start()
-        if not self.patient:  # what a service was let in with is done
+        if not self.patient:  # a service finishes the work it was admitted with
             for name, model in self.models.items():
                 model.gate.overload = partial(self._overload, [name])
             for name, service in self.services.items():
@@ -91,7 +92,7 @@ class Graph:
 
     @property
     def dead(self) -> list[str]:
-        """What this process should be doing all the time and has ceased to do."""
+        """Names of background tasks of this process that have ended but should not have."""
         parts: dict[str, Watch | Lanes | Coalescer] = {
             "the watch of the board": self.watch,
             "the beat of the lanes": self.lanes,
@@ -103,17 +104,17 @@ class Graph:
     async def admitted(
         self, service: Deployment, caller: Caller, following: Following | None = None
     ) -> AsyncIterator[None]:
-        """A slot of a service's lane for as long as the body runs. Raises DureError where there is none in time."""
+        """Hold a slot in a service's lane while the body runs. Raises DureError if there is none in time."""
         service.gate.check()
         async with self.lanes.admitted(service.name, caller, following):
             yield
 
     def _overload(self, models: list[str]) -> str:
-        """Why this machine, or those that serve one of the models, should be given no more work."""
+        """Why this machine, or one that serves the models, is overloaded. Empty if none is."""
         return self.reporter.guard.reason or next(filter(None, map(self.watch.overload, models)), "")
 
     def model(self, task: str, name: str | None = None) -> Model:
-        """The named model, else the first with the task. Raises a 404, or a 400 where the task is another."""
+        """The named model, else the first with the task. Raises a 404, or a 400 if the named one has another task."""
         if name is None:
             found = next((model for model in self.models.values() if model.task == task), None)
             if found is None:
@@ -132,7 +133,7 @@ class Graph:
         return model
 
     def service(self, name: str, needs: str) -> Deployment:
-        """A composed service. Raises a 404 that says what it `needs` where there is none."""
+        """A composed service. If it is off, raises a 404 that says what it `needs`."""
         service = self.services.get(name)
         if service is None:
             raise errors.not_found(f"{name} needs {needs}; see GET /v1/models")

@@ -1,4 +1,4 @@
-"""What a person sees while models load or are fetched: a live bar per model, or plain lines without a terminal."""
+"""Shows how models load or are fetched: a live bar per model, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALWAYS = ["GET /health", "GET /v1/models", "GET /model/upload-stream", "GET /met
 
 
 class Loading:
-    """Draws what `follow` tells."""
+    """Draws the progress of loading models."""
 
     def __init__(self, console: Console, models: Iterable[str]) -> None:
         self.console = console
@@ -54,13 +54,13 @@ class Loading:
     def progress(self, model: str, percent: float, message: str) -> None:
         if self.bars is not None and model in self.tasks:
             self.bars.update(self.tasks[model], completed=percent, message=message)
-        elif self.said.get(model) != message.partition("...")[0]:  # one plain line per shard, not per percent
+        elif self.said.get(model) != message.partition("...")[0]:  # one line per shard, not per percent
             self.said[model] = message.partition("...")[0]
             self.console.print(f"{model}: {percent:.0f}% {message}", highlight=False, markup=False, soft_wrap=True)
 
 
 class Fetching:
-    """Draws how many bytes of each title have come."""
+    """Draws how many bytes of each title have been fetched."""
 
     def __init__(self, console: Console, bytes_of: dict[str, int]) -> None:
         self.console = console
@@ -77,17 +77,17 @@ class Fetching:
         return self.bars or nullcontext()
 
     def came(self, title: str, count: int) -> None:
-        """Tell of `count` bytes more."""
+        """Record that `count` more bytes have been fetched."""
         before, total = self.done[title], self.bytes_of[title]
         self.done[title] = now = before + count
         if self.bars is not None:
             self.bars.update(self.tasks[title], completed=now)
-        elif 10 * now // total > 10 * before // total:  # a plain line for each tenth
+        elif 10 * now // total > 10 * before // total:  # one line per tenth
             self.console.print(f"{title}: {100 * now // total}% of {decimal(total)}", highlight=False)
 
 
 def print_ready(console: Console, config: ConfigFile) -> None:
-    """The address, the endpoints, and a curl to try."""
+    """Print the address, the endpoints, and a curl command to try."""
     settings = config.settings
     tasks = {name: task_of(model.task) for name, model in settings.models.items()}
     endpoints = [endpoint.format(name=name) for name, task in tasks.items() for endpoint in task.endpoints]

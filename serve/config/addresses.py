@@ -1,7 +1,7 @@
-"""Addresses in a config file: where Dure listens, and where the servers are that it calls.
+"""Checks addresses in a config file: where Dure listens, and the servers it calls.
 
-Each function takes an address and returns it as it is. They raise ValueError without repeating it: a URL may hold a
-password.
+Each function returns the given address unchanged or raises ValueError. Messages never repeat the address, because a URL
+may hold a password.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ CACHES = ("memory", "redis", "rediss", "unix")
 DATABASES = ("sqlite://", "postgresql://")
 MOST_PORT = 65_535
 LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
-"""Of a host's name, between dots."""
+"""One part of a host name, between dots."""
 
 
 def to_listen_on(host: str) -> str:
-    """An IPv4 address, or a name that may stand for one."""
+    """An IPv4 address or a host name."""
     labels = host.split(".")
     if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
-        raise ValueError("write an IPv4 address or the name of one")
+        raise ValueError("write an IPv4 address or a host name")
     if labels[-1].isdecimal():
         ipaddress.IPv4Address(host)
     return host
 
 
 def of_images(host: str) -> str:
-    """HOST or HOST:PORT; an IPv6 address has no brackets here, and no port."""
+    """HOST or HOST:PORT. An IPv6 address has neither brackets nor a port here."""
     name, _, port = host.rpartition(":") if host.count(":") == 1 else (host, "", "1")
     if not re.fullmatch(r"[^\s/@]+", name) or not (port.isdecimal() and 1 <= int(port[:6]) <= MOST_PORT):
         raise ValueError("write HOST or HOST:PORT")
@@ -48,16 +48,16 @@ def of_a_webhook(url: str) -> str:
 
 
 def of_a_cache(url: str) -> str:
-    """The process's own memory, or a Redis."""
+    """The URL of the process's own memory or of a Redis server."""
     scheme, _, rest = url.partition("://")
     if scheme == "memory" or (scheme in CACHES and rest and _for_redis(url)):
         return url
-    raise ValueError(f"a cache is {', '.join(f'{scheme}://...' for scheme in CACHES)}")
+    raise ValueError(f"write the URL of a cache: {', '.join(f'{scheme}://...' for scheme in CACHES)}")
 
 
 def of_a_database(url: str) -> str:
-    """A file of SQLite's, or a PostgreSQL."""
-    from sqlalchemy.engine import make_url  # here, because processes of models have no use for it
+    """The URL of an SQLite file or a PostgreSQL database."""
+    from sqlalchemy.engine import make_url  # here, because model processes do not need it
     from sqlalchemy.exc import ArgumentError
 
     try:
@@ -65,11 +65,11 @@ def of_a_database(url: str) -> str:
             return url
     except (ArgumentError, ValueError):
         pass
-    raise ValueError("a store is sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME")
+    raise ValueError("write the URL of a store: sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME")
 
 
 def _for_redis(url: str) -> bool:
-    from redis.connection import parse_url  # here, because it takes a second and the default needs none
+    from redis.connection import parse_url  # here, because it takes a second and the default does not need it
 
     try:
         return bool(parse_url(url))  # type: ignore[no-untyped-call]

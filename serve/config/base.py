@@ -1,4 +1,4 @@
-"""What all settings have in common: unknown keys are refused, and what is wrong says what to change."""
+"""The base of all settings. Unknown keys are refused, and errors say what to change."""
 
 import difflib
 from collections.abc import Callable
@@ -8,12 +8,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class SettingsError(Exception):
-    """A config file, or something it names, that can't be used: one line for each thing to change."""
+    """A config file, or something it names, is invalid. The message has one line for each thing to change."""
 
 
 class Strict(BaseModel):
-    """Refuses unknown keys, naming the nearest known one, and values of another type than the one asked for: a number
-    in quotes, `yes` for a number, and numbers that are not finite."""
+    """Refuses unknown keys, naming the nearest known one, and values of the wrong type.
+
+    Wrong are, for example, a number in quotes, `yes` for a number, and a number that is not finite.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -28,14 +30,14 @@ class Strict(BaseModel):
 
 
 def unknown_name(name: str, kind: str, known: list[str]) -> str:
-    """Says that `name` is not known, and which name was meant or which there are."""
+    """Message for an unknown `name`, with the nearest known name or else all of them."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
     return f"unknown {kind} {name!r}; {hint}"
 
 
 def refused(why: str) -> Callable[[object], NoReturn]:
-    """A validator for a key that is known but not taken, whatever its value."""
+    """A validator for a key that is known but refused with any value."""
 
     def refuse(value: object) -> NoReturn:
         raise ValueError(why)
@@ -44,7 +46,7 @@ def refused(why: str) -> Callable[[object], NoReturn]:
 
 
 def always(value: str, why: str) -> Callable[[str], str]:
-    """A validator for a key that can have one value only."""
+    """A validator for a key that accepts only one value."""
 
     def check(given: str) -> str:
         if given != value:

@@ -18,9 +18,9 @@ from serve.errors import problem_text
 from serve.failures import one_line
 
 SECRET = (".url", ".secret", "password")
-"""Settings that may hold a password: what they are is not repeated."""
+"""Endings of the paths of settings that may hold a password. Their values are not repeated."""
 LONGEST = 60
-"""Characters of a value that are repeated."""
+"""Most characters of a value that are repeated."""
 TYPES = {
     "missing": "is missing",
     "model_type": "has to be a mapping, `key: value`",
@@ -36,7 +36,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A config file: what `dure serve` itself needs of it, and the whole of it for Ray Serve."""
+    """A config file: the parts that `dure serve` needs, and the whole document for Ray Serve."""
 
     path: Path
     host: str
@@ -46,7 +46,7 @@ class ConfigFile:
 
     @property
     def url(self) -> str:
-        """Where this machine finds Dure."""
+        """URL of Dure on this machine."""
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         return f"http://{host}:{self.port}"
 
@@ -57,14 +57,14 @@ def read_config(path: Path) -> ConfigFile:
 
 
 def checked(path: Path, document: object) -> ConfigFile:
-    """The config file that `path` has, or had when it was deployed. Raises SettingsError."""
+    """The config file with this document, which `path` holds or held when it was deployed. Raises SettingsError."""
     from ray.serve.schema import ServeDeploySchema
 
     if not isinstance(document, dict) or not document.get("applications"):
-        raise SettingsError(f"{path}: a config file has `applications`, a list of one; see configs/local.yaml")
+        raise SettingsError(f"{path}: a config file needs `applications`, a list of one; see configs/local.yaml")
     try:
         options = FileOptions.model_validate(document)
-        ServeDeploySchema.model_validate(document)  # which looks into logging_config and runtime_env
+        ServeDeploySchema.model_validate(document)  # checks logging_config and runtime_env
     except ValidationError as error:
         raise SettingsError("\n".join(f"{path}: {line}" for line in explain(error))) from error
     http = options.http_options
@@ -72,7 +72,7 @@ def checked(path: Path, document: object) -> ConfigFile:
 
 
 def explain(error: ValidationError) -> Iterator[str]:
-    """A line per problem: the path, what is wrong, the value, and the nearest value that would do."""
+    """One line per problem: the path, what is wrong, the value, and the nearest valid value."""
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         message = one_line(_what(problem) + ("" if path.endswith(SECRET) else _shown(problem)))

@@ -1,4 +1,4 @@
-"""GPUs as they are written in a config and after `dure plan --gpus`."""
+"""GPUs as written in a config and for `dure plan --gpus`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from dataclasses import dataclass
 
 GIB = 2**30
 USABLE = 0.97
-"""Of a GPU's memory: the rest goes to its driver. Of 80 GiB an A100 or H100 gives torch 79.1, which is more."""
+"""Fraction of a GPU's memory that models can use. The driver takes the rest. An A100 or H100 gives torch more: 79.1 of
+80 GiB."""
 ECC = 15 / 16
-"""Of memory that holds its own check bits, as GDDR6 does where ECC is on: of 24 GiB an L4 or A10G gives torch 22.0 to
-22.2, of 16 a T4 14.6, of 48 an L40 44.4. Without ECC a card has more: an RTX 3090 gives 23.7 of 24."""
+"""Fraction left by ECC if the memory stores its own check bits, as GDDR6 does. With ECC, an L4 or A10G gives torch 22.0
+to 22.2 of 24 GiB, a T4 14.6 of 16, an L40 44.4 of 48. Without ECC there is more: an RTX 3090 gives 23.7 of 24."""
 MOST_WITH_ECC = 48
-"""Larger ones have memory of another kind, in GiB or GB."""
+"""Largest size, in GiB or GB, that ECC is assumed for. Larger GPUs have another kind of memory."""
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """So many of one size."""
+    """A number of GPUs of one size."""
 
     count: int
     memory_bytes: float
-    """Of each, that models can use."""
+    """Memory of each GPU that models can use."""
 
     @classmethod
     def parse(cls, text: str) -> Gpus:
-        """From COUNTxSIZE, such as 2x24GiB, of up to 9999 GPUs. Raises ValueError."""
+        """Parse COUNTxSIZE, such as 2x24GiB, for up to 9999 GPUs. Raises ValueError."""
         found = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,5}(?:\.[0-9]{1,5})?)\s*(GiB|GB)", text.strip(), re.IGNORECASE)
         if not found or not int(found[1]) or not float(found[2]):
             raise ValueError("GPUs are written as COUNTxSIZE, such as 2x24GiB or 1x80GB")

@@ -1,4 +1,4 @@
-"""What a config file may say of one model."""
+"""Settings of one model in a config file."""
 
 import os
 import re
@@ -15,11 +15,11 @@ MOST_REPLICAS = 1000
 MOST_CPUS = 1024
 MOST_GPUS = 64
 MOST_WAITING = 100_000
-"""Requests or items in a queue."""
+"""Most requests or items in a queue."""
 LEAST_SHARE = 0.0001
-"""Ray counts CPUs and GPUs in units of this."""
+"""The unit in which Ray counts CPUs and GPUs."""
 MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?(GiB|MiB|KiB|GB|MB|KB)")
-"""As accelerate reads it."""
+"""A size of memory as accelerate reads it."""
 
 
 def _bookable(count: float) -> float:
@@ -140,28 +140,28 @@ class ModelSettings(Strict):
     @classmethod
     def _in_a_package(cls, source: str) -> str:
         if source.startswith("package:") and not re.match(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/|$)", source):
-            raise ValueError("weights of a package are package:IMPORT_NAME/FOLDER")
+            raise ValueError("write the weights of a package as package:IMPORT_NAME/FOLDER")
         return source
 
     @field_validator("max_memory", mode="before")
     @classmethod
     def _as_accelerate_reads_it(cls, limits: Any) -> Any:
-        """The numbers of GPUs are text once a config has been through JSON."""
+        """Check the limits and restore GPU numbers, which are text after a config has been through JSON."""
         if not isinstance(limits, dict):
             return limits
         numbers = {key: int(key) if str(key).isdecimal() and len(str(key)) < 4 else key for key in limits}
         for key, limit in limits.items():
             if not (isinstance(numbers[key], int) or key == "cpu") or not MEMORY.fullmatch(str(limit)):
-                raise ValueError("write the memory of each GPU, by its number, and of cpu, as 0: 10GiB")
+                raise ValueError("write the memory of each GPU, by its number, and of cpu, such as 0: 10GiB")
         return {numbers[key]: limit for key, limit in limits.items()}
 
     @property
     def gpu_share(self) -> float:
-        """Of a GPU, per replica; where it is left out, `serve.planning.plan.with_shares` has to have filled it in."""
+        """Share of a GPU per replica. If left out, `serve.planning.plan.with_shares` must have filled it in."""
         return self.num_gpus or 0
 
     def spec(self, name: str) -> ModelSpec:
-        """What a replica needs to know; USE_OPTIMIZED_MODELS=false forces torch in fp32."""
+        """The spec for a replica. USE_OPTIMIZED_MODELS=false forces torch in fp32."""
         return model_spec(
             name,
             self.task,
@@ -180,8 +180,8 @@ class ModelSettings(Strict):
 
 
 def optimised() -> bool:
-    """USE_OPTIMIZED_MODELS, true where it is not set."""
+    """Value of USE_OPTIMIZED_MODELS. True if it is not set. Raises SettingsError for other values."""
     value = os.environ.get("USE_OPTIMIZED_MODELS", "true").strip().lower()
     if value not in ("true", "false", "1", "0"):
-        raise SettingsError(f"USE_OPTIMIZED_MODELS={value!r} is neither true nor false")
+        raise SettingsError(f"USE_OPTIMIZED_MODELS={value!r} must be true or false")
     return value in ("true", "1")

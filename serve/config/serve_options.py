@@ -1,6 +1,6 @@
-"""The parts of a config file that are Ray Serve's own: which of them Dure takes, and why it refuses the others.
+"""Ray Serve's own options in a config file: which ones Dure accepts, and why it refuses the others.
 
-Serve itself takes some that Dure can't work with, and ignores keys that it does not know, such as misspelt ones.
+Serve accepts some options that Dure cannot work with, and ignores unknown keys, such as misspelt ones.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from serve.config.base import Strict, always, refused, unknown_name
 from serve.config.settings import Settings
 
 MOST_PER_NODE = 100
-"""Serve's own bound."""
+"""Serve's own limit."""
 ANCHORS = "x-"
-"""Keys of the file that begin so hold what aliases repeat, and nothing else looks at them."""
+"""Top-level keys with this prefix hold YAML anchors and are otherwise ignored."""
 
 FromArgs = Annotated[
     None, BeforeValidator(refused("Dure sets this from args: replicas, autoscaling, num_cpus, num_gpus, drain_s"))
 ]
-NoTls = Annotated[None, BeforeValidator(refused("Dure serves no TLS; put a proxy that does in front"))]
+NoTls = Annotated[None, BeforeValidator(refused("Dure serves no TLS; put a TLS proxy in front"))]
 
 
 def _runtime_env(env: dict[str, Any]) -> dict[str, Any]:
-    """As Ray takes it."""
-    from ray.runtime_env import RuntimeEnv  # here, because importing Ray takes a second and few files have one
+    """Check a runtime environment as Ray does."""
+    from ray.runtime_env import RuntimeEnv  # here, because importing Ray takes a second and few files need it
 
     unknown = [name for name in env if name not in RuntimeEnv.known_fields]
     if unknown:
@@ -52,7 +52,8 @@ class HttpOptions(Strict):
         None, BeforeValidator(refused("Dure answers at the root of its host; let the proxy in front strip a prefix"))
     ] = None
     request_timeout_s: Annotated[
-        None, BeforeValidator(refused("set it as applications[0].args.request_timeout_s, which streams know of, too"))
+        None,
+        BeforeValidator(refused("set it as applications[0].args.request_timeout_s, which also applies to streams")),
     ] = None
     ssl_keyfile: NoTls = None
     ssl_certfile: NoTls = None
@@ -79,14 +80,14 @@ class DeploymentOptions(Strict):
 class ApplicationOptions(Strict):
     """The one application of the file."""
 
-    name: Annotated[str, AfterValidator(always("dure", "the commands look for the application under this name"))] = (
-        Field(description="Always `dure`.")
+    name: Annotated[str, AfterValidator(always("dure", "commands find the application by this name"))] = Field(
+        description="Always `dure`."
     )
     route_prefix: Annotated[
         str,
         AfterValidator(always("/", "Dure answers at the root of its host; let a proxy in front strip a prefix")),
     ] = Field("/", description="Always `/`.")
-    import_path: Annotated[str, AfterValidator(always("serve.app:build", "it is what builds Dure"))] = Field(
+    import_path: Annotated[str, AfterValidator(always("serve.app:build", "this function builds Dure"))] = Field(
         description="Always `serve.app:build`."
     )
     args: Settings = Field(description="Dure's own settings.")
@@ -99,7 +100,7 @@ class ApplicationOptions(Strict):
         None, BeforeValidator(refused("set one for each model: args.models.NAME.autoscaling.policy"))
     ] = None
     external_scaler_enabled: Annotated[
-        None, BeforeValidator(refused("Dure scales its models by itself: args.models.NAME.autoscaling"))
+        None, BeforeValidator(refused("Dure scales its models itself: set args.models.NAME.autoscaling"))
     ] = None
 
     @model_validator(mode="after")
@@ -110,7 +111,7 @@ class ApplicationOptions(Strict):
             if name not in known:
                 raise ValueError(f"deployments.{number}.name: {unknown_name(name, 'deployment', known)}")
             if name in names[:number]:
-                raise ValueError(f"deployments.{number}.name: {name} is there twice")
+                raise ValueError(f"deployments.{number}.name: {name} is listed twice")
         return self
 
 
@@ -130,9 +131,9 @@ class FileOptions(Strict):
         None, BeforeValidator(refused("set it in the environment of `dure serve` or `ray start`"))
     ] = None
     tracing_config: Annotated[None, BeforeValidator(refused("Dure writes no traces"))] = None
-    target_capacity: Annotated[
-        None, BeforeValidator(refused("set the replicas that there are to be in applications[0].args"))
-    ] = None
+    target_capacity: Annotated[None, BeforeValidator(refused("set the number of replicas in applications[0].args"))] = (
+        None
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -146,5 +147,5 @@ class FileOptions(Strict):
     def _one_application(cls, data: Any) -> Any:
         found = data.get("applications") if isinstance(data, dict) else None
         if isinstance(found, list) and len(found) != 1:
-            raise ValueError(f"applications: Dure is one application, and here are {len(found)}")
+            raise ValueError(f"applications: Dure is one application, but the file lists {len(found)}")
         return data

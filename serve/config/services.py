@@ -1,4 +1,4 @@
-"""What a config file may say of the composed services."""
+"""Settings of the composed services in a config file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from serve.config.model import DAY_S, MOST_REPLICAS, MOST_WAITING, Cpus
 
 @dataclass(frozen=True)
 class ServiceEntry:
-    """A composed service, as the rest of Dure knows it."""
+    """A composed service as registered with the rest of Dure."""
 
     deployment: str
     """MODULE:CLASS of its deployment."""
     needs: tuple[str, ...]
-    """Tasks of the models that it calls. Without a model for each of them there is no such service."""
+    """Tasks of the models that it calls. The service is off unless there is a model for each."""
     routes: tuple[str, ...]
-    """Modules whose `router` has its endpoints."""
+    """Modules whose `router` has the service's endpoints."""
     endpoints: tuple[str, ...] = ()
-    """Shown once the server is ready."""
+    """Endpoints shown once the server is ready."""
 
 
 SERVICES: Mapping[str, ServiceEntry] = MappingProxyType(
@@ -44,7 +44,7 @@ SERVICES: Mapping[str, ServiceEntry] = MappingProxyType(
         ),
     }
 )
-"""Dure's own. Settings of a service stand in the config under its name."""
+"""Dure's own services. The config has a service's settings under its name."""
 
 
 class ServiceSettings(Strict):

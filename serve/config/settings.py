@@ -1,4 +1,4 @@
-"""The settings of Dure: `applications[0].args` of a config file, which is a Ray Serve config."""
+"""Dure's settings: `applications[0].args` of a config file, which is a Ray Serve config."""
 
 import os
 from typing import Annotated
@@ -25,9 +25,9 @@ from serve.config.services import (
 )
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""Of models and services."""
+"""Names of models and services."""
 ESCAPED_BYTES, OTHER_BYTES = 12, 4096
-"""Of JSON that a character may take, as \\ud83d\\ude00 does, and that all but a request's text may."""
+"""Most bytes of JSON per character, as in \\ud83d\\ude00, and for everything but the text of a request."""
 
 
 def _as_gpus(text: str) -> str:
@@ -38,7 +38,7 @@ def _as_gpus(text: str) -> str:
 class Limits(Strict):
     """Bounds on the size of requests. 1 MB is 2^20 bytes."""
 
-    max_body_mb: float = Field(  # replicas send each other at most 2 GiB
+    max_body_mb: float = Field(  # messages between replicas are at most 2 GiB
         25, ge=0.001, le=2000, description="Largest body of a request. Over it: 413."
     )
     max_bodies_mb: float = Field(
@@ -68,13 +68,13 @@ class Limits(Strict):
 
     @property
     def max_message_bytes(self) -> int:
-        """Of JSON with one text in it, every character escaped, and a few other fields."""
+        """Largest JSON message with one text, every character escaped, and a few other fields."""
         return ESCAPED_BYTES * self.max_text_chars + OTHER_BYTES
 
     @field_validator("max_image_megapixels")
     @classmethod
     def _no_more_than_models_take(cls, megapixels: float) -> float:
-        from deployments.images import MAX_MEGAPIXELS  # numpy and Pillow, which the command line does without
+        from deployments.images import MAX_MEGAPIXELS  # imports numpy and Pillow, which the CLI does not need
 
         if megapixels > MAX_MEGAPIXELS:
             raise ValueError(f"models take at most {MAX_MEGAPIXELS:g}")
@@ -157,7 +157,7 @@ class GuardSettings(Strict):
 class WebSocketSettings(Strict):
     """Bounds on WebSocket clients."""
 
-    max_connections: int = Field(  # an ingress replica has 4096 in all
+    max_connections: int = Field(  # an ingress replica has 4096 connections in all
         3000, ge=1, le=4096, description="Connections per ingress replica. Over it: close code 1013."
     )
     max_messages_per_s: float = Field(
@@ -216,36 +216,36 @@ class Settings(Strict):
         return found
 
     def entry(self, name: str) -> ServiceEntry:
-        """What is known of a service, Dure's or one of your own."""
+        """The registry entry of a service, Dure's or one of your own."""
         return self.services[name].entry if name in self.services else SERVICES[name]
 
     @property
     def active_services(self) -> list[str]:
-        """The services that have the models they need."""
+        """Names of the services whose models are configured."""
         tasks = {model.task for model in self.models.values()}
         return [name for name in (*SERVICES, *self.services) if tasks.issuperset(self.entry(name).needs)]
 
     @property
     def keeps_record(self) -> bool:
-        """Are there adverts to check?"""
+        """Whether the adverts service is active and keeps a record."""
         return "adverts" in self.active_services
 
     @property
     def own_cores(self) -> bool:
-        """Has this machine a core for every thread of every model that runs on the CPU?"""
+        """Whether this machine has a core for every thread of every model on the CPU."""
         cores = os.cpu_count() or 1
         replicas = ((model.threads or cores) * model.autoscaling.max_replicas for model in self.on_cpu.values())
         return sum(replicas) <= cores
 
     @property
     def on_cpu(self) -> dict[str, ModelSettings]:
-        """The models that use no GPU."""
+        """The models that run on the CPU."""
         return {
             name: model for name, model in self.models.items() if not model.gpu_share and not self.leaves_out(model)
         }
 
     def guard_of(self, model: ModelSettings | None) -> GuardSettings:
-        """What holds for a replica of the model, or for a process without one."""
+        """Guard settings for a replica of this model, or for a process without a model."""
         off: dict[str, None] = {}
         if model is None or not model.gpu_share:
             off["gpu_memory"] = None
@@ -254,14 +254,14 @@ class Settings(Strict):
         return self.guard.model_copy(update=off)
 
     def leaves_out(self, model: ModelSettings) -> bool:
-        """Is the model's share of a GPU to be worked out?"""
+        """Whether the model's GPU share is left out and must be worked out."""
         return self.gpus is not None and model.num_gpus is None
 
     @model_validator(mode="after")
     def _shares_of_spread_models(self) -> "Settings":
         spread = [name for name, model in self.models.items() if self.leaves_out(model) and model.device_map]
         if spread:
-            raise ValueError(f"{', '.join(spread)}: how many GPUs a device_map may use has to be said: num_gpus")
+            raise ValueError(f"{', '.join(spread)}: a model with device_map needs num_gpus, the number of GPUs to use")
         return self
 
     @model_validator(mode="after")
@@ -269,5 +269,5 @@ class Settings(Strict):
         own = {"ingress", *SERVICES}
         for kind, names, taken in (("models", self.models, own | set(self.services)), ("services", self.services, own)):
             if both := sorted(taken & set(names)):
-                raise ValueError(f"{kind} can't be named {', '.join(both)}: other deployments have that name")
+                raise ValueError(f"{kind} can't be named {', '.join(both)}: another deployment has that name")
         return self

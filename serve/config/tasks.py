@@ -1,4 +1,4 @@
-"""What a model can be for. Each task is one entry here; nothing else in Dure lists them."""
+"""The tasks that a model can have. Each task is one entry here, and nothing else in Dure lists them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Task:
     engine: str
     """MODULE:CLASS of the engine that runs such models."""
     endpoints: tuple[str, ...]
-    """Shown once the server is ready. `{name}` stands for the model's name."""
+    """Endpoints shown once the server is ready. `{name}` stands for the model's name."""
     example: tuple[str, str] | None = None
     """Path and JSON body of a request to try."""
     footprint: str = ""
-    """MODULE:FUNCTION that works out a replica's GPU memory; empty where nothing is known about it."""
+    """MODULE:FUNCTION that works out a replica's GPU memory. Empty if it is unknown."""
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -52,11 +52,11 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def task_of(name: str) -> Task:
-    """The task with this name. Any other name is MODULE:CLASS of an engine outside Dure."""
+    """The task with this name. An unknown name must be MODULE:CLASS of an engine outside Dure."""
     return TASKS.get(name) or Task(name, ("POST /v1/models/{name}/run",))
 
 
 def model_spec(name: str, task: str, source: str, **more: Any) -> ModelSpec:
-    """What a replica has to know about a model with this task; `more` are further fields of ModelSpec."""
+    """The spec of a model with this task. `more` are further fields of ModelSpec."""
     known = task_of(task)
     return ModelSpec(name, task, source, engine=known.engine, footprint=known.footprint, **more)

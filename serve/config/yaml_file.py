@@ -1,7 +1,7 @@
-"""YAML as a config file may be written: UTF-8 text in which no key is there twice.
+"""Reads the YAML of a config file strictly: UTF-8 text without duplicate keys.
 
-PyYAML keeps the last of two equal keys and says nothing, follows aliases however many values they make, and decodes by
-the byte order mark alone.
+PyYAML silently keeps the last of two equal keys, expands aliases without limit, and picks the encoding by the byte
+order mark alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from serve.failures import one_line
 
 MOST_BYTES = 512 * 2**10
 MOST_VALUES = 100_000
-"""With those that aliases repeat."""
+"""Most values, counting each repetition by an alias."""
 DEEPEST = 50
 LISTED = 1000
-"""Files of a folder that are looked at for a near name."""
+"""Most files of a folder that are searched for a similar name."""
 MERGE = "tag:yaml.org,2002:merge"
 CONTAINERS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
@@ -31,7 +31,7 @@ CONTAINERS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 def read_yaml(path: Path) -> object:
     """The document in a file: mappings, lists, text, finite or infinite numbers, booleans and None.
 
-    Raises SettingsError, in one line that names the file and, where there is one, the line at fault.
+    Raises SettingsError in one line that names the file and, if known, the line at fault.
     """
     text = _text(path)
     try:
@@ -68,8 +68,8 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
     if len(content) > MOST_BYTES:
-        raise SettingsError(f"{path}: a config file has at most {MOST_BYTES // 2**10} KiB")
-    end = content.find(b"\0")  # what UTF-16 makes of plain letters
+        raise SettingsError(f"{path}: a config file may have at most {MOST_BYTES // 2**10} KiB")
+    end = content.find(b"\0")  # UTF-16 has null bytes in plain letters
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,7 +80,7 @@ def _text(path: Path) -> str:
 
 
 def _nearest(path: Path) -> str:
-    """A hint at a file of a like name, beside the one that is missing or among the shipped ones."""
+    """A hint naming a similar file in the same folder or among the shipped configs. Empty if there is none."""
     files: dict[str, Path] = {}
     for folder in (ROOT / "configs", path.parent):
         try:
@@ -100,7 +100,7 @@ class _Loader(yaml.SafeLoader):
         self.values = 0
 
     def check(self, node: yaml.Node, *place: str) -> None:
-        """Raises SettingsError for a key that is there twice and for what no config file needs."""
+        """Raises SettingsError for duplicate keys and for YAML that no config file needs."""
         self.values += 1
         if self.values > MOST_VALUES:
             raise self._wrong(node, f"aliases make more than {MOST_VALUES:,} values")
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode):
             self._scalar(node, place)
         elif node.tag not in CONTAINERS:
-            raise self._wrong(node, f"{'.'.join(place)}: a config file has no {node.tag}")
+            raise self._wrong(node, f"{'.'.join(place)}: a config file can't contain {node.tag}")
         elif isinstance(node, yaml.MappingNode):
             self._mapping(node, place)
         else:
@@ -124,7 +124,8 @@ class _Loader(yaml.SafeLoader):
             key = name.value if name.tag == MERGE else self._scalar(name, place)
             here = (*place, str(key))
             if key in lines:
-                raise self._wrong(name, f"{'.'.join(here)} is there twice, first in line {lines[key]}; take one out")
+                first = lines[key]
+                raise self._wrong(name, f"{'.'.join(here)} is a duplicate key, first set in line {first}; remove one")
             lines[key] = name.start_mark.line + 1
             self.check(value, *here)
 

@@ -1,4 +1,4 @@
-"""Where a config's replicas go on GPUs, and whether they fit: `dure plan`."""
+"""Plans where a config's replicas go on GPUs, and whether they fit: `dure plan`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from serve.config.tasks import task_of
 from serve.planning.placement import TOLERANCE, Booking, Gpu, place
 
 STEP = 0.01
-"""Fractions are rounded up to it."""
+"""Shares are rounded up to a multiple of this."""
 DEFAULT_GPUS = "1x24GiB"
 
 
 @dataclass(frozen=True)
 class Need(Booking):
-    """What each of a model's replicas takes, too."""
+    """A booking, with the footprint of each replica."""
 
     footprint: Footprint
     spec: ModelSpec
 
     def least(self, gpu_bytes: float) -> float:
-        """The share that would do, rounded up."""
+        """The smallest sufficient share of a GPU of this size."""
         return least(self.footprint, gpu_bytes)
 
 
 def least(takes: Footprint, gpu_bytes: float) -> float:
-    """The share of a GPU that so much memory is, rounded up."""
+    """The smallest share of a GPU that holds the footprint, rounded up to STEP."""
     return round(math.ceil(takes.total / gpu_bytes / STEP - TOLERANCE) * STEP, 2)
 
 
@@ -44,11 +44,11 @@ class Plan:
     needs: Sequence[Booking]
     gpus: list[Gpu]
     problems: list[str]
-    """What does not fit, by how much, and what would make it fit."""
+    """One message per misfit: what does not fit, by how much, and what would make it fit."""
 
 
 def gpus_of(text: str) -> list[Gpu]:
-    """GPUs written as COUNTxSIZE, such as 2x24GiB. Raises SettingsError."""
+    """Parse GPUs written as COUNTxSIZE, such as 2x24GiB. Raises SettingsError."""
     try:
         gpus = Gpus.parse(text)
     except ValueError as error:
@@ -57,9 +57,9 @@ def gpus_of(text: str) -> list[Gpu]:
 
 
 def with_shares(settings: Settings) -> Settings:
-    """Gives each model that leaves its share out the least that will do, where the settings say what GPUs there are.
+    """Give each model that leaves out its share the smallest sufficient one, if the settings name the GPUs.
 
-    No weights are fetched for it. Raises SettingsError where a share can't be worked out, or is more than a GPU.
+    No weights are fetched. Raises SettingsError if a share cannot be worked out or is more than a whole GPU.
     """
     models = dict(settings.models)
     for name, model in settings.models.items():
@@ -71,7 +71,7 @@ def with_shares(settings: Settings) -> Settings:
             if need.booked > 1:
                 size = Gpus.parse(settings.gpus or "").memory_bytes
                 raise SettingsError(
-                    f"{name} takes {gib(need.footprint.total)}, and a GPU of gpus: {settings.gpus} has {gib(size)}; "
+                    f"{name} needs {gib(need.footprint.total)}, but a GPU of gpus: {settings.gpus} has {gib(size)}; "
                     f"{_remedy(need, size)}"
                 )
             models[name] = model.model_copy(update={"num_gpus": need.booked})
@@ -79,10 +79,9 @@ def with_shares(settings: Settings) -> Settings:
 
 
 def needs_of(settings: Settings) -> list[Booking]:
-    """What the models that use a GPU take; of an engine outside Dure, which may compute anything, what it books alone.
-    No weights are fetched for it.
+    """What the models on GPUs need. For an engine without a known footprint, only its booking. No weights are fetched.
 
-    Raises CheckpointError where one's config or headers can't be had.
+    Raises CheckpointError if a model's config or headers are unavailable.
     """
     return [
         Booking(name, model.autoscaling.max_replicas, model.gpu_share)
@@ -98,14 +97,14 @@ def _need(name: str, model: ModelSettings, settings: Settings) -> Need:
     try:
         takes = footprint(spec, described(model.source, model.revision))
     except CheckpointError as error:
-        raise CheckpointError(f"what {name} takes of a GPU can't be worked out: {error}") from error
+        raise CheckpointError(f"the GPU memory that {name} needs can't be worked out: {error}") from error
     worked_out = settings.leaves_out(model)
     booked = least(takes, Gpus.parse(settings.gpus or "").memory_bytes) if worked_out else model.gpu_share
     return Need(name, model.autoscaling.max_replicas, booked, takes, spec, worked_out=worked_out)
 
 
 def plan_for(settings: Settings, gpus: str | None) -> Plan:
-    """The plan on `gpus` instead of those that the settings name; shares that are left out are of these, too.
+    """The plan for `gpus`, or else for those in the settings. Shares that are left out refer to the same GPUs.
 
     Raises SettingsError and CheckpointError.
     """
@@ -116,7 +115,7 @@ def plan_for(settings: Settings, gpus: str | None) -> Plan:
 
 
 def plan(needs: Sequence[Booking], gpus: list[Gpu]) -> Plan:
-    """Place all replicas on the GPUs, and say what keeps any from it."""
+    """Place all replicas on the GPUs and list what does not fit."""
     size = min(gpu.memory_bytes for gpu in gpus)
     problems = [_overrun(need, size) for need in needs if isinstance(need, Need) and not need.worked_out]
     problems += [_homeless(each, number, gpus, size) for each, number in place(needs, gpus)]
@@ -124,35 +123,35 @@ def plan(needs: Sequence[Booking], gpus: list[Gpu]) -> Plan:
 
 
 def _overrun(need: Need, size: float) -> str | None:
-    """What is wrong where a model takes more than it books of GPUs of this size; None where it does not."""
+    """The problem if a model needs more than it books on GPUs of this size, else None."""
     used = need.gpus if need.spec.device_map else 1
     room = min(need.booked, used) * size
-    contexts = (used - 1) * need.footprint.context  # beside the one that is counted
+    contexts = (used - 1) * need.footprint.context  # the footprint counts one
     takes = need.footprint.total + contexts
     if takes <= room:
         return None
     books = f"{need.booked:g} of a GPU" if used == 1 else f"{used} GPUs"
     more = [f"num_gpus: {need.least(size):.2f}"] if used == 1 and takes <= size else []
     return (
-        f"{need.model} books {books}, {gib(room)}, and takes {gib(takes)}: {gib(takes - room)} too much; "
+        f"{need.model} books {books}, {gib(room)}, but needs {gib(takes)}: {gib(takes - room)} too much; "
         f"{_remedy(need, room - contexts, *more)}"
     )
 
 
 def _homeless(booking: Booking, number: int, gpus: list[Gpu], size: float) -> str:
-    """How much a replica lacks that found no place, and what would help."""
-    lack = f"{booking.model}, replica {number} of {booking.replicas}, has no place: it books "
+    """The problem of a replica that does not fit: how much memory it lacks, and what would help."""
+    lack = f"{booking.model}, replica {number} of {booking.replicas}, does not fit: it books "
     if booking.gpus > 1:
         empty = sum(gpu.free >= 1 - TOLERANCE for gpu in gpus)
         return f"{lack}{booking.gpus} whole GPUs; empty: {empty} of {len(gpus)}"
     left = max(gpu.free for gpu in gpus)
     lack += (
-        f"{gib(booking.booked * size)}, and the emptiest GPU has {gib(left * size)} left, "
+        f"{gib(booking.booked * size)}, but the emptiest GPU has {gib(left * size)} left, "
         f"{gib((booking.booked - left) * size)} too little"
     )
     if not isinstance(booking, Need):
         return lack
-    share = math.floor(left / STEP + TOLERANCE) * STEP  # as it can be booked
+    share = math.floor(left / STEP + TOLERANCE) * STEP  # rounded down to what can be booked
     if booking.least(size) <= share + TOLERANCE:
         return f"{lack}; it fits with num_gpus: {booking.least(size):.2f}"
     beside = "" if booking.worked_out else f", and num_gpus: {share:.2f}"
@@ -160,14 +159,15 @@ def _homeless(booking: Booking, number: int, gpus: list[Gpu], size: float) -> st
 
 
 def _remedy(need: Need, room: float, *remedies: str, beside: str = "") -> str:
-    """What would make the model fit into so many bytes: `remedies`, and the mildest change of it with what has to come
-    `beside` it.
+    """What would make the model fit into `room` bytes: the given `remedies`, and the mildest change of its settings.
+
+    `beside` is what that change needs in addition.
     """
     if change := _mildest(need, room):
         remedies = (*remedies, change + beside)
     if remedies:
         return f"it fits with {', or with '.join(remedies)}"
-    return f"nothing of its own makes it fit; it needs a GPU with {gib(need.footprint.total)} to spare"
+    return f"no setting of the model makes it fit; it needs a GPU with {gib(need.footprint.total)} free"
 
 
 def _mildest(need: Need, room: float) -> str | None:
@@ -179,7 +179,7 @@ def _mildest(need: Need, room: float) -> str | None:
 
 
 def _changes(spec: ModelSpec) -> Iterator[dict[str, Any]]:
-    """Of its settings, the mildest first."""
+    """Changes of a model's settings that save memory, mildest first."""
     smaller = {"fp32": ["fp16", "int8", "int4"], "int8": ["int4"], "int4": []}.get(spec.precision, ["int8", "int4"])
     precisions = smaller if spec.task == "vision" else []
     yield {"prefix_cache_mb": 0}

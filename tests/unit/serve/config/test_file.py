@@ -49,18 +49,18 @@ def refusal(tmp_path: Path, content: str | bytes) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (FILE + f"        first: {MODEL}\n", f", line {END + 1}: applications.0.args.models.first is there twice"),
-        (FILE + f"      models: {{a: {MODEL}}}\n", f", line {END + 1}: applications.0.args.models is there twice"),
-        (FILE + "      guard: {memory: 0.5}\n", f", line {END + 1}: applications.0.args.guard is there twice"),
-        (FILE + "http_options: {}\n", "http_options is there twice, first in line 1;"),
-        (FILE.replace("cpu: null", "cpu: null, cpu: 0.5"), "args.guard.cpu is there twice, first in line 6;"),
-        (FILE.replace("cpu: null", "cpu: null, 'cpu': 0.5"), "args.guard.cpu is there twice"),
-        (FILE + "        ? first\n        : {}\n", "args.models.first is there twice"),
-        (FILE.replace("port: 8000}", "port: 8000}\nx-a: [1, {b: 1, b: 2}]"), ", line 2: x-a.1.b is there twice"),
-        ("x-a: &a {task: embedding, task: rerank}\n" + FILE, ", line 1: x-a.task is there twice"),
-        (FILE + "        b: {<<: {source: a, source: b}}\n", "args.models.b.<<.source is there twice"),
-        ("x-a: &a {b: 1}\nx-c: {<<: *a, <<: *a}\n" + FILE, ", line 2: x-c.<< is there twice"),
-        ("x-a: {1: a, 0x1: b}\n" + FILE, ", line 1: x-a.1 is there twice"),
+        (FILE + f"        first: {MODEL}\n", f", line {END + 1}: applications.0.args.models.first is a duplicate key"),
+        (FILE + f"      models: {{a: {MODEL}}}\n", f", line {END + 1}: applications.0.args.models is a duplicate key"),
+        (FILE + "      guard: {memory: 0.5}\n", f", line {END + 1}: applications.0.args.guard is a duplicate key"),
+        (FILE + "http_options: {}\n", "http_options is a duplicate key, first set in line 1;"),
+        (FILE.replace("cpu: null", "cpu: null, cpu: 0.5"), "args.guard.cpu is a duplicate key, first set in line 6;"),
+        (FILE.replace("cpu: null", "cpu: null, 'cpu': 0.5"), "args.guard.cpu is a duplicate key"),
+        (FILE + "        ? first\n        : {}\n", "args.models.first is a duplicate key"),
+        (FILE.replace("port: 8000}", "port: 8000}\nx-a: [1, {b: 1, b: 2}]"), ", line 2: x-a.1.b is a duplicate key"),
+        ("x-a: &a {task: embedding, task: rerank}\n" + FILE, ", line 1: x-a.task is a duplicate key"),
+        (FILE + "        b: {<<: {source: a, source: b}}\n", "args.models.b.<<.source is a duplicate key"),
+        ("x-a: &a {b: 1}\nx-c: {<<: *a, <<: *a}\n" + FILE, ", line 2: x-c.<< is a duplicate key"),
+        ("x-a: {1: a, 0x1: b}\n" + FILE, ", line 1: x-a.1 is a duplicate key"),
     ],
 )
 def test_a_key_that_is_there_twice_is_named_with_its_line(tmp_path: Path, content: str, said: str) -> None:
@@ -97,11 +97,11 @@ def test_what_would_grow_without_end_is_refused(tmp_path: Path, content: str, sa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", ": a config file has `applications`"),
-        ("# nothing\n", ": a config file has `applications`"),
-        ("just text", ": a config file has `applications`"),
-        ("- a\n- b\n", ": a config file has `applications`"),
-        ("applications: []", ": a config file has `applications`"),
+        ("", ": a config file needs `applications`"),
+        ("# nothing\n", ": a config file needs `applications`"),
+        ("just text", ": a config file needs `applications`"),
+        ("- a\n- b\n", ": a config file needs `applications`"),
+        ("applications: []", ": a config file needs `applications`"),
         ("applications: {name: dure}", ": applications: has to be a list"),
         ("a: [", ", line 1: this is not YAML"),
         ("a:\n\tb: 1\n", ", line 2: this is not YAML"),
@@ -111,7 +111,7 @@ def test_what_would_grow_without_end_is_refused(tmp_path: Path, content: str, sa
         ("a: \x07\n", ": this is not YAML"),
         ("? {a: b}\n: c\n", ", line 1: : a key has to be text"),
         (FILE + "        b: {task: !!python/name:os.system , source: a}\n", f", line {END + 1}: this is not YAML"),
-        ("x-a: !!set {a, b}\n" + FILE, ", line 1: x-a: a config file has no tag:yaml.org,2002:set"),
+        ("x-a: !!set {a, b}\n" + FILE, ", line 1: x-a: a config file can't contain tag:yaml.org,2002:set"),
         (FILE + "        b: {revision: 2024-01-01}\n", "b.revision: '2024-01-01' is read as a date; put it in quotes"),
         (FILE + "        b: {revision: 2024-13-41}\n", "b.revision: '2024-13-41' can't be read; if it is text, put"),
         (FILE + f"        b: {{threads: {'9' * 5000}}}\n", "b.threads: '99999"),
@@ -259,7 +259,7 @@ APP = "applications__0__"
             "deployments.0.name: unknown deployment 'frist'; did you mean 'first'",
         ),
         (f"{APP}deployments", [{"name": "search"}], "deployments.0.name: unknown deployment 'search'"),
-        (f"{APP}deployments", [{"name": "first"}] * 2, "deployments.1.name: first is there twice"),
+        (f"{APP}deployments", [{"name": "first"}] * 2, "deployments.1.name: first is listed twice"),
         (
             f"{APP}deployments",
             [{"name": "first", "num_replicas": 2}],
@@ -279,7 +279,7 @@ def test_what_serve_would_take_and_dure_can_not_run_is_refused_by_its_path(place
 def test_one_application_is_served() -> None:
     made = document()
     made["applications"] *= 2
-    with pytest.raises(SettingsError, match="Dure is one application, and here are 2"):
+    with pytest.raises(SettingsError, match="Dure is one application, but the file lists 2"):
         checked(Path("a.yaml"), made)
 
 

@@ -215,17 +215,17 @@ def test_a_model_over_several_gpus_takes_empty_ones() -> None:
 
 def test_a_model_over_several_gpus_that_finds_too_few_empty_ones_is_refused() -> None:
     made = planning.plan([spread(2, 12, replicas=2)], planning.gpus_of("3x10GiB"))
-    assert made.problems == ["spread, replica 2 of 2, has no place: it books 2 whole GPUs; empty: 1 of 3"]
+    assert made.problems == ["spread, replica 2 of 2, does not fit: it books 2 whole GPUs; empty: 1 of 3"]
     [problem] = planning.plan([spread(2, 20)], planning.gpus_of("2x10GiB")).problems
-    assert "spread books 2 GPUs, 18.19 GiB, and takes 20.00 GiB" in problem
+    assert "spread books 2 GPUs, 18.19 GiB, but needs 20.00 GiB" in problem
     [problem] = planning.plan([need("one", 2, 12)], planning.gpus_of("2x10GiB")).problems
-    assert "one books 2 of a GPU, 9.09 GiB, and takes 12.00 GiB" in problem, "without a device_map it has one device"
+    assert "one books 2 of a GPU, 9.09 GiB, but needs 12.00 GiB" in problem, "without a device_map it has one device"
 
 
 def test_what_takes_more_than_it_books_is_refused_with_what_would_help() -> None:
     made = planning.plan([need("greedy", 0.1, 2)], planning.gpus_of("1x10GiB"))
     [problem] = made.problems
-    assert "greedy books 0.1 of a GPU, 0.91 GiB, and takes 2.00 GiB: 1.09 GiB too much" in problem
+    assert "greedy books 0.1 of a GPU, 0.91 GiB, but needs 2.00 GiB: 1.09 GiB too much" in problem
     assert "; it fits with num_gpus: 0.22, or with prefix_cache_mb: 0" in problem
 
 
@@ -248,13 +248,13 @@ def test_all_cents_that_are_left_are_offered(taken: float) -> None:
 
 def test_where_nothing_is_left_nothing_is_offered() -> None:
     made = planning.plan([need("a", 1, 1), need("b", 0.2, 1)], planning.gpus_of("1x10GiB"))
-    assert made.problems[0].endswith("; nothing of its own makes it fit; it needs a GPU with 1.00 GiB to spare")
+    assert made.problems[0].endswith("; no setting of the model makes it fit; it needs a GPU with 1.00 GiB free")
 
 
 def test_what_has_no_place_is_refused_by_how_much() -> None:
     made = planning.plan([need("a", 0.6, 1), need("b", 0.6, 1)], planning.gpus_of("1x10GiB"))
     [problem] = made.problems
-    assert "b, replica 1 of 1, has no place" in problem
+    assert "b, replica 1 of 1, does not fit" in problem
     assert "1.82 GiB too little" in problem
 
 
@@ -318,7 +318,7 @@ def test_twelve_models_without_shares_find_their_places_on_two_large_gpus(
 def test_twelve_models_on_one_large_gpu_say_what_would_help(hub: Path) -> None:
     run = dure_plan(hub, "--config", str(TWELVE), "--gpus", "1x80GiB")
     assert run.returncode == 1
-    [vision] = [line for line in run.stderr.splitlines() if line.startswith("vision, replica 3 of 3, has no place")]
+    [vision] = [line for line in run.stderr.splitlines() if line.startswith("vision, replica 3 of 3, does not fit")]
     assert "it fits with precision: int4, max_batch_items: 2, max_batch_tokens: 2048, prefix_cache_mb: 0" in vision
 
 

@@ -127,7 +127,7 @@ def test_an_engine_outside_dure_has_the_place_that_it_books(tmp_path: Path, monk
     assert "[own 80%]" in run.output
     assert "[reranker 25%]" in run.output
     [problem] = plan_for(settings(None, own=own | {"autoscaling": {"max_replicas": 2}}), "1x24GiB").problems
-    assert problem.startswith("own, replica 2 of 2, has no place")
+    assert problem.startswith("own, replica 2 of 2, does not fit")
     assert problem.endswith("too little")
 
 
@@ -138,7 +138,9 @@ def test_a_plan_names_the_models_that_use_no_gpu() -> None:
 
 
 def test_what_can_not_be_had_is_named() -> None:
-    with pytest.raises(SettingsError, match=r"m takes of a GPU can't be worked out: .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        SettingsError, match=r"the GPU memory that m needs can't be worked out: .* HF_HUB_OFFLINE is set"
+    ):
         with_shares(settings(GPUS, m=FROM_HUB))
     for source in ("demo/nowhere/at/all", "package:nowhere/at/all", "serve/routes"):
         with pytest.raises(SettingsError, match=r"no folder|not installed|config"):
@@ -147,15 +149,15 @@ def test_what_can_not_be_had_is_named() -> None:
 
 def test_more_than_a_gpu_is_refused_with_what_would_help() -> None:
     greedy = RERANKER | {"max_batch_tokens": 2**20}
-    with pytest.raises(SettingsError, match=r"m takes .* GiB, and a GPU of gpus: 1x1GiB has 0.91 GiB; it fits with"):
+    with pytest.raises(SettingsError, match=r"m needs .* GiB, but a GPU of gpus: 1x1GiB has 0.91 GiB; it fits with"):
         with_shares(settings("1x1GiB", m=greedy))
     [problem] = plan_for(settings("1x1GiB", m=greedy), None).problems
-    assert "has no place" in problem
+    assert "does not fit" in problem
     assert "num_gpus" not in problem
 
 
 def test_a_model_over_several_gpus_says_how_many() -> None:
-    with pytest.raises(ValueError, match="m: how many GPUs a device_map may use has to be said"):
+    with pytest.raises(ValueError, match="m: a model with device_map needs num_gpus"):
         settings(GPUS, m=RERANKER | {"device_map": "auto"})
 
 
