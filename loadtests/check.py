@@ -13,7 +13,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from loadtests.load import texts
 from loadtests.servers import Server
 
-IN_FLIGHT = 32
+IN_FLIGHT = 16
 WAVES = 3
 MIN_COSINE = 0.99
 MIN_RANK_CORRELATION = 0.97

@@ -192,7 +192,8 @@ def test_a_figure_does_not_hide_that_another_replica_failed() -> None:
 def test_a_client_sees_it_for_each_replica() -> None:
     of = [replace(at("ready"), gpu=USE), at("ready", "on a cpu")]
     watch = SimpleNamespace(of=lambda name: of, state=lambda name: "ready")
-    graph: Any = SimpleNamespace(models={"m": SimpleNamespace(task="rerank")}, watch=watch)
+    models = {"m": SimpleNamespace(task="rerank")}
+    graph: Any = SimpleNamespace(models=models, named=models.get, watch=watch)
     told = asyncio.run(get_model("m", graph))
     assert [replica["gpu"] for replica in told["replicas"]] == [
         {"share": 0.1, "share_mb": 1000, "planned_mb": 500, "used_mb": 600, "over_share": False},

