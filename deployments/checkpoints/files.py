@@ -20,7 +20,10 @@ JSON = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("preprocessor_config.json", "processor_config.json", "chat_template.json"),
-    *(MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *(MODULES, "config_sentence_transformers.json", "router_config.json"),
+    *("wordembedding_config.json", "whitespacetokenizer_config.json"),
+    *(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert")),
+    *("sentence_xlm-roberta_config.json", "sentence_xlnet_config.json"),
 )
 READ = (*JSON, "vocab.txt", "merges.txt", "*.model", "*.jinja", "model*.safetensors", "pytorch_model*.bin")
 

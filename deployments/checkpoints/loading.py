@@ -108,6 +108,10 @@ def _complete(
     try:
         with _watched(folder, progress), reports() as found:
             model = load(**options)
+    except (TypeError, AttributeError, LookupError, ZeroDivisionError, AssertionError, ImportError) as error:
+        if "quantization_config" in options:
+            raise
+        raise _unreadable(folder, error) from error
     except (ValueError, RuntimeError) as error:
         of_checkpoint = (
             "state_dict" in str(error) if isinstance(error, RuntimeError) else "quantization_config" not in options

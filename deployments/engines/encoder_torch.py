@@ -46,6 +46,8 @@ def load(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress, 
     facts = replace(facts, fallback_reason=reasons or None)
     _check(model, output, folder)
     if not _runs_on_tokens(model):
+        if output == "scores":
+            raise CheckpointError(f"the cross-encoder in {folder} has modules or settings that are not supported")
         return ReferenceEncoder(model, facts, _prompts(model))
     forward = TorchForward(Rows(model, output))
     inputs = _input_spec(model, forward, folder)
@@ -89,6 +91,8 @@ class TorchForward:
     def __call__(self, batch: Arrays) -> np.ndarray:
         rows = self.model(**{name: torch.from_numpy(array).to(self.device) for name, array in batch.items()})
         array: np.ndarray = rows.float().cpu().numpy()
+        if not np.isfinite(array).all():
+            raise RuntimeError("the model's answer is not a number")
         return array
 
 
@@ -163,11 +167,19 @@ def _runs_on_tokens(model: Any) -> bool:
     encoder, *others = model
     if not isinstance(encoder, Transformer) or not {"text", "message"} & set(encoder.modality_config):
         return False
+    if "message" not in encoder.modality_config and _has_own_lengths(encoder):
+        return False
     weighted = any(
         isinstance(module, Pooling) and not module.include_prompt and "weightedmean" in module.pooling_mode
         for module in others
     )
     return all(isinstance(module, BATCHED) for module in others) and not (weighted and _prompts(model).all)
+
+
+def _has_own_lengths(encoder: Transformer) -> bool:
+    """Whether the checkpoint has settings of sentence-transformers for its texts, beside their greatest length."""
+    named = {"text", "common"} & {name for name, given in encoder.processing_kwargs.items() if given}
+    return bool(named or encoder.query_length or encoder.document_length or encoder.query_expansion)
 
 
 def _is_causal(model: Any) -> bool:

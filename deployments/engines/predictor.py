@@ -84,6 +84,9 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Predictor:
         progress.tokenizer()
         tokenizer = _tokenizer(folder)
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if masked := [name for name in config.get("architectures") or [] if name.endswith("MaskedLM")]:
+            raise CheckpointError(f"next_word needs a causal language model; the one in {folder} is a {masked[0]}")
         build = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
         model, facts = load_model(build, folder, spec.precision, progress, _probed)
         if _positions(model) < MAX_WORD_TOKENS:
@@ -96,10 +99,9 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
         self.run([self.prepare(Prompt("오늘 날씨가")), self.prepare(Prompt(""))])
 
     def prepare(self, request: Prompt) -> Prefix:
-        text, most = request.text, CHARS_PER_TOKEN * self.max_input_tokens
-        if len(text) > most:
-            text = text[-most:].partition(" ")[2] or text[-most:]
-        words = text.rstrip()
+        words = request.text.rstrip()
+        begins_word = len(words) < len(request.text) or not words
+        words = words[-CHARS_PER_TOKEN * self.max_input_tokens :]
         ids = self.tokenizer.encode(words, add_special_tokens=False)[-self.max_input_tokens :] if words else []
         unknown = next((id for id in ids if id >= self.rows), None)
         if unknown is not None:
@@ -107,7 +109,7 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
                 f"token {self.tokens[unknown]!r} has id {unknown}, for which the checkpoint has no embedding: there "
                 f"are {self.rows}"
             )
-        return Prefix(ids or [self.tokenizer.bos_token_id], len(words) < len(text) or not words, request)
+        return Prefix(ids or [self.tokenizer.bos_token_id], begins_word, request)
 
     def cost(self, item: Prefix) -> int:
         return len(item.ids)

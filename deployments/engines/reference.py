@@ -122,4 +122,6 @@ class ReferenceEncoder:
                 found = np.zeros((len(items), vectors.shape[1]), np.float32)
             found[places] = vectors
         assert found is not None
+        if not np.isfinite(found).all():
+            raise RuntimeError("the model's answer is not a number")
         return found

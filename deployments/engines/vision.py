@@ -108,13 +108,32 @@ class Vision(Stepping[Question, Seen, Look]):
         placement = Placement(spec.device_map, spec.max_memory)
         probe = functools.partial(_probed, processor)
         model, facts = load_model(build, folder, spec.precision, progress, probe, quantise=True, placement=placement)
-        return cls(model, processor, facts, int(spec.prefix_cache_mb * 2**20))
+        engine = cls(model, processor, facts, int(spec.prefix_cache_mb * 2**20))
+        engine._require_whole_images(folder)
+        return engine
 
     def warm_up(self) -> None:
+        self.run([self._example()])
+
+    def _example(self) -> Seen:
         picture = io.BytesIO()
         Image.new("RGB", (64, 64), "white").save(picture, "PNG")
         schema = json.dumps({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]})
-        self.run([self.prepare(Question(picture.getvalue(), "Is it white?", schema))])
+        return self.prepare(Question(picture.getvalue(), "Is it white?", schema))
+
+    @torch.inference_mode()
+    def _require_whole_images(self, folder: Path) -> None:
+        """Raises CheckpointError if the prompt has no place for some of an image, or for more than there is of it."""
+        if self.room <= 0:
+            raise CheckpointError(f"the model in {folder} has no positions beside the {MAX_ANSWER_TOKENS} of an answer")
+        example = self._example()
+        [image] = self._images([self.begin(example)])
+        if (tokens := example.ids.count(self.image_id)) != len(image):
+            raise CheckpointError(
+                f"the model in {folder} makes {len(image)} features of an image, but its processor {tokens} tokens; "
+                "image_token_index, patch_size, num_additional_image_tokens and vision_feature_select_strategy of "
+                "config.json and processor_config.json have to agree"
+            )
 
     def prepare(self, request: Question) -> Seen:
         image = decode(request.image)

@@ -133,7 +133,7 @@ class _Loader(yaml.SafeLoader):
         where = f"{'.'.join(place)}: {node.value[:60]!r}"
         try:
             value: object = self.construct_object(node)
-        except ValueError as error:  # such as a date with a 13th month
+        except (ValueError, LookupError, AttributeError) as error:  # such as a date with a 13th month
             raise self._wrong(node, f"{where} can't be read; if it is text, put it in quotes") from error
         if not isinstance(value, str | int | float | None):
             raise self._wrong(node, f"{where} is read as a {type(value).__name__}; put it in quotes")

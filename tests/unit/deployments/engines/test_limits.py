@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,49 @@ def test_no_client_gets_anothers_answer_whatever_impossible_items_are_sent(threa
     for each in clients:
         each.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_weights_that_are_no_numbers_are_never_an_answer(runtime: Any, tmp_path: Path) -> None:
+    def spoilt(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+        weights[name][0, 0] = torch.nan
+        return weights
+
+    folder = checkpoints.with_weights(checkpoints.MINILM, tmp_path / "spoilt", spoilt)
+    with pytest.raises((CheckpointError, RuntimeError), match=r"not a number|fails on"):
+        load("embedding", folder, runtime).warm_up()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"query_length": 8},
+        {"document_length": 12},
+        {"processing_kwargs": {"text": {"max_length": 12}}},
+        {"processing_kwargs": {"text": {"add_special_tokens": False}}},
+    ],
+)
+def test_a_checkpoints_own_settings_for_texts_are_heeded(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = checkpoints.with_prompts(tmp_path / "model", {})
+    checkpoints.edit(folder / "sentence_bert_config.json", **settings)
+    model, engine = SentenceTransformer(str(folder), device="cpu"), load("embedding", folder, "torch")
+    text = "The deposit is returned within 14 days. " * 9
+    kinds: list[tuple[Any, np.ndarray]] = [
+        (None, model.encode([text])),
+        ("query", model.encode_query([text])),
+        ("document", model.encode_document([text])),
+    ]
+    for input_type, expected in kinds:
+        found = engine.run([engine.prepare(Text(text, input_type=input_type))]).vectors
+        assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_graphs_of_folders_that_differ_in_an_old_limit_are_not_shared(tmp_path: Path) -> None:
+    found = []
+    for limit in (16, 100):
+        folder = checkpoints.with_prompts(tmp_path / str(limit), {})
+        (folder / "sentence_bert_config.json").unlink(missing_ok=True)
+        (folder / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": limit}), encoding="utf-8")
+        found.append(len(load("embedding", folder, "openvino").prepare(Text("a " * 300)).ids))
+    assert found == [16, 100]

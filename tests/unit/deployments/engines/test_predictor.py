@@ -6,6 +6,7 @@ import errno
 import functools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from deployments.load_progress import LoadProgress
 from deployments.messages import Prompt, Word
 from deployments.spec import CheckpointError
 from serve.config.tasks import model_spec
+from tests import checkpoints
 
 PROMPTS = 200
 
@@ -245,3 +247,20 @@ def test_sequences_are_read_as_the_model_reads_them_with_fewer_heads_for_keys_an
                 halves[sequences.index(turn.sequence)].append(hidden)
     for row, parts in zip(expected, halves, strict=True):
         assert torch.allclose(torch.cat(parts), row, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t "])
+def test_space_after_a_text_does_not_push_it_out(predictor: Predictor, space: str) -> None:
+    first, second = ask(predictor, Prompt("오늘 날씨가" + space), Prompt("오늘 날씨가" + space * 2100))
+    assert [word.text for word in first] == [word.text for word in second]
+
+
+def test_a_text_without_spaces_keeps_its_end(predictor: Predictor) -> None:
+    assert len(predictor.prepare(Prompt("가" * 2060 + " 오늘")).ids) == predictor.max_input_tokens
+
+
+def test_a_masked_language_model_is_refused(tmp_path: Path) -> None:
+    folder = checkpoints.copy(checkpoints.NEXT_WORD, tmp_path / "masked")
+    checkpoints.edit(folder / "config.json", architectures=["XLMRobertaForMaskedLM"])
+    with pytest.raises(CheckpointError, match=r"causal language model.*XLMRobertaForMaskedLM"):
+        load_engine(model_spec("m", "next_word", str(folder), precision="fp32"), LoadProgress(lambda _: None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from deployments.engines.vision import Look, Vision
 from deployments.images import decode
 from deployments.load_progress import LoadProgress
 from deployments.messages import Answer, Question, Refusal
-from deployments.spec import ItemError
+from deployments.spec import CheckpointError, ItemError
 from serve.config.tasks import model_spec
 from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
+from tests import checkpoints
 from tests.dure import ROOT
 from tests.pictures import encoded, polyglot
 
@@ -203,3 +205,20 @@ def test_an_answer_near_its_limit_is_brought_to_an_end(vision: Vision) -> None:
     assert isinstance(look.result, Answer), look.result
     assert set(json.loads(look.result.json)) == set(fields)
     assert 380 < look.result.tokens <= 512
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"image_token_index": 1400}),
+        ("processor_config.json", {"num_additional_image_tokens": 0}),
+        ("processor_config.json", {"patch_size": 24}),
+    ],
+)
+def test_a_processor_that_has_no_place_for_all_of_an_image_is_refused(
+    file: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = checkpoints.copy(checkpoints.VISION, tmp_path / "model")
+    checkpoints.edit(folder / file, **change)
+    with pytest.raises(CheckpointError, match="features of an image"):
+        load_engine(model_spec("m", "vision", str(folder), precision="fp32"), LoadProgress(lambda _: None))
