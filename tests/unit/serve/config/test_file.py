@@ -114,6 +114,8 @@ def test_what_would_grow_without_end_is_refused(tmp_path: Path, content: str, sa
         ("x-a: !!set {a, b}\n" + FILE, ", line 1: x-a: a config file can't contain tag:yaml.org,2002:set"),
         (FILE + "        b: {revision: 2024-01-01}\n", "b.revision: '2024-01-01' is read as a date; put it in quotes"),
         (FILE + "        b: {revision: 2024-13-41}\n", "b.revision: '2024-13-41' can't be read; if it is text, put"),
+        (FILE + "        b: {threads: !!int ''}\n", "b.threads: '' can't be read"),
+        (FILE + "        b: {threads: !!bool maybe}\n", "b.threads: 'maybe' can't be read"),
         (FILE + f"        b: {{threads: {'9' * 5000}}}\n", "b.threads: '99999"),
         (FILE.replace("cpu: null", "cpu: !!binary aGk="), "args.guard.cpu: 'aGk=' is read as a bytes"),
     ],
