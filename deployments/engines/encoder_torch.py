@@ -24,6 +24,7 @@ from deployments.engines.inputs import DOCUMENT, QUERY, Arrays, Encoded, InputSp
 from deployments.engines.limits import positions
 from deployments.engines.reference import ReferenceEncoder, ReferenceTokenizer
 from deployments.engines.tokens import TextTokenizer, frame_of_pairs
+from deployments.engines.torch_forward import Rows, TorchForward, is_causal
 from deployments.load_progress import LoadProgress
 from deployments.spec import CheckpointError, ModelSpec
 
@@ -77,60 +78,6 @@ def convert(output: Output, folder: Path, precision: str, progress: LoadProgress
     )
 
 
-class TorchForward:
-    """A pass in torch, by one thread at a time."""
-
-    parallel = 1
-    multiple = 1
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
-
-    @torch.inference_mode()
-    def __call__(self, batch: Arrays) -> np.ndarray:
-        rows = self.model(**{name: torch.from_numpy(array).to(self.device) for name, array in batch.items()})
-        array: np.ndarray = rows.float().cpu().numpy()
-        if not np.isfinite(array).all():
-            raise RuntimeError("the model's answer is not a number")
-        return array
-
-
-class Rows(nn.Module):
-    """All modules of a sentence-transformers model, from padded ids to the rows named by `output`."""
-
-    def __init__(self, model: Any, output: Output) -> None:
-        super().__init__()
-        self.model = model
-        self.output = output
-        transformer = model[0]
-        self.fixed: dict[str, Any] = {"modality": "message" if "message" in transformer.modality_config else "text"}
-        if transformer.transformer_task == "text-generation":
-            self.fixed["logits_to_keep"] = 1
-        self.counts_positions = _is_causal(model) and "position_ids" in transformer._declared_forward_params
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-        pooling_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        features = self.fixed | {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None:
-            features["token_type_ids"] = token_type_ids
-        if self.counts_positions:  # count from each item's first token, not from the padding
-            features["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        encoder, *others = self.model
-        features = encoder(features)
-        if pooling_mask is not None:
-            features["attention_mask"] = pooling_mask
-        for module in others:
-            features = module(features)
-        rows: torch.Tensor = features[self.output]
-        return rows
-
-
 def _build(output: Output, folder: Path, **model_kwargs: Any) -> Any:
     library = SentenceTransformer if output == "sentence_embedding" else CrossEncoder
     return library(str(folder), device="cpu", model_kwargs=model_kwargs, local_files_only=True)
@@ -182,10 +129,6 @@ def _has_own_lengths(encoder: Transformer) -> bool:
     return bool(named or encoder.query_length or encoder.document_length or encoder.query_expansion)
 
 
-def _is_causal(model: Any) -> bool:
-    return bool(model[0].transformer_task == "text-generation")
-
-
 def _prompts(model: Any) -> Prompts:
     """The prompts that sentence-transformers' `encode`, `encode_query`, `encode_document` or `predict` would choose."""
     texts: dict[str, str] = dict(model.prompts)
@@ -221,7 +164,7 @@ def _input_spec(model: Any, forward: Callable[[Arrays], np.ndarray], folder: Pat
         max_tokens=int(min(tokenizer.model_max_length, positions(encoder), 2**31 - 1)),
         rows=encoder.get_input_embeddings().num_embeddings,
         pad_id=tokenizer.pad_token_id or 0,
-        pads_left=_is_causal(model),
+        pads_left=is_causal(model),
         segments="token_type_ids" in tokenizer.model_input_names,
         cuts_left=tokenizer.truncation_side == "left",
         splits_specials=tokenizer.split_special_tokens,

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 from deployments.checkpoints.sources import ROOT, resolve
 from deployments.engines.embedder import Embedder
-from deployments.engines.encoder_torch import TorchForward
 from deployments.engines.inputs import Encoded, InputSpec
 from deployments.engines.openvino import OpenVinoForward
 from deployments.engines.reranker import Reranker
 from deployments.engines.tokens import TextTokenizer
+from deployments.engines.torch_forward import TorchForward
 from deployments.load_progress import LoadProgress
 from deployments.messages import Pair, Text, sigmoid
 from deployments.spec import ItemError, ModelSpec
