@@ -47,6 +47,19 @@ class Measure:
     failed: int = 0
 
 
+@dataclass(frozen=True)
+class Responses:
+    """One run of wrk. `failed` counts statuses other than 200 and requests without an answer."""
+
+    count: int
+    per_s: float
+    p50_ms: float
+    p99_ms: float
+    refusals_p99_ms: float
+    """The p99 of failed requests, if all of these were faster than any that was answered."""
+    failed: int
+
+
 def texts(count: int, shortest: int, longest: int, seed: int, words: Path = WORDS_FILE) -> list[str]:
     """Seeded texts of `shortest` to `longest` words."""
     draw, known = random.Random(seed), words.read_text(encoding="utf-8").split()
@@ -70,17 +83,15 @@ def load(url: str, body: str, workload: Workload, seconds: int) -> Measure:
 
 
 def _wrk(url: str, body: str, workload: Workload, seconds: int) -> Measure:
-    requests, rate, p50, p99, failed = wrk(url, body, workload, seconds)
-    answered = rate * max(requests - failed, 0) / max(requests, 1)
+    found = wrk(url, body, workload, seconds)
+    answered = found.per_s * max(found.count - found.failed, 0) / max(found.count, 1)
     if not answered:
-        return Measure(0, 0, failed=failed)
-    return Measure(answered * workload.items, answered, p50, p99, failed)
+        return Measure(0, 0, failed=found.failed)
+    return Measure(answered * workload.items, answered, found.p50_ms, found.p99_ms, found.failed)
 
 
-def wrk(url: str, body: str, workload: Workload, seconds: int) -> tuple[int, float, float, float, int]:
-    """Run wrk. Returns the responses, those per second, the p50 and p99 of their latency in ms, and how many of them
-    were not a 200.
-    """
+def wrk(url: str, body: str, workload: Workload, seconds: int) -> Responses:
+    """Run wrk for `seconds`, without warming up."""
     command = ["wrk", "-t1", f"-c{workload.clients}", f"-d{seconds}s", "--timeout", "30s"]
     command += ["-s", str(HERE / "fresh.lua"), url, "--", body]
     command += [str(workload.words), str(workload.shortest), str(workload.longest)]
@@ -88,5 +99,6 @@ def wrk(url: str, body: str, workload: Workload, seconds: int) -> tuple[int, flo
         command, capture_output=True, text=True, timeout=seconds + PATIENCE_S, check=True, encoding="utf-8"
     )
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
-    requests, microseconds, p50, p99, failed = line.split()[1:]
-    return int(requests), int(requests) / int(microseconds) * 1e6, float(p50), float(p99), int(failed)
+    count, microseconds, p50, p99, refusals_p99, failed = line.split()[1:]
+    per_s = int(count) / int(microseconds) * 1e6
+    return Responses(int(count), per_s, float(p50), float(p99), float(refusals_p99), int(failed))

@@ -10,12 +10,13 @@ import argparse
 import asyncio
 import statistics
 import threading
+from dataclasses import astuple
 from typing import Any
 
 import aiohttp
 
 from loadtests import servers
-from loadtests.load import Workload, texts, wrk
+from loadtests.load import Responses, Workload, texts, wrk
 from loadtests.report import machine
 
 CLIENTS = 100
@@ -46,9 +47,12 @@ def main() -> None:
         finally:
             over.set()
             filling.join()
-    responses, rate, p50, p99, refused = (statistics.median(column) for column in zip(*rounds, strict=True))
+    middle = Responses(*(statistics.median(column) for column in zip(*map(astuple, rounds), strict=True)))
     print(f"{machine()}: {CLIENTS} clients at a full queue, medians of {options.rounds} rounds of {options.seconds} s")
-    print(f"{refused / responses:.0%} refused, {rate:.0f} responses/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+    print(
+        f"{middle.failed / middle.count:.1%} refused, {middle.per_s:.0f} responses/s, p50 {middle.p50_ms:.1f} ms, "
+        f"p99 of the refusals {middle.refusals_p99_ms:.1f} ms, of all {middle.p99_ms:.1f} ms"
+    )
 
 
 async def fill(url: str, over: threading.Event) -> None:
