@@ -21,11 +21,11 @@ class Shares:
 
     def __init__(self) -> None:
         self.of: dict[Any, tuple[list[int], list[int]]] = {}
-        """By owner: places among its requests, and the rows of their results here."""
+        """By owner: what it knows its requests by, and the rows of their results here."""
 
-    def add(self, owner: Any, place: int, row: int) -> None:
-        places, rows = self.of.setdefault(owner, ([], []))
-        places.append(place)
+    def add(self, owner: Any, request: int, row: int) -> None:
+        requests, rows = self.of.setdefault(owner, ([], []))
+        requests.append(request)
         rows.append(row)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ class Requests:
     timeouts_s: list[float]
     """Seconds within which each request must begin to run."""
     numbers: list[int]
-    """Number of each request. A later call takes requests back by number."""
+    """Of each request: what its answer refers to it by. A later call takes requests back by number."""
     taken_back: list[int] = field(default_factory=list)
     """Numbers of requests in earlier calls that nobody waits for any more."""
     followed: list[int] = field(default_factory=list)
@@ -26,6 +26,11 @@ class Requests:
     """Items the caller still holds back."""
     caller: str = ""
     """Identifies the sending queue. Each process has one queue per model."""
+
+    def one_by_one(self) -> Iterator[Requests]:
+        """The same requests, each in a call of its own."""
+        for item, timeout_s, number in zip(self.items, self.timeouts_s, self.numbers, strict=True):
+            yield replace(self, items=[item], timeouts_s=[timeout_s], numbers=[number])
 
 
 @dataclass(frozen=True)
@@ -179,17 +184,22 @@ class News:
 
 @dataclass(frozen=True)
 class Piece:
-    """Answers to some requests of a call. `results` are for the requests at `places`, in that order."""
+    """Answers to some requests of a call, by the requests' numbers."""
 
-    places: Sequence[int]
+    numbers: Sequence[int]
+    """Of the requests that `results` are for, in that order."""
     results: Any
     refusals: dict[int, Refusal]
-    """By the request's place in the call."""
     news: dict[int, News] = field(default_factory=dict)
-    """Progress of followed requests without an answer yet, by place."""
+    """Progress of followed requests without an answer yet."""
+
+    @property
+    def answered(self) -> list[int]:
+        """Numbers of the requests that this answers."""
+        return [*self.numbers, *self.refusals]
 
     def __len__(self) -> int:
-        return len(self.places) + len(self.refusals)
+        return len(self.numbers) + len(self.refusals)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class AnsweringCall:
         await self.handle.may.wait()
         items = self.requests.items
         self.handle.asked += items
-        yield Piece(range(len(items)), self.handle.results(items), {})
+        yield Piece(self.requests.numbers, self.handle.results(items), {})
 
     def cancel(self) -> None:
         pass

@@ -59,18 +59,18 @@ class Batcher:
         """Yield the items' results as they arrive. Items that are already Refusals are passed through.
 
         An item that has not started within its timeout is refused. An item whose caller has gone is never run.
-        `take_back` identifies items by their `numbers`. Items whose numbers are in `followed` get progress updates.
+        Results and `take_back` identify items by their `numbers`. Those in `followed` get progress updates.
         """
         call = IncomingCall(len(items))
         now = time.monotonic()
-        refused = {place: item for place, item in enumerate(items) if isinstance(item, Refusal)}
+        refused = {number: item for number, item in zip(numbers, items, strict=True) if isinstance(item, Refusal)}
         if refused:
             call.refuse(refused)
         count = call.left
         self.waiting += (
-            PendingItem(item, self.engine.cost(item), now + timeout_s, call, place, number, number in followed)
-            for place, (item, timeout_s, number) in enumerate(zip(items, timeouts_s, numbers, strict=True))
-            if place not in refused
+            PendingItem(item, self.engine.cost(item), now + timeout_s, call, number, number in followed)
+            for item, timeout_s, number in zip(items, timeouts_s, numbers, strict=True)
+            if number not in refused
         )
         self._count(count)
         self._on_arrival(count)
@@ -136,7 +136,7 @@ class Batcher:
                 continue
             DROPPED.inc()
             item.item = None
-            item.call.refuse({item.place: LATE if item.deadline < now else TAKEN_BACK})
+            item.call.refuse({item.number: LATE if item.deadline < now else TAKEN_BACK})
         return wanted
 
     async def _compute(self, rows: list[PendingItem]) -> Outcome:
@@ -159,17 +159,17 @@ class Batcher:
         for done, results in outcome.pieces:
             shares = Shares()
             for at, row in enumerate(done):
-                shares.add(batch[row].call, batch[row].place, at)
-            for call, (places, taken) in shares.of.items():
-                call.put(Piece(places, take(results, taken), {}))
+                shares.add(batch[row].call, batch[row].number, at)
+            for call, (numbers, taken) in shares.of.items():
+                call.put(Piece(numbers, take(results, taken), {}))
         for row, refusal in outcome.refusals.items():
-            batch[row].call.refuse({batch[row].place: refusal})
+            batch[row].call.refuse({batch[row].number: refusal})
 
     def _lose(self, rows: list[PendingItem]) -> None:
         """Refuse all items of a batch that was lost to a bug in the batcher."""
         logger.exception("a batch of %d was lost", len(rows))
         for row in rows:
-            row.call.refuse({row.place: Refusal(FAILED, "failed")})
+            row.call.refuse({row.number: Refusal(FAILED, "failed")})
 
     def _observe(self, padded: int, seconds: float) -> None:
         self.cost.observe(padded, seconds)
@@ -184,9 +184,9 @@ class Batcher:
         news: dict[IncomingCall, dict[int, News]] = {}
         for each in running:
             if each.followed:
-                news.setdefault(each.call, {})[each.place] = News(tokens=each.item.written)
+                news.setdefault(each.call, {})[each.number] = News(tokens=each.item.written)
         for ahead, waiting in enumerate(self.waiting, len(running)):
             if waiting.followed:
-                news.setdefault(waiting.call, {})[waiting.place] = News(ahead=ahead)
+                news.setdefault(waiting.call, {})[waiting.number] = News(ahead=ahead)
         for call, its in news.items():
             call.put(Piece((), [], {}, its))

@@ -49,10 +49,8 @@ class PendingItem:
     deadline: float
     """On the clock of time.monotonic."""
     call: IncomingCall
-    place: int
-    """Index in the call."""
     number: int
-    """The sender takes the item back by this number."""
+    """What the caller knows the item by."""
     followed: bool = False
     taken_back: bool = False
     """The item was cancelled. Others of its call may still be wanted."""

@@ -134,7 +134,7 @@ class Coalescer:
         if parcel.collector.left:
             parcel.done.cancel()
             for call in self._calls:
-                if call.task and all(each.done.done() for each, _ in call.owners):
+                if call.task and all(each.done.done() for each, _ in call.owners.values()):
                     call.task.cancel()
 
     def _pause_s(self) -> float | None:
@@ -196,7 +196,7 @@ class Coalescer:
                 continue
             call.begun, call.since = True, call.since or time.monotonic()
             if self._followed and not self.in_steps():  # such an engine reports on each item itself
-                for parcel in {parcel for parcel, _ in call.owners}:
+                for parcel in {parcel for parcel, _ in call.owners.values()}:
                     parcel.tell(self.pace, News())
 
     async def _pump(self) -> None:
@@ -217,25 +217,23 @@ class Coalescer:
 
     def _take(self) -> Call:
         """Items for as many turns as there is room for, but at least one."""
-        owners: list[tuple[Parcel, int]] = []
+        owners: dict[int, tuple[Parcel, int]] = {}
         room, taken = min(self._room(), self.waiting), 0
         while self.waiting and (not owners or (taken < room and not self._better_cut(taken, room))):
             parcel, turns = self._parcels.take(max(1, room - taken))
-            owners += [(parcel, place) for place in parcel.take(turns)]
+            owners |= {next(self._numbers): (parcel, place) for place in parcel.take(turns)}
             taken += turns
             self.waiting -= turns
-        numbers = list(itertools.islice(self._numbers, len(owners)))
-        left = sum(parcel.turns[place] for parcel, place in owners)
-        return Call(owners, numbers, left, len(owners))
+        return Call(owners, sum(parcel.turns[place] for parcel, place in owners.values()), len(owners))
 
     async def _run(self, call: Call) -> None:
         now = time.monotonic()
         requests = Requests(
-            [parcel.items[place] for parcel, place in call.owners],
-            [max(0.0, parcel.deadline - now) for parcel, _ in call.owners],
-            call.numbers,
+            [parcel.items[place] for parcel, place in call.owners.values()],
+            [max(0.0, parcel.deadline - now) for parcel, _ in call.owners.values()],
+            list(call.owners),
             [number for other in self._calls for number in other.unwanted()],
-            [number for (parcel, _), number in zip(call.owners, call.numbers, strict=True) if parcel.following],
+            [number for number, (parcel, _) in call.owners.items() if parcel.following],
             self.waiting,
             self.name,
         )
@@ -245,7 +243,7 @@ class Coalescer:
             if awake:  # time spent loading is not time per item
                 self.pace.served(turns, started)
         except Exception as error:
-            for parcel, _ in call.owners:
+            for parcel, _ in call.owners.values():
                 if not parcel.done.done():
                     parcel.done.set_exception(error)
 
@@ -256,22 +254,22 @@ class Coalescer:
 
     def _deliver(self, call: Call, piece: Piece) -> None:
         shares = Shares()
-        for row, place in enumerate(piece.places):
-            parcel, own = call.owners[place]
-            shares.add(parcel, own, row)
+        for row, number in enumerate(piece.numbers):
+            parcel, place = call.owners[number]
+            shares.add(parcel, place, row)
         for parcel, (places, rows) in shares.of.items():
             parcel.collector.put(places, piece.results, rows)
             parcel.settle()
             parcel.tell(self.pace)
-        for place, refusal in piece.refusals.items():
-            parcel, own = call.owners[place]
-            parcel.collector.refuse(own, refusal)
+        for number, refusal in piece.refusals.items():
+            parcel, place = call.owners[number]
+            parcel.collector.refuse(place, refusal)
             parcel.settle()
-        for place, news in piece.news.items():
-            call.owners[place][0].tell(self.pace, news)
+        for number, news in piece.news.items():
+            call.owners[number][0].tell(self.pace, news)
         if not len(piece):
             return
-        now, turns = time.monotonic(), call.turns((*piece.places, *piece.refusals))
+        now, turns = time.monotonic(), call.turns(piece.answered)
         if call.since is not None:
             self.cost.observe(turns, now - call.since)
             self.linger.ended(turns, now - call.since)

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -117,46 +116,35 @@ class Model(Deployment):
         If it dies, each unanswered request is repeated once, alone and one after the other, so that a request that may
         have killed the replica takes no others with it.
         """
-        left = dict.fromkeys(range(len(requests.items)))
+        left = set(requests.numbers)
         timeout_s = max(requests.timeouts_s)
         deadline = time.monotonic() + timeout_s
 
-        async def ask(places: list[int]) -> None:
-            response = self.streaming.run.remote(_only(requests, places))
+        async def ask(some: Requests) -> None:
+            response = self.streaming.run.remote(some)
             try:
                 async for piece in response:
-                    refusals = {places[at]: refusal for at, refusal in piece.refusals.items()}
-                    news = {places[at]: news for at, news in piece.news.items()}
-                    answered = Piece([places[at] for at in piece.places], piece.results, refusals, news)
-                    for place in (*answered.places, *refusals):
-                        del left[place]
-                    deliver(answered)
+                    left.difference_update(piece.answered)
+                    deliver(piece)
             except asyncio.CancelledError:
                 response.cancel()
                 raise
 
         try:
-            await self._once(lambda: ask(list(left)), deadline, timeout_s)
+            await self._once(lambda: ask(requests), deadline, timeout_s)
         except LOST:
-            for place in list(left):
+            for alone in requests.one_by_one():
+                [number] = alone.numbers
+                if number not in left:
+                    continue
                 await asyncio.sleep(RETRY_PAUSE_S)
                 try:
-                    await self._once(functools.partial(ask, [place]), deadline, timeout_s)
+                    await self._once(functools.partial(ask, alone), deadline, timeout_s)
                 except LOST:
-                    del left[place]
-                    deliver(Piece((), [], {place: DIED}))
+                    left.remove(number)
+                    deliver(Piece((), [], {number: DIED}))
         if left:
             raise errors.internal()
-
-
-def _only(requests: Requests, places: list[int]) -> Requests:
-    """The requests of a call at these places."""
-    return replace(
-        requests,
-        items=[requests.items[place] for place in places],
-        timeouts_s=[requests.timeouts_s[place] for place in places],
-        numbers=[requests.numbers[place] for place in places],
-    )
 
 
 def refused(refusal: Refusal, param: str) -> DureError:

@@ -69,10 +69,8 @@ class Parcel:
 class Call:
     """Items of parcels on their way to a replica and back."""
 
-    owners: list[tuple[Parcel, int]] = field(default_factory=list)
-    """Of each item: its parcel, and its place in it."""
-    numbers: list[int] = field(default_factory=list)
-    """Of each item: the number by which it can be withdrawn."""
+    owners: dict[int, tuple[Parcel, int]] = field(default_factory=dict)
+    """By an item's number: its parcel, and its place in it."""
     left: int = 0
     """Turns of the items not answered yet."""
     items: int = 0
@@ -83,11 +81,10 @@ class Call:
     """When the replica began what is left of it (time.monotonic); None while it has not begun."""
     task: asyncio.Task[None] | None = None
 
-    def turns(self, places: Iterable[int]) -> int:
-        """Turns of the items at these places."""
-        return sum(parcel.turns[own] for parcel, own in map(self.owners.__getitem__, places))
+    def turns(self, numbers: Iterable[int]) -> int:
+        """Turns of the items with these numbers."""
+        return sum(parcel.turns[place] for parcel, place in map(self.owners.__getitem__, numbers))
 
     def unwanted(self) -> list[int]:
         """Numbers of items that nobody waits for any more, whether answered or not."""
-        pairs = zip(self.owners, self.numbers, strict=True)
-        return [number for (parcel, _), number in pairs if parcel.done.cancelled()]
+        return [number for number, (parcel, _) in self.owners.items() if parcel.done.cancelled()]

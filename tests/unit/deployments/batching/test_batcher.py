@@ -116,17 +116,23 @@ class Bench:
 
     def __init__(self, batcher: Batcher, engine: Counting) -> None:
         self.batcher, self.engine = batcher, engine
+        self.items: list[Any] = []
+        """All submitted so far; an item's index is its number."""
 
     def submit(self, *items: Any, timeout_s: float = 10) -> asyncio.Task[Answers]:
         return asyncio.create_task(self._answers(list(items), timeout_s))
 
     async def _answers(self, items: list[Any], timeout_s: float) -> Answers:
         collector = Collector(len(items))
-        async with contextlib.aclosing(self.batcher.submit(items, [timeout_s] * len(items), items)) as pieces:
+        numbers = range(len(self.items), len(self.items) + len(items))
+        self.items += items
+        async with contextlib.aclosing(self.batcher.submit(items, [timeout_s] * len(items), [*numbers])) as pieces:
             async for piece in pieces:
-                collector.put(piece.places, piece.results, range(len(piece.places)))
-                for place, refusal in piece.refusals.items():
-                    collector.refuse(place, refusal)
+                collector.put(
+                    [numbers.index(number) for number in piece.numbers], piece.results, range(len(piece.numbers))
+                )
+                for number, refusal in piece.refusals.items():
+                    collector.refuse(numbers.index(number), refusal)
         return collector.answers()
 
     async def hold(self) -> asyncio.Task[Answers]:
@@ -389,7 +395,7 @@ def test_an_item_that_is_taken_back_takes_no_further_step() -> None:
         await asyncio.sleep(0.05)
         waits = bench.submit(4, 2)
         await asyncio.sleep(0.05)
-        bench.batcher.take_back([5, 4, 77])
+        bench.batcher.take_back([bench.items.index(5), bench.items.index(4), 77])
         await bench.go()
         assert (await call).results == [None, 30]
         assert (await waits).results == [None, 20]

@@ -183,19 +183,19 @@ class Dying:
 
     def remote(self, requests: Requests) -> Any:
         self.calls.append(requests.items)
-        return Answered(self, requests.items)
+        return Answered(self, requests)
 
 
 class Answered:
-    def __init__(self, handle: Dying, items: list[str]) -> None:
+    def __init__(self, handle: Dying, requests: Requests) -> None:
         self.handle = handle
-        self.items = items
+        self.requests = requests
 
     async def __aiter__(self) -> Any:
-        for place, item in enumerate(self.items):
+        for number, item in zip(self.requests.numbers, self.requests.items, strict=True):
             if item in self.handle.deadly:
                 raise RayActorError
-            yield Piece([place], [item.upper()], {})
+            yield Piece([number], [item.upper()], {})
 
     def cancel(self) -> None:
         pass

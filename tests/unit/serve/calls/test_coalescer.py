@@ -45,24 +45,24 @@ class Replica:
         try:
             async with self._turn:
                 await asyncio.wait_for(self.go.wait(), 5)
-                await self._answer(items, deliver)
+                await self._answer(dict(zip(requests.numbers, items, strict=True)), deliver)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
 
-    async def _answer(self, items: list[Any], deliver: Callable[[Piece], None]) -> None:
+    async def _answer(self, items: dict[int, Any], deliver: Callable[[Piece], None]) -> None:
         if self.failure:
             raise self.failure
         if self.whole:
             await asyncio.sleep(self.pause_s * len(items))
             self.on_the_way.append(len(self.calls))
-            deliver(Piece(list(range(len(items))), [item * 10 for item in items], {}))
+            deliver(Piece(list(items), [item * 10 for item in items.values()], {}))
             return
-        for place, item in enumerate(items):
+        for number, item in items.items():
             if item < 0:
-                deliver(Piece([], [], {place: Refusal(f"{item} is negative")}))
+                deliver(Piece([], [], {number: Refusal(f"{item} is negative")}))
             else:
-                deliver(Piece([place], [item * 10], {}))
+                deliver(Piece([number], [item * 10], {}))
             await asyncio.sleep(self.pause_s)
 
 
