@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from serve import errors
 
@@ -59,6 +60,16 @@ class Caller:
             given.get(b"x-dure-ticket") or None,
             EVENTS in given.get(b"accept", "").lower(),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process goes the time that is left, as its clock is another, and no ticket: those are for queues
+        of this one.
+        """
+        return Caller._arrived, (self.timeout_s, self.left_s(), self.tenant)
+
+    @classmethod
+    def _arrived(cls, timeout_s: float, left_s: float, tenant: str) -> Caller:
+        return cls(timeout_s, time.monotonic() + left_s, tenant)
 
     def left_s(self) -> float:
         """Seconds to the deadline, at least 1 ms; late callers are refused downstream."""

@@ -33,10 +33,7 @@ class Likeness(Service):
         self.graph = Graph.of(settings, models, {}, patient=True)
         self.graph.start()
 
-    async def run(
-        self, first: str, second: str, tenant: str, *, timeout_s: float, following: Following | None = None
-    ) -> float:
-        caller = Caller.waiting(timeout_s, tenant)
+    async def run(self, first: str, second: str, *, caller: Caller, following: Following | None = None) -> float:
         texts = [Text(first), Text(second)]
         embedded: Embeddings = await self.graph.model("embedding").results(texts, caller, "texts", following)
         one, other = embedded.vectors / np.linalg.norm(embedded.vectors, axis=1, keepdims=True)
@@ -55,7 +52,7 @@ async def likeness(body: LikenessRequest, graph: GraphDep, caller: CallerDep) ->
 
     async def work(following: Following | None) -> dict[str, Any]:
         async with graph.admitted(service, caller, following):
-            asked = (body.first, body.second, caller.tenant)
+            asked = (body.first, body.second)
             found = await service.call(*asked, caller=caller, admitted=True, grace_s=GRACE_S, following=following)
         return {"likeness": found}
 

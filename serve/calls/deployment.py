@@ -55,12 +55,12 @@ class Deployment:
     ) -> Any:
         """Call a method within the caller's deadline; `admitted` says that the caller has passed the gate already.
 
-        With `grace_s` the method gets the remaining time as `timeout_s`, and `grace_s` more to report that it ran out.
+        With `grace_s` the method gets the caller, and `grace_s` past its deadline to report that it has passed.
         `following` receives the progress of a service. Raises DureError for everything that can go wrong.
         """
 
         async def attempt() -> Any:
-            limit = {} if grace_s is None else {"timeout_s": caller.left_s()}
+            limit = {} if grace_s is None else {"caller": caller}
             if following is None:
                 return await _result(getattr(self.handle, method).remote(*arguments, **limit))
             return await _last(self.streaming.followed.remote(method, *arguments, **limit), following)

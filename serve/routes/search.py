@@ -43,7 +43,7 @@ async def search(body: SearchRequest, graph: GraphDep, caller: CallerDep) -> Res
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(service.name):
             async with graph.admitted(service, caller, following):
-                asked = (body.query, body.documents, body.top_k, caller.tenant)
+                asked = (body.query, body.documents, body.top_k)
                 found: Found = await service.call(
                     *asked, caller=caller, admitted=True, grace_s=GRACE_S, following=following
                 )

@@ -45,13 +45,11 @@ class Search(Service):
         query: str,
         documents: list[str],
         top_k: int,
-        tenant: str,
         *,
-        timeout_s: float,
+        caller: Caller,
         following: Following | None = None,
     ) -> Found:
         """The best `top_k` documents. Raises DureError naming the field at fault."""
-        caller = Caller.waiting(timeout_s, tenant)
         texts = [*(Text(text, input_type="document") for text in documents), Text(query, input_type="query")]
         embedded: Embeddings = await self.graph.model("embedding").results(
             texts, caller, "documents", following and following.at("embedding")

@@ -87,7 +87,7 @@ async def ready(store: Store, adverts: Any) -> Which:
 
 
 def validate(adverts: Any, which: Which, call: uuid.UUID | None = None, model: str | None = None) -> Any:
-    return adverts.validate(which, call or uuid.uuid4(), model, None, None, timeout_s=5.0)
+    return adverts.validate(which, call or uuid.uuid4(), model, None, None, caller=Caller.waiting(5.0, which.tenant_id))
 
 
 def test_a_verdict_is_answered_as_it_is_on_record(run: Callable[[Scenario], None], tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_a_call_made_again_after_its_end_has_the_same_answer(run: Callable[[Scen
         await adverts.record_overlay(which, uuid.uuid4(), made, b"advert", None)
         model.behaviour = judged
         call = uuid.uuid4()
-        first = await adverts.judge(which, call, None, None, None, timeout_s=5.0)
-        assert await adverts.judge(which, call, None, None, None, timeout_s=5.0) == first
+        first = await adverts.judge(which, call, None, None, None, caller=Caller.waiting(5.0, which.tenant_id))
+        assert await adverts.judge(which, call, None, None, None, caller=Caller.waiting(5.0, which.tenant_id)) == first
         assert await state(store, which) == "vlm_judge/done"
 
     async def judged() -> list[Answer]:
@@ -165,7 +165,12 @@ def test_what_is_refused_leaves_nothing(run: Callable[[Scenario], None], tmp_pat
         adverts, model = service(store, tmp_path)
         which = await ready(store, adverts)
         assert await status_of(validate(adverts, which, model="another")) == 404
-        assert await status_of(adverts.judge(which, uuid.uuid4(), None, None, None, timeout_s=5.0)) == 400
+        assert (
+            await status_of(
+                adverts.judge(which, uuid.uuid4(), None, None, None, caller=Caller.waiting(5.0, which.tenant_id))
+            )
+            == 400
+        )
         assert (await state(store, which), await traces(store, which), model.asked) == ("img_gen/done", [], 0)
         made = image(which.job_id)
         model.behaviour = asyncio.Event().wait

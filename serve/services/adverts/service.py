@@ -17,6 +17,7 @@ from deployments.load_progress import LoadEvent
 from deployments.messages import Question
 from serve import errors
 from serve.board.watch import TROUBLE
+from serve.caller import Caller
 from serve.calls.graph import Graph
 from serve.config.settings import CacheSettings, Settings
 from serve.images.remote import fetch
@@ -127,7 +128,7 @@ class Adverts(Service):
         ad_copy_text: str | None,
         prompt: str | None,
         *,
-        timeout_s: float,
+        caller: Caller,
         following: Following | None = None,
     ) -> dict[str, Any]:
         """Stage 1. Raises DureError."""
@@ -143,7 +144,7 @@ class Adverts(Service):
                 which.tenant_id, model, sources.image, validation_prompt(ad_copy, prompt), Validation, fields
             )
 
-        return await self.calls.run(stages.VALIDATE, which, call, timeout_s, ask, following=following)
+        return await self.calls.run(stages.VALIDATE, which, call, caller, ask, following=following)
 
     async def judge(
         self,
@@ -153,7 +154,7 @@ class Adverts(Service):
         overlay_id: uuid.UUID | None,
         render_asset_url: str | None,
         *,
-        timeout_s: float,
+        caller: Caller,
         following: Following | None = None,
     ) -> dict[str, Any]:
         """Stage 2. Raises DureError."""
@@ -170,7 +171,7 @@ class Adverts(Service):
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
             return await self._request(which.tenant_id, model, image, JUDGE, Judgement, fields)
 
-        return await self.calls.run(stages.JUDGE, which, call, timeout_s, ask, overlay_id, following)
+        return await self.calls.run(stages.JUDGE, which, call, caller, ask, overlay_id, following)
 
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
         """A job's progress, each time it advances. Raises DureError."""

@@ -58,13 +58,13 @@ class StageCalls:
         stage: Stage,
         which: Which,
         call: uuid.UUID,
-        timeout_s: float,
+        caller: Caller,
         ask: Callable[[Sources], Awaitable[StageRequest]],
         overlay_id: uuid.UUID | None = None,
         following: Following | None = None,
     ) -> dict[str, Any]:
         """Start the stage, ask the model, and record the outcome, whatever it is."""
-        started, caller = time.monotonic(), Caller.waiting(timeout_s, which.tenant_id)
+        started = time.monotonic()
         if known := await self.stages.outcome(which, call):
             return _answer(which, call, known)  # a repeat, whose client never got the answer
         request = await self._start(stage, which, call, ask, overlay_id)

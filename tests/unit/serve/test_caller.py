@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 
 import pytest
@@ -57,3 +58,13 @@ def test_events_are_asked_for_by_accept() -> None:
 def test_an_empty_ticket_is_none() -> None:
     assert of(x_dure_ticket="").ticket is None
     assert of(x_dure_ticket="abc").ticket == "abc"
+
+
+def test_another_process_gets_the_time_that_is_left_and_no_ticket() -> None:
+    """`time.monotonic` of another machine starts elsewhere, so a deadline means nothing there."""
+    caller = Caller.waiting(20, "t", "ticket")
+    sent = pickle.dumps(caller)
+    time.sleep(0.05)
+    arrived = pickle.loads(sent)
+    assert (arrived.timeout_s, arrived.tenant, arrived.ticket) == (20, "t", None)
+    assert 0.04 < arrived.deadline - caller.deadline < 5

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from deployments.messages import Text
+from serve.caller import Caller
 from serve.services.search import Found, Search
 from tests.ingress import MODELS, Heard, Running, make_graph, running
 
@@ -80,7 +81,7 @@ def test_search_orders_by_logits_where_scores_are_alike() -> None:
         search.graph = make_graph({name: MODELS[name] | {"max_queue": 64} for name in ("embedder", "reranker")})
         handles: Any = {name: model.handle for name, model in search.graph.models.items()}
         handles["reranker"].logits = TOO_SURE
-        found = await search.run("q", [str(number) for number in range(6)], 6, "t", timeout_s=10)
+        found = await search.run("q", [str(number) for number in range(6)], 6, caller=Caller.waiting(10, "t"))
         return found, handles["embedder"].asked
 
     found, asked = asyncio.run(main())
