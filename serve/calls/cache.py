@@ -7,13 +7,14 @@ read counts as a miss, and a failed write is dropped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from cachetools import TTLCache
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -50,33 +51,25 @@ def cache_of(settings: CacheSettings) -> Cache | None:
 
 
 class MemoryCache:
-    """Holds up to `max_bytes`; the oldest entries go first."""
+    """Holds up to `max_bytes`; entries that were not read for longest go first."""
 
     def __init__(self, ttl_s: float, max_bytes: int) -> None:
-        self.ttl_s = ttl_s
-        self.max_bytes = max_bytes
-        self.nbytes = 0
-        self._entries: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
-        """By key: expiry (time.monotonic) and value, in order of expiry."""
+        self._entries: TTLCache[str, tuple[str, bytes]] = TTLCache(max_bytes, ttl_s, time.monotonic, _size)
+        """Keys beside the values, as both count."""
 
     async def get(self, key: str) -> bytes | None:
-        until, value = self._entries.get(key, (0.0, b""))
-        return value if until > time.monotonic() else None
+        _, value = self._entries.get(key, (key, None))
+        return value
 
     async def set(self, key: str, value: bytes) -> None:
-        now = time.monotonic()
-        self._drop(key)
-        self._entries[key] = (now + self.ttl_s, value)
-        self.nbytes += _size(key, value)
-        while self._entries:
-            oldest = next(iter(self._entries))
-            if self.nbytes <= self.max_bytes and self._entries[oldest][0] > now:
-                break
-            self._drop(oldest)
+        self._entries.pop(key, None)
+        with contextlib.suppress(ValueError):  # it is larger than the cache
+            self._entries[key] = key, value
 
-    def _drop(self, key: str) -> None:
-        if key in self._entries:
-            self.nbytes -= _size(key, self._entries.pop(key)[1])
+    @property
+    def nbytes(self) -> int:
+        self._entries.expire()
+        return int(self._entries.currsize)
 
 
 class RedisCache:
@@ -126,7 +119,8 @@ class RedisCache:
         return None
 
 
-def _size(key: str, value: bytes) -> int:
+def _size(entry: tuple[str, bytes]) -> int:
+    key, value = entry
     return len(key) + len(value) + ENTRY_BYTES
 
 
