@@ -19,6 +19,7 @@ from deployments.spec import Order
 from serve.actors import only
 from serve.board.reloads import Reload, Reloads
 from serve.board.reports import BEAT_S, DIED, HISTORY, LISTEN_S, SILENCE_S, Changes, Key, Replica, Report
+from serve.roster import Roster
 from serve.waiting import within
 
 logger = logging.getLogger("ray.serve")
@@ -35,7 +36,7 @@ class Board:
         self.stops = 0
         self.replicas: dict[Key, Replica] = {}
         self.reports: dict[Key, Report] = {}
-        self.heard: dict[Key, float] = {}
+        self.roster: Roster[Key] = Roster(SILENCE_S)
         self.history: deque[tuple[Key, Replica | None]] = deque(maxlen=HISTORY)
         self.changed = asyncio.Event()
         self.measured: dict[Key, tuple[float, Any]] = {}
@@ -45,7 +46,7 @@ class Board:
     async def report(self, report: Report) -> Order | None:
         """Record a process's report. Returns the order to reload, if it is this replica's turn."""
         key = (report.model, report.process)
-        self.heard[key] = time.monotonic()
+        self.roster.hear(key)
         known = self.reports.get(key)
         if known is None or report.step > known.step:
             self._take(report, known.states if known else {})
@@ -139,10 +140,8 @@ class Board:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
-            for key, heard in list(self.heard.items()):
-                if time.monotonic() - heard > SILENCE_S:
-                    del self.heard[key]
-                    self._bury(self.reports.pop(key))
+            for key in self.roster.silent():
+                self._bury(self.reports.pop(key))
 
     def _bury(self, report: Report) -> None:
         for name, state in report.states.items():

@@ -16,6 +16,7 @@ from typing import Any
 from serve.actors import only
 from serve.queues.gate import GateStanding
 from serve.queues.lane import Asked, Decision, Entry, Lane
+from serve.roster import Roster
 
 NAME = "dure-admission"
 BEAT_S = 1.0
@@ -66,7 +67,7 @@ class Admission:
         self.key = key
         self.lanes: dict[str, Lane] = {}
         self.entries: dict[str, Entry] = {}
-        self.heard: dict[str, float] = {}
+        self.roster: Roster[str] = Roster(SILENCE_S)
         self.models: dict[str, list[GateStanding]] = {}
         self.left: dict[str, float] = {}
         self.learning_until = time.monotonic() + LEARN_S
@@ -128,7 +129,7 @@ class Admission:
         return self.lanes[name]
 
     def _hear(self, holder: str) -> None:
-        self.heard[holder] = time.monotonic()
+        self.roster.hear(holder)
         if self.sweeping is None:
             self.sweeping = asyncio.create_task(self._sweep())
 
@@ -141,8 +142,7 @@ class Admission:
         while True:
             await asyncio.sleep(SWEEP_S)
             now = time.monotonic()
-            for holder in [holder for holder, heard in self.heard.items() if now - heard > SILENCE_S]:
-                del self.heard[holder]
+            for holder in self.roster.silent():
                 self.models.pop(holder, None)
                 lost = [(id, entry) for id, entry in self.entries.items() if entry.asked.holder == holder]
                 for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):  # waiting ones get no slot
