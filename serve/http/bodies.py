@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,7 @@ from serve.http.endpoints import FOUND, JSON, Endpoint, Found
 from serve.http.json_bounds import JsonBounds, checked
 from serve.http.requests import SMALL_BYTES
 
+UTF8 = ("", "utf-8", "utf8", "us-ascii", "ascii")
 BODY_S, BYTES_PER_S = 20.0, 64 * 1024
 """A body must arrive within `BODY_S`, plus one second for every `BYTES_PER_S` bytes received so far."""
 
@@ -36,30 +38,37 @@ class Head:
     has_body: bool
     encoding: str = ""
     """Content-Encoding of the body, such as gzip; empty if there is none."""
+    charset: str = ""
+    """Of the whole body; empty if the request names none."""
 
     @classmethod
     def of(cls, scope: Scope) -> Head:
-        media, encoding, content_length, chunked = "", "", 0, False
+        media, charset, encoding, content_length, chunked = "", "", "", 0, False
         for name, value in scope["headers"]:
             if name == b"content-type":
-                media = value.partition(b";")[0].strip().lower().decode("latin-1")
+                kind, options = parse_options_header(value)
+                media, charset = kind.decode("latin-1"), options.get(b"charset", b"").decode("latin-1").lower()
             elif name == b"content-length" and value.isdigit():
                 content_length = int(value)
             elif name == b"transfer-encoding":
                 chunked = True
             elif name == b"content-encoding":
                 encoding = value.strip().lower().decode("latin-1")
-        return cls(media, content_length, chunked or content_length > 0, "" if encoding == "identity" else encoding)
+        has_body = chunked or content_length > 0
+        return cls(media, content_length, has_body, "" if encoding == "identity" else encoding, charset)
 
     @property
     def is_json(self) -> bool:
         return self.media == JSON or (self.media.startswith("application/") and self.media.endswith("+json"))
 
     def check(self, endpoint: Endpoint) -> None:
-        """Raises a 415 if the endpoint does not accept this content type, or if the body is compressed."""
+        """Raises a 415 if the endpoint does not accept this content type, charset or encoding."""
         if self.encoding:
             message = f"the body's Content-Encoding is {self.encoding[:100]!r}; send it uncompressed"
             raise DureError(415, "unsupported_media_type", message, "Content-Encoding")
+        if self.charset not in UTF8 and not self.is_json:  # JSON is UTF-8 whatever its sender calls it
+            message = f"the body's charset is {self.charset[:40]!r}; send UTF-8"
+            raise DureError(415, "unsupported_media_type", message, "Content-Type")
         if not endpoint.media or self.media in endpoint.media or (JSON in endpoint.media and self.is_json):
             return
         found = f"the body's Content-Type is {self.media[:100]!r}" if self.media else "there is no Content-Type"

@@ -22,6 +22,7 @@ from serve.calls.deployment import Deployment
 from serve.config.settings import Limits
 from serve.errors import DureError
 from serve.http.early import calls
+from serve.http.forms import FormRoute
 from serve.http.requests import Body, CallerDep, GraphDep, answer, check_text
 from serve.images.uploaded import look_at
 from serve.metrics import measured
@@ -29,7 +30,7 @@ from serve.services.adverts.jobs import Image, NewJob
 from serve.services.adverts.stages import Which
 from serve.store.outbox import State
 
-router = APIRouter(prefix="/api/yh", tags=["adverts"])
+router = APIRouter(prefix="/api/yh", tags=["adverts"], route_class=FormRoute)
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 MAX_LAYOUT_BYTES = 256 * 1024
@@ -218,10 +219,7 @@ async def _overlay(request: Request) -> AsyncIterator[tuple[str, Upload | None, 
 
 @asynccontextmanager
 async def _form(request: Request) -> AsyncIterator[FormData]:
-    try:
-        form = await request.form(max_files=1)
-    except UnicodeError as error:  # FastAPI does the same for forms that it reads itself
-        raise errors.invalid("the form is not in the charset that its Content-Type names") from error
+    form = await request.form(max_files=1)
     try:
         yield form
     finally:

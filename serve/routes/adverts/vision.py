@@ -12,6 +12,7 @@ from deployments.messages import Answer, Question
 from serve.caller import Caller
 from serve.calls.graph import Graph
 from serve.http.early import calls
+from serve.http.forms import FormRoute
 from serve.http.requests import CallerDep, GraphDep, check_text
 from serve.http.respond import respond
 from serve.images.uploaded import read_image
@@ -20,7 +21,7 @@ from serve.progress import Following
 from serve.routes.adverts.jobs import ModelName
 from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
 
-router = APIRouter(tags=["vision"])
+router = APIRouter(tags=["vision"], route_class=FormRoute)
 
 Verdict = TypeVar("Verdict", bound=BaseModel)
 
