@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from serve.config.file import ConfigFile, read_config
-from serve.failures import MACHINE
+from serve.failures import MACHINE, printable
 
 out = Console()
 problems = Console(stderr=True)
@@ -25,7 +25,8 @@ def read(config: Path) -> ConfigFile:
 
 def complain(message: str) -> None:
     """Print what is wrong. The terminal wraps long lines."""
-    problems.print(message, style="bold red", highlight=False, markup=False, soft_wrap=True)
+    shown = "\n".join(map(printable, message.splitlines()))
+    problems.print(shown, style="bold red", highlight=False, markup=False, soft_wrap=True)
 
 
 def fail(message: str, code: int = MACHINE) -> NoReturn:

@@ -15,7 +15,7 @@ from serve.config.serve_options import FileOptions
 from serve.config.settings import Settings
 from serve.config.yaml_file import read_yaml
 from serve.errors import problem_text
-from serve.failures import one_line
+from serve.failures import one_line, printable
 
 SECRET = (".url", ".secret", "password")
 """Endings of the paths of settings that may hold a password. Their values are not repeated."""
@@ -76,7 +76,7 @@ def explain(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         message = one_line(_what(problem) + ("" if path.endswith(SECRET) else _shown(problem)))
-        yield f"{path}: {message}" if path else message
+        yield f"{printable(path)}: {message}" if path else message
 
 
 def _what(problem: ErrorDetails) -> str:

@@ -18,6 +18,8 @@ MOST_WAITING = 100_000
 """Most requests or items in a queue."""
 LEAST_SHARE = 0.0001
 """The unit in which Ray counts CPUs and GPUs."""
+OWN_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""MODULE:CLASS."""
 MEMORY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?(GiB|MiB|KiB|GB|MB|KB)")
 """A size of memory as accelerate reads it."""
 
@@ -33,9 +35,7 @@ GpuShare = Annotated[float, Field(ge=0, le=MOST_GPUS), AfterValidator(_bookable)
 
 
 def _known_task(task: str) -> str:
-    if task not in TASKS and not (
-        ":" in task and all(part.isidentifier() for part in task.replace(":", ".").split("."))
-    ):
+    if task not in TASKS and not OWN_CLASS.fullmatch(task):
         raise ValueError(unknown_name(task, "task", [*TASKS, "MODULE:CLASS"]))
     return task
 
@@ -150,6 +150,8 @@ class ModelSettings(Strict):
         if not isinstance(limits, dict):
             return limits
         numbers = {key: int(key) if str(key).isdecimal() and len(str(key)) < 4 else key for key in limits}
+        if len(set(numbers.values())) < len(limits):
+            raise ValueError("names a GPU twice; write each number once")
         for key, limit in limits.items():
             if not (isinstance(numbers[key], int) or key == "cpu") or not MEMORY.fullmatch(str(limit)):
                 raise ValueError("write the memory of each GPU, by its number, and of cpu, such as 0: 10GiB")

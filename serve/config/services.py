@@ -15,7 +15,7 @@ from pydantic import (
 
 from serve.config import addresses
 from serve.config.base import Strict
-from serve.config.model import DAY_S, MOST_REPLICAS, MOST_WAITING, Cpus
+from serve.config.model import DAY_S, MOST_REPLICAS, MOST_WAITING, OWN_CLASS, Cpus
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class OwnService(ServiceSettings):
     """A service of your own."""
 
     service: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        pattern=f"^{OWN_CLASS.pattern}$",
         description="`MODULE:CLASS`, a subclass of `serve.services.base.Service`.",
     )
     needs: list[str] = Field([], description="Tasks of the models that it calls.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 
 from deployments.checkpoints.sources import ROOT
 from serve.config.base import SettingsError
-from serve.failures import one_line
+from serve.failures import one_line, printable
 
 MOST_BYTES = 512 * 2**10
 MOST_VALUES = 100_000
@@ -24,6 +25,8 @@ MOST_VALUES = 100_000
 DEEPEST = 50
 LISTED = 1000
 """Most files of a folder that are searched for a similar name."""
+SURPRISING = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)")
+"""Octal numbers, such as 010, and those to the base 60, such as 1:30."""
 MERGE = "tag:yaml.org,2002:merge"
 CONTAINERS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
@@ -137,7 +140,11 @@ class _Loader(yaml.SafeLoader):
             raise self._wrong(node, f"{where} can't be read; if it is text, put it in quotes") from error
         if not isinstance(value, str | int | float | None):
             raise self._wrong(node, f"{where} is read as a {type(value).__name__}; put it in quotes")
+        if isinstance(value, int) and abs(value) >= 2**1024:  # larger than any float
+            raise self._wrong(node, f"{where} is too large a number; if it is text, put it in quotes")
+        if isinstance(value, int | float) and SURPRISING.fullmatch(node.value):
+            raise self._wrong(node, f"{where} is read as {value}; write that, or put it in quotes")
         return value
 
     def _wrong(self, node: yaml.Node, what: str) -> SettingsError:
-        return SettingsError(f"{self.path}, line {node.start_mark.line + 1}: {what}")
+        return SettingsError(f"{self.path}, line {node.start_mark.line + 1}: {printable(what)}")
