@@ -6,6 +6,7 @@ import math
 import re
 
 from torch import nn
+from transformers import PreTrainedModel
 
 POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
 """Names of tables with a row per position. Tables of relative positions have other names."""
@@ -16,11 +17,33 @@ def positions(model: nn.Module) -> float:
 
     RoBERTa's positions begin after the padding id, OPT's after an offset of 2.
     """
-    limits = [
-        table.num_embeddings
-        - (0 if table.padding_idx is None else table.padding_idx + 1)
-        - int(getattr(table, "offset", 0))
-        for name, table in model.named_modules()
-        if isinstance(table, nn.Embedding) and POSITIONS.search(name)
-    ]
+    limits = [table.num_embeddings - _first(table) - int(getattr(table, "offset", 0)) for table in _tables(model)]
     return min(limits, default=math.inf)
+
+
+def first_position(model: nn.Module) -> int:
+    """The position id of a text's first token. RoBERTa's begin after the padding id; OPT's table adds its offset."""
+    return max(map(_first, _tables(model)), default=0)
+
+
+def max_tokens(model: PreTrainedModel) -> int:
+    """Most tokens of a sequence that the model reads together with others.
+
+    Phi-3's long variants scale the positions of a whole pass anew as soon as one of them is beyond the original
+    length, so that sequences would change each other.
+    """
+    config = model.config.get_text_config(decoder=True)
+    stated = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("rope_type") == "longrope"]
+    original = [each.get("original_max_position_embeddings") or stated for each in ropes]
+    return int(min(positions(model), stated, *original, 2**31 - 1))
+
+
+def _tables(model: nn.Module) -> list[nn.Embedding]:
+    named = model.named_modules()
+    return [table for name, table in named if isinstance(table, nn.Embedding) and POSITIONS.search(name)]
+
+
+def _first(table: nn.Embedding) -> int:
+    return 0 if table.padding_idx is None else table.padding_idx + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from deployments.checkpoints.files import read_json
 from deployments.checkpoints.loading import load_model
 from deployments.engines import calibration
 from deployments.engines.contract import Stepping
-from deployments.engines.limits import positions
+from deployments.engines.limits import max_tokens
 from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Turn
 from deployments.engines.word_search import Candidate, Prefix, WordSearch
@@ -78,7 +77,7 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
         self.reader = Reader(model)
         self.prefixes = Prefixes(prefix_bytes)
         self.rows: int = model.get_input_embeddings().num_embeddings
-        self.max_input_tokens = min(MAX_INPUT_TOKENS, _positions(model) - (MAX_WORD_TOKENS - 1))
+        self.max_input_tokens = min(MAX_INPUT_TOKENS, self.reader.max_tokens - (MAX_WORD_TOKENS - 1))
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Predictor:
@@ -89,9 +88,9 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
             raise CheckpointError(f"next_word needs a causal language model; the one in {folder} is a {masked[0]}")
         build = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
         model, facts = load_model(build, folder, spec.precision, progress, _probed)
-        if _positions(model) < MAX_WORD_TOKENS:
+        if (limit := max_tokens(model)) < MAX_WORD_TOKENS:
             raise CheckpointError(
-                f"the model in {folder} has {_positions(model)} positions, but a word alone may take {MAX_WORD_TOKENS}"
+                f"the model in {folder} has {limit} positions, but a word alone may take {MAX_WORD_TOKENS}"
             )
         return cls(model, tokenizer, facts, int(spec.prefix_cache_mb * 2**20))
 
@@ -151,14 +150,9 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
             if not search.growing:
                 search.result = self._best(search)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32, shape (rows, vocabulary)."""
-        logits: torch.Tensor = self.model.get_output_embeddings()(hidden).float()
-        return logits
-
     def _candidates(self, items: list[Prefix], hidden: torch.Tensor) -> list[list[Candidate]]:
         """The candidates' first tokens, per item. `hidden` are the hidden states of the items' last tokens."""
-        logits = torch.cat([self._logits(rows) for rows in torch.split(hidden, HEAD_ROWS)])
+        logits = torch.cat([self.reader.logits(rows) for rows in torch.split(hidden, HEAD_ROWS)])
         temperatures = torch.tensor([max(item.prompt.temperature, COLDEST) for item in items], device=logits.device)
         scaled = (logits - logits.max(-1, keepdim=True).values) / temperatures[:, None]
         begins = torch.tensor([item.begins_word for item in items], device=logits.device)
@@ -198,7 +192,7 @@ class Predictor(Stepping[Prompt, Prefix, WordSearch]):
         tokens: list[int] = []
         probabilities: list[float] = []
         for rows in torch.split(hidden, HEAD_ROWS):
-            logits = self._logits(rows)
+            logits = self.reader.logits(rows)
             best, token = logits.max(dim=-1)
             tokens += token.tolist()
             probabilities += torch.exp(best - torch.logsumexp(logits, dim=-1)).tolist()
@@ -251,12 +245,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     specials = {role: token for role, token in SPECIALS.items() if token in known}
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, **specials)
     return tokenizer
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """Most tokens that a text may have."""
-    stated = getattr(model.config, "max_position_embeddings", None) or math.inf
-    return int(min(positions(model), stated, 2**31 - 1))
 
 
 @torch.inference_mode()

@@ -18,11 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from deployments.checkpoints.loading import device
-from deployments.spec import CheckpointError
+from deployments.engines.attention import attend, bias_of
+from deployments.engines.limits import first_position, max_tokens
+from deployments.engines.own_forward import (
+    COMPARED,
+    KEEPS_MORE,
+    PIECES,
+    NotInSteps,
+    Trial,
+    decoder_of,
+    head_of,
+    refused_if_it_fails,
+    require_steps,
+)
 
 ATTENTION = "dure_sequences"
 ROOM = 64
@@ -41,11 +52,15 @@ class Sequence:
 
     def __init__(self) -> None:
         self.length = 0
+        self.positions: list[int] = []
+        """Of the tokens read, and of those of the pass that is under way."""
         self.kept: list[torch.Tensor] = []
         """Keys and values per layer that has read anything, shape (2, heads, room, width)."""
 
     def of_layer(self, layer: int, like: torch.Tensor, tokens: int) -> torch.Tensor:
         """A layer's keys and values, with room for `tokens` more. `like` are keys, shape (heads, tokens, width)."""
+        if layer > len(self.kept):
+            raise NotInSteps(KEEPS_MORE)
         if layer == len(self.kept):
             self.kept.append(like.new_empty(2, like.shape[0], 0, like.shape[2]))
         kept = self.kept[layer]
@@ -59,6 +74,7 @@ class Sequence:
         """A new sequence that has read this one's first tokens."""
         copy = Sequence()
         copy.length = tokens
+        copy.positions = self.positions[:tokens]
         firsts = [kept[:, :, :tokens] for kept in self.kept]
         copy.kept = [_empty(first, *first.shape).copy_(first) for first in firsts]
         return copy
@@ -77,36 +93,70 @@ class Turn:
     positions: list[int]
     visible: np.ndarray | None = None
     """Which tokens of the sequence each new token attends to: bool, shape (ids, length + ids). None: all before it and
-    itself."""
+    itself. A sliding window hides more of them."""
     embeddings: torch.Tensor | None = None
     """Embeddings to read instead of the ids' own, shape (ids, width)."""
 
+    def visible_in(self, window: int | None) -> np.ndarray | None:
+        """As `visible`, for a layer whose tokens attend to the `window` last positions only, their own included.
 
-@dataclass(frozen=True)
+        None: all tokens before it and itself, where the new tokens are the sequence's first or there is one of them.
+        """
+        length, tokens = self.sequence.length, len(self.ids)
+        if window is None and self.visible is None and (tokens == 1 or length == 0):
+            return None
+        visible = np.tri(tokens, length + tokens, length, bool) if self.visible is None else self.visible
+        if window is None:
+            return visible
+        near: np.ndarray = np.array(self.sequence.positions) > np.array(self.positions)[:, None] - window
+        near &= visible
+        return near
+
+
 class Span:
-    """Position of a turn among the tokens of a pass."""
+    """A turn's tokens among those of a pass."""
 
-    begin: int
-    end: int
-    sequence: Sequence
-    bias: torch.Tensor | None
-    """Added to the attention scores, shape (tokens, tokens of the sequence); None: nothing is added."""
+    def __init__(self, turn: Turn, begin: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.begin = begin
+        self.end = begin + len(turn.ids)
+        self.turn = turn
+        self.dtype = dtype
+        self.device = device
+        self.reach = max(turn.positions) - min(turn.sequence.positions)
+        """Distance in positions over which tokens attend, where no window ends it."""
+        self._biases: dict[int | None, torch.Tensor | None] = {}
+
+    def bias(self, window: int | None) -> torch.Tensor | None:
+        """What a layer with this window adds to its scores, shape (tokens, tokens of the sequence); None: nothing."""
+        if window is not None and self.reach < window:
+            window = None
+        if window not in self._biases:
+            visible = self.turn.visible_in(window)
+            bias = None if visible is None else bias_of(torch.from_numpy(visible), self.dtype).to(self.device)
+            self._biases[window] = bias
+        return self._biases[window]
 
 
 class Reader:
-    """Reads turns with a causal language model of transformers that uses AttentionInterface.
+    """Reads turns with a causal language model of transformers, or with the one inside a model such as LLaVA.
 
-    Raises CheckpointError if the model does not use it.
+    Raises CheckpointError if it does not read as the model's own forward does. The message names the architecture and
+    what differs.
     """
 
+    @torch.inference_mode()
     def __init__(self, model: PreTrainedModel) -> None:
-        if not model._supports_attention_backend:
-            raise CheckpointError(
-                f"{type(model).__name__} has its own attention implementation, which can't run in steps"
-            )
-        self.model = model
         self.device = device()  # not the model's, which may be the disk if the model is spread
-        model.set_attn_implementation(ATTENTION)
+        with refused_if_it_fails(model):
+            self.decoder = decoder_of(model)
+            require_steps(self.decoder)
+            self.head = head_of(model, self.decoder)
+            self.first_position = first_position(self.decoder)
+            self.max_tokens = max_tokens(self.decoder)
+            """Most tokens that a sequence may have."""
+            trial = Trial.of(model, self.decoder, self.max_tokens, self.device)
+            self.decoder.set_attn_implementation(ATTENTION)
+            self._require_same(trial)
 
     def read(self, turns: Sequence_[Turn]) -> torch.Tensor:
         """The last hidden state of each token of the turns, in order: shape (tokens, width).
@@ -115,31 +165,44 @@ class Reader:
         """
         spans, begin = [], 0
         for turn in turns:
-            spans.append(Span(begin, begin + len(turn.ids), turn.sequence, self._bias(turn)))
-            begin += len(turn.ids)
-        hidden: torch.Tensor = self.model.base_model(
+            turn.sequence.positions[turn.sequence.length :] = turn.positions
+            spans.append(Span(turn, begin, self._bias_dtype, self.device))
+            begin = spans[-1].end
+        positions = [self.first_position + at for turn in turns for at in turn.positions]
+        hidden: torch.Tensor = self.decoder(
             inputs_embeds=torch.cat([self._embeddings(turn) for turn in turns])[None],
-            position_ids=torch.tensor([[at for turn in turns for at in turn.positions]], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
             use_cache=False,
             spans=spans,
         ).last_hidden_state[0]
         return hidden
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits of hidden states that were read: float32, shape (rows, vocabulary)."""
+        logits: torch.Tensor = self.head(inputs_embeds=hidden[None]).logits[0]
+        return logits.float()
+
+    @property
+    def _bias_dtype(self) -> torch.dtype:
+        return _dtype(self.decoder.get_input_embeddings().weight)  # never quantised
+
     def _embeddings(self, turn: Turn) -> torch.Tensor:
         if turn.embeddings is not None:
             return turn.embeddings
-        embeddings: torch.Tensor = self.model.get_input_embeddings()(torch.tensor(turn.ids, device=self.device))
+        embeddings: torch.Tensor = self.decoder.get_input_embeddings()(torch.tensor(turn.ids, device=self.device))
         return embeddings
 
-    def _bias(self, turn: Turn) -> torch.Tensor | None:
-        visible = turn.visible
-        if visible is None:
-            if len(turn.ids) == 1 or turn.sequence.length == 0:
-                return None
-            visible = np.tri(len(turn.ids), turn.sequence.length + len(turn.ids), turn.sequence.length, bool)
-        dtype = _dtype(self.model.get_input_embeddings().weight)  # never quantised
-        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
-        return bias.to(self.device)
+    def _require_same(self, trial: Trial) -> None:
+        """Read the trial's texts piece by piece, all in the same passes. Raises NotInSteps if they differ."""
+        sequences = [Sequence() for _ in trial.texts]
+        for piece in PIECES:
+            turns = [Turn(sequence, *trial.turn(text, piece)) for text, sequence in enumerate(sequences)]
+            hidden = torch.split(self.read(turns), [len(turn.ids) for turn in turns])
+            last = [rows[-COMPARED:] for rows in hidden]
+            logits = torch.split(self.logits(torch.cat(last)), list(map(len, last)))
+            for text, turn in enumerate(turns):
+                turn.sequence.length += len(turn.ids)
+                trial.require_same(text, piece, logits[text])
 
 
 def _attend(
@@ -149,33 +212,38 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    spans: list[Span],
+    spans: list[Span] | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Implements transformers' attention interface. Query, key and value have shape (1, heads, tokens, width)."""
-    if more.get("softcap") or more.get("s_aux") is not None:
-        raise CheckpointError(
-            f"{type(module).__name__} caps attention scores or has attention sinks, which can't run in steps"
-        )
+    if spans is None:
+        raise NotInSteps("its layers don't pass on what attention needs to know")
+    if key.shape != value.shape:
+        raise NotInSteps("its keys and values have different widths")
+    window = more.get("sliding_window", getattr(module, "sliding_window", None))
     result = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     query, key, value = (each.to(_dtype(each)) for each in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
     for span in spans:
-        begin, end, length = span.begin, span.end, span.sequence.length
-        kept = span.sequence.of_layer(module.layer_idx, key[0], end - begin)
+        begin, end, sequence = span.begin, span.end, span.turn.sequence
+        length = sequence.length
+        kept = sequence.of_layer(module.layer_idx, key[0], end - begin)
         kept[0, :, length : length + end - begin] = key[0, :, begin:end]
         kept[1, :, length : length + end - begin] = value[0, :, begin:end]
         keys, values = kept[:, None, :, : length + end - begin]
-        result[:, begin:end] = scaled_dot_product_attention(
+        bias = span.bias(window)
+        attended = attend(
             query[:, :, begin:end],
             keys,
             values,
-            attn_mask=None if span.bias is None else span.bias.to(query.device),
-            is_causal=span.bias is None and end - begin > 1,
-            scale=scaling,
-            enable_gqa=gqa,
-        ).transpose(1, 2)
+            None if bias is None else bias.to(query.device),
+            scaling,
+            softcap,
+            s_aux,
+        )
+        result[:, begin:end] = attended.transpose(1, 2)
     return result, None
 
 

@@ -93,10 +93,10 @@ class Vision(Stepping[Question, Seen, Look]):
         self.image_id: int = model.config.image_token_id
         self.closing = Closing(self.tokenizer)
         self.rows: int = model.get_input_embeddings().num_embeddings
-        self.room: int = model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
-        """Most tokens of a prompt, including its image's."""
         self.longest_token = max(map(len, self.tokenizer.get_vocab()))
-        self.reader = Reader(model.model.language_model)
+        self.reader = Reader(model)
+        self.room = self.reader.max_tokens - MAX_ANSWER_TOKENS
+        """Most tokens of a prompt, including its image's."""
         self.device = self.reader.device
         self.prefixes = Prefixes(prefix_bytes)
 
@@ -174,7 +174,7 @@ class Vision(Stepping[Question, Seen, Look]):
             writings, turns = zip(*(started.get(look) or self._turn(look) for look in works), strict=True)
             hidden = self.reader.read(turns)
             last = np.cumsum([len(turn.ids) for turn in turns]) - 1
-            chosen = choose(self.model.lm_head(hidden[last]).float(), writings, self.closing)
+            chosen = choose(self.reader.logits(hidden[last]), writings, self.closing)
         except Exception:  # perhaps out of memory
             self.prefixes.clear()
             raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     PreTrainedModel,
 )
 
@@ -25,7 +26,7 @@ from deployments.engine_loading import load_engine
 from deployments.engines import sequences
 from deployments.engines.predictor import Predictor
 from deployments.engines.prefix_cache import Prefixes
-from deployments.engines.sequences import Reader, Sequence, Turn
+from deployments.engines.sequences import Sequence
 from deployments.load_progress import LoadProgress
 from deployments.messages import Prompt, Word
 from deployments.spec import CheckpointError
@@ -55,9 +56,9 @@ def ask(predictor: Predictor, *prompts: Prompt) -> list[list[Word]]:
     return predictor.run([predictor.prepare(prompt) for prompt in prompts])
 
 
-def reference(predictor: Predictor, prompt: Prompt) -> list[tuple[str, float]]:
+def reference(predictor: Predictor, prompt: Prompt, model: PreTrainedModel | None = None) -> list[tuple[str, float]]:
     """The definition of a next word, a full forward pass for every token."""
-    tokenizer, model = predictor.tokenizer, plain_model()
+    tokenizer, model = predictor.tokenizer, model or plain_model()
     text = prompt.text.rstrip()
     ids = tokenizer.encode(text, add_special_tokens=False)[-128:] if text else [tokenizer.bos_token_id]
     begins = text != prompt.text or not text
@@ -87,8 +88,10 @@ def reference(predictor: Predictor, prompt: Prompt) -> list[tuple[str, float]]:
     return sorted(best.items(), key=lambda pair: -pair[1])[: prompt.top_k]
 
 
-def assert_as_defined(predictor: Predictor, prompt: Prompt, words: list[Word]) -> None:
-    expected = reference(predictor, prompt)
+def assert_as_defined(
+    predictor: Predictor, prompt: Prompt, words: list[Word], model: PreTrainedModel | None = None
+) -> None:
+    expected = reference(predictor, prompt, model)
     assert [word.text for word in words] == [text for text, _ in expected], prompt
     assert np.allclose([word.confidence for word in words], [confidence for _, confidence in expected], atol=1e-3)
 
@@ -219,34 +222,32 @@ def test_any_temperature_has_an_answer(predictor: Predictor, temperature: float)
     assert all(0 <= word.confidence <= 1 for word in words)
 
 
-def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
-    tiny = GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rotary_dim=8, n_positions=8)
-    with pytest.raises(CheckpointError, match="GPTJForCausalLM"):
-        Reader(GPTJForCausalLM(tiny))
-
-
-def test_sequences_are_read_as_the_model_reads_them_with_fewer_heads_for_keys_and_rotary_positions() -> None:
+@pytest.mark.parametrize("kind", ["gemma2", "cohere2"])
+def test_next_words_of_a_model_with_sliding_windows_follow_their_definition(kind: str, predictor: Predictor) -> None:
+    """The window is shorter than the prompt, and the words of a search grow beyond it."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "sliding_window": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    of_kind = {"head_dim": 8, "logit_scale": 0.3, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}
+    config = AutoConfig.for_model(kind, vocab_size=2400, pad_token_id=3, **layers, **sizes, **of_kind)
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, **heads)
-    model = LlamaForCausalLM(config).eval()
-    ids = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8]]
-    with torch.inference_mode():
-        expected = [model.model(torch.tensor([row])).last_hidden_state[0] for row in ids]
-        reader, sequences = Reader(model), [Sequence() for _ in ids]
-        halves = [[], [], []]
-        for part in (slice(0, 1), slice(1, None)):
-            turns = [
-                Turn(sequence, row[part], list(range(len(row)))[part])
-                for sequence, row in zip(sequences, ids, strict=True)
-                if row[part]
-            ]
-            read = reader.read(turns)
-            for turn, hidden in zip(turns, torch.split(read, [len(turn.ids) for turn in turns]), strict=True):
-                turn.sequence.length += len(turn.ids)
-                halves[sequences.index(turn.sequence)].append(hidden)
-    for row, parts in zip(expected, halves, strict=True):
-        assert torch.allclose(torch.cat(parts), row, atol=1e-5)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, mean=float(weights.ndim < 2), std=0.2)
+    windowed = Predictor(copy.deepcopy(model), predictor.tokenizer, predictor.facts, prefix_bytes=10**6)
+    prompts = [
+        Prompt(text, top_k=4) for text in ("오늘 날씨가 좋아서 친구와 산책을", "임대인은 ", "보증금을 돌려받지 못한")
+    ]
+    for prompt, words in zip(prompts, ask(windowed, *prompts), strict=True):
+        assert_as_defined(windowed, prompt, words, model)
+
+
+def test_a_model_that_cannot_be_read_in_steps_is_refused_at_load(tmp_path: Path) -> None:
+    folder = tmp_path / "bloom"
+    config = BloomConfig(vocab_size=2400, hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(folder)
+    shutil.copy(checkpoints.NEXT_WORD / "tokenizer.json", folder)
+    with pytest.raises(CheckpointError, match=r"^BloomForCausalLM can't be read in steps: .*$"):
+        load_engine(model_spec("m", "next_word", str(folder), precision="fp32"), LoadProgress(lambda _: None))
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t "])
