@@ -38,7 +38,11 @@ def routers(settings: Settings) -> list[APIRouter]:
 
 def make_app(graph: Graph) -> DirectApp:
     """The app with all routes, calling the models and services of `graph`."""
-    app = DirectApp(title="Dure", description="Many models from few GPUs behind one endpoint.")
+    app = DirectApp(
+        title="Dure",
+        description="Many models from few GPUs behind one endpoint.",
+        redirect_slashes=False,  # the border serves such paths; few clients send a body again to where they are sent
+    )
     app.state.graph = graph
     for router in routers(graph.settings):
         app.include_router(router)

@@ -39,7 +39,7 @@ from serve.http.requests import Body
 from serve.http.server import ServerBounds, serve_behind
 from serve.ingress import make_app, routers
 from serve.queues.client import Lanes
-from serve.services.adverts.verdicts import Judgement
+from serve.services.adverts.verdicts import Font, Judgement, Validation
 from tests.dure import free_port
 
 MODELS = {
@@ -51,6 +51,15 @@ MODELS = {
 }
 
 
+VALIDATION = Validation(
+    analysis="a",
+    is_valid=True,
+    image_quality_ok=True,
+    relevance_score=1,
+    issues=[],
+    recommendations=[],
+    font_recommendation=Font(style="bold", size="large", color="dark"),
+)
 JUDGEMENT = Judgement(analysis="a", on_brief=True, occlusion=False, contrast_ok=True, cta_present=True, issues=[])
 
 
@@ -81,7 +90,8 @@ class Answering:
         if self.task == "next_word":
             return [[Word("word", " word", 0.5)] for _ in items]
         if self.task == "vision":
-            return [Answer(JUDGEMENT.model_dump_json(), 1) for _ in items]
+            verdicts = [VALIDATION if "is_valid" in item.schema else JUDGEMENT for item in items]
+            return [Answer(verdict.model_dump_json(), 1) for verdict in verdicts]
         return items
 
 

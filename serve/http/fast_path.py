@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 
 from fastapi import FastAPI, Response
 from pydantic import ValidationError
@@ -26,13 +25,13 @@ from serve.http.border import Border
 from serve.http.endpoints import FOUND, Endpoints, Found
 from serve.http.error_shapes import response, sent_path
 from serve.http.heads import headers_only
+from serve.http.json_values import unwritable
 from serve.http.requests import Body
 
 logger = logging.getLogger("ray.serve")
 
 NAMED_BYTES = 2**20
 """Longer bodies are not parsed again to locate a surrogate: it would delay others, and pydantic names the column."""
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DirectApp(FastAPI):
@@ -83,24 +82,10 @@ def _parsed(body: type[Body], content: bytes) -> Body:
         if error.errors(include_url=False)[0]["type"] != "json_invalid" or len(content) > NAMED_BYTES:
             raise
         try:
-            where = _surrogate(json.loads(content))
+            found = unwritable(json.loads(content))
         except ValueError:
             raise error from None
-        if where is None:
+        if found is None:
             raise
-        raise errors.invalid(f"{where or 'the body'} has half of a surrogate pair", where or None) from error
-
-
-def _surrogate(value: object, at: str = "") -> str | None:
-    """The path to half of a surrogate pair, empty for the body itself; None if there is none."""
-    if isinstance(value, str):
-        return at if SURROGATE.search(value) else None
-    if isinstance(value, dict) and any(SURROGATE.search(name) for name in value):
-        return at
-    within = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, each in within:
-        if isinstance(each, str | list | dict):
-            where = _surrogate(each, f"{at}.{name}" if at else str(name))
-            if where is not None:
-                return where
-    return None
+        where, why = found
+        raise errors.invalid(f"{where or 'the body'} {why}", where or None) from error

@@ -21,6 +21,7 @@ from serve.config.settings import Limits
 from serve.config.tasks import TASKS
 from serve.errors import DureError
 from serve.http.early import calls
+from serve.http.json_values import check_json
 from serve.http.requests import Body, CallerDep, GraphDep
 from serve.http.respond import respond
 from serve.metrics import measured
@@ -157,6 +158,7 @@ async def run(name: str, body: RunRequest, graph: GraphDep, caller: CallerDep) -
         raise errors.invalid(f"model {name!r} has task {model.task}, which has an endpoint of its own; see GET /docs")
     if len(body.items) > graph.settings.limits.max_list_items:
         raise errors.invalid(f"items has more than {graph.settings.limits.max_list_items} entries", "items")
+    check_json(body.items, "items")
 
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(name):

@@ -302,3 +302,13 @@ def test_the_short_way_in_answers_as_fastapi_does(
     else:
         assert short.content == fastapi.content
     assert short.headers["content-type"] == fastapi.headers["content-type"]
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings/", "/v1/embeddings//", "//v1//embeddings/"])
+def test_a_slash_at_the_end_of_a_path_changes_nothing(server: Running, path: str) -> None:
+    assert server.post(path, b'{"input": "a"}', JSON).status == 200
+
+
+def test_of_a_path_that_is_not_there_a_slash_makes_none(server: Running) -> None:
+    assert server.post("/v1/embedding/", b'{"input": "a"}', JSON).status == 404
+    assert server.post("/v1/models/shout/run/", b'{"items": [1]}', JSON).content["results"] == [1]
