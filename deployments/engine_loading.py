@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployments.checkpoints.files import check
+from deployments.checkpoints.checks import check
 from deployments.checkpoints.sources import resolve
 from deployments.engines.contract import Engine
 from deployments.engines.registry import engine_class

@@ -20,7 +20,7 @@ from deployments.batching.once import parallel
 from deployments.batching.runner import FAILED
 from deployments.batching.steps import StepBatcher
 from deployments.batching.waiting import LATE, TAKEN_BACK
-from deployments.checkpoints.files import contents
+from deployments.checkpoints.modules import contents
 from deployments.checkpoints.sources import resolve
 from deployments.engine_loading import load_engine
 from deployments.engines.contract import Engine

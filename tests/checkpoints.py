@@ -146,6 +146,22 @@ def static(folder: Path) -> Path:
     return folder
 
 
+def small_bert(folder: Path, kind: Any = BertModel, **changes: Any) -> Path:
+    """A small BERT with MiniLM's tokenizer, without modules of sentence-transformers."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MINILM / name, folder)
+    torch.manual_seed(1)
+    kind(BertConfig(**TINY | {"vocab_size": 30522, "max_position_embeddings": 128} | changes)).save_pretrained(folder)
+    return folder
+
+
+def of_modules(folder: Path, *modules: Any) -> Path:
+    """A folder as sentence-transformers saves these modules."""
+    SentenceTransformer(modules=list(modules), device="cpu").save(str(folder))
+    return folder
+
+
 def in_a_subfolder(folder: Path) -> Path:
     """MiniLM as old versions of sentence-transformers saved it, with the encoder in `0_Transformer`."""
     copy(MINILM, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.checkpoints.layout import Layout
+from deployments.checkpoints.modules import transformer_folders
 from deployments.spec import CheckpointError, ModelSpec
 
 CONTEXT_BYTES = 550 * 2**20
@@ -99,27 +100,35 @@ def footprint(spec: ModelSpec, folder: Path) -> Footprint:
 
 
 def _footprint(spec: ModelSpec, folder: Path, work: Workload) -> Footprint:
-    from transformers import AutoConfig  # here: not needed to serve a config that sets all shares
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the config in {folder}: {error}") from error
-    text = getattr(config, "text_config", config)
     value = PLAIN_BYTES.get(spec.precision, HALF)
-    weights = _weights(spec, folder, value, work)
+    layout = Layout.read(folder)
+    parts = [_activity(spec, part, value, work) for part in transformer_folders(folder)]
+    cache, activations = max(parts, default=(0, _rows(spec, layout)), key=sum)
+    weights = _weights(spec, layout, value, work)
+    return Footprint(round((1 + SLACK) * weights), cache, round((1 + SLACK) * activations))
+
+
+def _activity(spec: ModelSpec, folder: Path, value: int, work: Workload) -> tuple[int, int]:
+    """Bytes of keys and values, and of activations, of the transformer in `folder`."""
+    from deployments.checkpoints.diagnosis import config_of  # here: not needed to serve a config that sets all shares
+
+    config = config_of(folder)
+    text = getattr(config, "text_config", config)
     try:
         activations = _activations(spec, text, value, work)
         if work.sees_images:
             activations += _tower(spec, config.vision_config, value)
-        cache = _cache(spec, config, text, value, work)
+        return _cache(spec, config, text, value, work), activations
     except AttributeError as error:
         raise CheckpointError(f"the config in {folder} is of an unknown kind: {error}") from error
-    return Footprint(round((1 + SLACK) * weights), cache, round((1 + SLACK) * activations))
 
 
-def _weights(spec: ModelSpec, folder: Path, plain: int, work: Workload) -> int:
-    layout = Layout.read(folder)
+def _rows(spec: ModelSpec, layout: Layout) -> int:
+    """Bytes of the rows that the tokens of the largest batch take up, for a model that looks up words in a table."""
+    return spec.max_batch_tokens * SINGLE * max((shape[-1] for shape in layout.shapes.values() if shape), default=0)
+
+
+def _weights(spec: ModelSpec, layout: Layout, plain: int, work: Workload) -> int:
     if not work.quantises or spec.precision not in ("int8", "int4"):
         return plain * layout.values
     if not layout.shapes:

@@ -9,9 +9,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from deployments.checkpoints.files import encoder_folder, is_static, read_json
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+
+from deployments.checkpoints.files import CONFIG, read_as
+from deployments.checkpoints.modules import transformer_folders, weighted_folders
 from deployments.load_progress import LoadProgress
-from deployments.spec import CheckpointError
+from deployments.spec import CheckpointError, first_line
+
+POINTER = b"version https://git-lfs"
+
+
+class Index(BaseModel):
+    """What is read of the index of a sharded checkpoint. transformers needs both."""
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any]
 
 
 class Layout:
@@ -32,23 +45,26 @@ class Layout:
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """Raises CheckpointError if there are no weights, or if an index names a shard that is missing or damaged."""
-        static, folder = is_static(folder), encoder_folder(folder)
-        if not static and not (folder / "config.json").is_file():
-            raise CheckpointError(f"there is no config.json in {folder}")
-        where: dict[str, str]
+        """The weights of all modules. Raises CheckpointError if weights are missing, or if their files are damaged."""
+        needs_config = transformer_folders(folder)
+        layout = cls([], {}, {}, 0)
+        for part in weighted_folders(folder):
+            if part in needs_config and not (part / CONFIG).is_file():
+                raise CheckpointError(f"there is no {CONFIG} in {part}")
+            layout._add(str(part.relative_to(folder)), cls._of_part(part))
+        return layout
+
+    @classmethod
+    def _of_part(cls, folder: Path) -> Layout:
         for name in ("model.safetensors", "pytorch_model.bin"):
             index = folder / f"{name}.index.json"
             if (folder / name).is_file():
-                where = {}
+                where: dict[str, str] = {}
             elif index.is_file():
                 where = _weight_map(index)
             else:
                 continue
             shards = sorted(set(where.values())) or [name]
-            missing = [shard for shard in shards if PurePath(shard).name != shard or not (folder / shard).is_file()]
-            if missing:
-                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, named in {index.name}")
             if name.endswith(".bin"):
                 known = {tensor: (shard, 1) for tensor, shard in where.items()}
                 return cls(shards, known, {}, _pickled_values(folder, shards))
@@ -57,6 +73,13 @@ class Layout:
             shapes = {t: tensor["shape"] for header in headers.values() for t, tensor in header.items()}
             return cls(shards, sizes, shapes, sum(map(math.prod, shapes.values())))
         raise CheckpointError(f"there are no weights in {folder}: neither model.safetensors nor pytorch_model.bin")
+
+    def _add(self, path: str, part: Layout) -> None:
+        """Add the weights of a module, whose folder is at this path."""
+        self.shards += [f"{path}/{shard}" for shard in part.shards]
+        self.tensors |= {tensor: (f"{path}/{shard}", size) for tensor, (shard, size) in part.tensors.items()}
+        self.shapes |= part.shapes
+        self.values += part.values
 
     def follow(self, parameters: Iterable[tuple[str, Any]], progress: LoadProgress) -> Iterator[tuple[str, Any]]:
         """Yield the loader's parameters one by one, reporting the bytes of those already loaded.
@@ -90,11 +113,15 @@ class Layout:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The shard of each tensor, from the index of a sharded checkpoint."""
-    listed = read_json(index)
-    where = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise CheckpointError(f"{index} is damaged: it has no weight_map from tensors to files")
+    """The shard of each tensor, from the index of a sharded checkpoint. All shards are in the index's folder."""
+    where = read_as(index, Index).weight_map
+    if not where:
+        raise CheckpointError(f"{index} names no files; save the model again")
+    for shard in sorted(set(where.values())):
+        if PurePath(shard).name != shard or shard in ("", ".."):
+            raise CheckpointError(f"{index} names the file {shard!r}, which is not in its folder; put all files there")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index.parent} lacks {shard}, named in {index.name}")
     return where
 
 
@@ -112,16 +139,17 @@ def _bytes(tensor: dict[str, Any]) -> int:
 
 def tensors(path: Path) -> dict[str, dict[str, Any]]:
     """The entry of each tensor in a safetensors file's header (8 bytes of length, then JSON)."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        size = sum(map(_bytes, header.values()))
-        if path.stat().st_size < 8 + length + size:
-            raise ValueError("it is cut short")
-        return header
-    except (ValueError, KeyError, struct.error) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    with path.open("rb") as file:
+        start = file.read(len(POINTER))
+        if start == POINTER:
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`")
+        try:
+            with safe_open(path, "numpy"):  # checks the header, and that the tensors fill the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short: {first_line(error)}; fetch it again") from error
+        file.seek(0)
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header

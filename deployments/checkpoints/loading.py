@@ -19,14 +19,19 @@ from transformers.utils import logging as transformers_logging
 
 from deployments import disk_cache
 from deployments.checkpoints.completeness import Probe, reports, require
+from deployments.checkpoints.diagnosis import fault
 from deployments.checkpoints.layout import Layout
 from deployments.load_progress import LoadProgress
-from deployments.spec import CheckpointError, Facts, Precision, first_line
+from deployments.spec import CheckpointError, Facts, Precision
 
 logger = logging.getLogger("ray.serve")
 
 Model = TypeVar("Model", bound=nn.Module)
 
+OF_FILES = (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError, UnpicklingError)
+"""Errors that quantisation has no part in."""
+OF_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors that another attempt may not meet."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -108,17 +113,12 @@ def _complete(
     try:
         with _watched(folder, progress), reports() as found:
             model = load(**options)
-    except (TypeError, AttributeError, LookupError, ZeroDivisionError, AssertionError, ImportError) as error:
-        if "quantization_config" in options:
+    except (CheckpointError, *OF_MACHINE):
+        raise
+    except Exception as error:  # whatever a loader raises, the checkpoint is at fault
+        if "quantization_config" in options and not isinstance(error, OF_FILES):
             raise
-        raise _unreadable(folder, error) from error
-    except (ValueError, RuntimeError) as error:
-        of_checkpoint = (
-            "state_dict" in str(error) if isinstance(error, RuntimeError) else "quantization_config" not in options
-        )
-        if not of_checkpoint:
-            raise
-        raise _unreadable(folder, error) from error
+        raise fault(folder, error) from error
     model.eval()
     require(model, found, folder, probe)
     return model
@@ -173,7 +173,7 @@ def _facts(model: nn.Module, precision: str, reason: str | None = None) -> Facts
 
 @contextmanager
 def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
-    """Report what transformers' loader reads from `folder`, and name the checkpoint if it fails."""
+    """Report what transformers' loader reads from `folder`."""
     layout = Layout.read(folder)
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,11 +185,5 @@ def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
     try:
         progress.checkpoint(0, 0, len(layout.shards))
         yield
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError, UnpicklingError) as error:
-        raise _unreadable(folder, error) from error
     finally:
         transformers_logging.set_tqdm_hook(previous)
-
-
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"the checkpoint in {folder} can't be read: {first_line(error)}")

@@ -13,15 +13,18 @@ import numpy as np
 import tokenizers
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
+from sentence_transformers.util import batch_to_device
 from torch import nn
 
-from deployments.checkpoints.loading import load_model
+from deployments.checkpoints.diagnosis import said
+from deployments.checkpoints.loading import OF_MACHINE, load_model
+from deployments.checkpoints.modules import require_class
 from deployments.engines.encoder import WARM_UP, Encoder, Output, TokenEncoder, Tokenizer
 from deployments.engines.inputs import DOCUMENT, QUERY, Arrays, Encoded, InputSpec, Prompts
-from deployments.engines.limits import positions
+from deployments.engines.limits import positions, table_rows
 from deployments.engines.reference import ReferenceEncoder, ReferenceTokenizer
 from deployments.engines.tokens import TextTokenizer, frame_of_pairs
 from deployments.engines.torch_forward import Rows, TorchForward, is_causal
@@ -80,6 +83,7 @@ def convert(output: Output, folder: Path, precision: str, progress: LoadProgress
 
 def _build(output: Output, folder: Path, **model_kwargs: Any) -> Any:
     library = SentenceTransformer if output == "sentence_embedding" else CrossEncoder
+    require_class(folder, library.__name__)
     return library(str(folder), device="cpu", model_kwargs=model_kwargs, local_files_only=True)
 
 
@@ -87,14 +91,14 @@ def _build(output: Output, folder: Path, **model_kwargs: Any) -> Any:
 def _probed(output: Output, model: Any) -> torch.Tensor:
     text = WARM_UP[1]
     features = model.preprocess([text if output == "sentence_embedding" else (text, text)])
-    rows: torch.Tensor = model(features)[output]
-    return rows
+    found: torch.Tensor = model(batch_to_device(features, model.device))[output]
+    return found
 
 
 def _check(model: Any, output: Output, folder: Path) -> None:
     """Raises CheckpointError if the model in `folder` can't produce this output."""
     if output != "scores":
-        return
+        return _check_runs(model, output, folder)
     if model.num_labels != 1:
         raise CheckpointError(
             f"a cross-encoder for rerank has one logit; the model in {folder} has {model.num_labels} (a classifier?)"
@@ -107,12 +111,36 @@ def _check(model: Any, output: Output, folder: Path) -> None:
                     "a language model for rerank answers with the tokens `yes` and `no`, which the one in "
                     f"{folder} does not have"
                 )
+    _check_runs(model, output, folder)
+
+
+def _check_runs(model: Any, output: Output, folder: Path) -> None:
+    """Raises CheckpointError if the modules can't run on an example, one after the other."""
+    kinds = ", ".join(type(module).__name__ for module in model)
+    try:
+        _probed(output, model)
+    except OF_MACHINE:
+        raise
+    except Exception as error:  # modules raise whatever they meet when they do not fit together
+        if isinstance(error, KeyError) and error.args == (output,):
+            raise CheckpointError(
+                f"the modules in {folder} ({kinds}) give no {output}; add what is missing to modules.json: after a "
+                "Transformer, a Pooling"
+            ) from error
+        if any(isinstance(module, Router) and module.default_route is None for module in model):
+            raise CheckpointError(
+                f"the Router in {folder} has no default route for texts without an input type; name one of its routes "
+                "as `default_route` in the `parameters` of router_config.json"
+            ) from error
+        raise CheckpointError(f"the modules in {folder} ({kinds}) do not run together: {said(error)}") from error
 
 
 def _runs_on_tokens(model: Any) -> bool:
     """Whether items can be token ids, batched here. If not, sentence-transformers must be given texts."""
     encoder, *others = model
     if not isinstance(encoder, Transformer) or not {"text", "message"} & set(encoder.modality_config):
+        return False
+    if any(how["method"] != "forward" for how in encoder.modality_config.values()):  # towers, as CLIP has
         return False
     if "message" not in encoder.modality_config and _has_own_lengths(encoder):
         return False
@@ -159,10 +187,11 @@ def _private_copy(tokenizer: Any) -> tokenizers.Tokenizer | None:
 def _input_spec(model: Any, forward: Callable[[Arrays], np.ndarray], folder: Path) -> InputSpec:
     """The limits and batch format. Raises CheckpointError if the tokenizer makes segments that the model lacks."""
     encoder, tokenizer = model[0].model, model.tokenizer
+    _check_vocabulary(tokenizer, folder)
     prompts = _prompts(model)
     spec = InputSpec(
         max_tokens=int(min(tokenizer.model_max_length, positions(encoder), 2**31 - 1)),
-        rows=encoder.get_input_embeddings().num_embeddings,
+        rows=table_rows(encoder),
         pad_id=tokenizer.pad_token_id or 0,
         pads_left=is_causal(model),
         segments="token_type_ids" in tokenizer.model_input_names,
@@ -173,7 +202,17 @@ def _input_spec(model: Any, forward: Callable[[Arrays], np.ndarray], folder: Pat
     )
     if isinstance(model, CrossEncoder) and spec.segments:
         _check_segments(encoder, tokenizer, folder)
-    return _tried(spec, forward, folder)
+    return _tried(spec, forward, folder, tokenizer.eos_token_id)
+
+
+def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Without its files, transformers makes a tokenizer for which every word is unknown."""
+    rust = _private_copy(tokenizer)
+    if rust and len(set(rust.get_vocab()) - set(tokenizer.all_special_tokens)) <= 1:
+        raise CheckpointError(
+            f"the tokenizer in {folder} knows no words, only special tokens; add the tokenizer.json, vocab.txt or "
+            "*.model of the model"
+        )
 
 
 def _check_segments(encoder: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -198,13 +237,19 @@ def _prompt_tokens(model: Any, prompt: str) -> int:
     return int(model.preprocess([""], prompt=prompt).get("prompt_length") or 0)
 
 
-def _tried(spec: InputSpec, forward: Callable[[Arrays], np.ndarray], folder: Path) -> InputSpec:
-    """Lower `max_tokens` to what the model can run: its position table may be shorter than its config says."""
+def _tried(spec: InputSpec, forward: Callable[[Arrays], np.ndarray], folder: Path, end: int | None) -> InputSpec:
+    """Lower `max_tokens` to what the model can run: its position table may be shorter than its config says.
+
+    `end` is the token that ends a text: BART's heads read its place.
+    """
+    id = next(id for id in range(spec.rows) if id != spec.pad_id)
+    last = end if end is not None and end < spec.rows and end != spec.pad_id else id
 
     def fails(tokens: int) -> bool:
-        id = next(id for id in range(spec.rows) if id != spec.pad_id)
+        ids = np.full(tokens, id, np.int64)
+        ids[-1] = last
         try:
-            forward(spec.batch([Encoded(np.full(tokens, id, np.int64))]))
+            forward(spec.batch([Encoded(ids)]))
         except (IndexError, RuntimeError):
             return True
         return False

@@ -1,12 +1,16 @@
-"""The longest text a model can take, read from its weights instead of its config."""
+"""The longest text and the largest token id that a model can take, read from its weights instead of its config."""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+UNBOUNDED = 2**31 - 1
 
 POSITIONS = re.compile(r"(^|\.)(position_embeddings?|embed_positions|wpe)$")
 """Names of tables with a row per position. Tables of relative positions have other names."""
@@ -37,7 +41,7 @@ def max_tokens(model: PreTrainedModel) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("rope_type") == "longrope"]
     original = [each.get("original_max_position_embeddings") or stated for each in ropes]
-    return int(min(positions(model), stated, *original, 2**31 - 1))
+    return int(min(positions(model), stated, *original, UNBOUNDED))
 
 
 def _tables(model: nn.Module) -> list[nn.Embedding]:
@@ -47,3 +51,19 @@ def _tables(model: nn.Module) -> list[nn.Embedding]:
 
 def _first(table: nn.Embedding) -> int:
     return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def table_rows(model: Any) -> int:
+    """Rows of the model's table of token embeddings; UNBOUNDED if it has none, as CANINE, which hashes characters.
+
+    A model of several towers has the table in its text tower.
+    """
+    for part in (model, getattr(model, "text_model", model)):
+        try:
+            table = part.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        weight = getattr(table, "weight", None)  # a table need not be an nn.Embedding: I-BERT's is quantised
+        if isinstance(weight, torch.Tensor):
+            return int(weight.shape[0])
+    return UNBOUNDED

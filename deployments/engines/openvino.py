@@ -24,7 +24,7 @@ import numpy as np
 import tokenizers
 
 from deployments import disk_cache
-from deployments.checkpoints.files import contents
+from deployments.checkpoints.modules import contents
 from deployments.engines.inputs import Arrays, Encoded, InputSpec
 from deployments.engines.tokens import TextTokenizer
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import CNN
 
 from deployments.engines.inputs import Encoded, InputSpec, Prompts
+from deployments.engines.limits import UNBOUNDED, table_rows
 from deployments.engines.tokens import TextTokenizer, too_long
 from deployments.messages import InputType
 from deployments.spec import Facts, ItemError, first_line
-
-UNBOUNDED = 2**31 - 1
 
 
 class ReferenceTokenizer:
@@ -69,11 +70,11 @@ class ReferenceEncoder:
         rust = getattr(model[0], "tokenizer", None)
         self._rust = rust if isinstance(rust, tokenizers.Tokenizer) else None
         cut = (self._rust.truncation or {}).get("max_length") if self._rust else None
-        table = getattr(model[0], "embedding", None)
         self._spec = InputSpec(
-            max_tokens=int(min(model.max_seq_length or UNBOUNDED, cut or UNBOUNDED, UNBOUNDED)),
-            rows=getattr(table, "num_embeddings", UNBOUNDED),
+            max_tokens=int(min(model.max_seq_length or UNBOUNDED, cut or UNBOUNDED, UNBOUNDED)), rows=_rows(model[0])
         )
+        self._alone = any(isinstance(module, CNN) for module in model.modules())
+        """Texts must not share a batch, as the model reads the padding too."""
         self.max_tokens = self._spec.max_tokens
 
     def prepare(
@@ -91,17 +92,22 @@ class ReferenceEncoder:
             raise ItemError(f"the model can't take it: {first_line(error)}") from error
         encoded = Encoded(np.zeros(0, np.int64) if ids is None else ids.flatten().numpy())
         self._spec.checked(encoded, lambda id: str(id))
-        if not truncate and self._count(prompt + text, len(encoded.ids)) > self._spec.max_tokens:
+        if not truncate and self._count(text, prompt, len(encoded.ids)) > self._spec.max_tokens:
             raise too_long(self._spec.max_tokens)
         return ReferenceItem(text, (prompt, input_type), len(encoded.ids))
 
-    def _count(self, text: str, cut: int) -> int:
+    def _count(self, text: str, prompt: str, cut: int) -> int:
         """Tokens of the whole text; `cut`, its tokens after truncation, if they can't be counted."""
+        if isinstance(self.model[0], Transformer):
+            whole = {"text": {"truncation": False}}
+            with self._lock:
+                ids = self.model.preprocess([text], prompt=prompt or None, processing_kwargs=whole)["input_ids"]
+            return int(ids.numel())
         if self._rust is None:
             return cut
-        whole = tokenizers.Tokenizer.from_str(self._rust.to_str())
-        whole.no_truncation()
-        return len(whole.encode(text, add_special_tokens=False).ids)
+        rust = tokenizers.Tokenizer.from_str(self._rust.to_str())
+        rust.no_truncation()
+        return len(rust.encode(prompt + text, add_special_tokens=False).ids)
 
     def prepare_ids(self, ids: list[int], truncate: bool = True) -> ReferenceItem:
         raise ItemError("this model takes texts, not token ids")
@@ -116,7 +122,11 @@ class ReferenceEncoder:
             places = [place for place, item in enumerate(items) if item.way == way]
             texts = [items[place].text for place in places]
             vectors = self.model.encode(
-                texts, prompt=way[0], task=way[1], batch_size=len(texts), show_progress_bar=False
+                texts,
+                prompt=way[0],
+                task=way[1],
+                batch_size=1 if self._alone else len(texts),
+                show_progress_bar=False,
             )
             if found is None:
                 found = np.zeros((len(items), vectors.shape[1]), np.float32)
@@ -125,3 +135,11 @@ class ReferenceEncoder:
         if not np.isfinite(found).all():
             raise RuntimeError("the model's answer is not a number")
         return found
+
+
+def _rows(module: Any) -> int:
+    """Rows of the table in which the first module looks tokens up."""
+    if isinstance(module, Transformer):
+        return table_rows(module.model)
+    table = getattr(module, "embedding", None) or getattr(module, "emb_layer", None)
+    return int(getattr(table, "num_embeddings", UNBOUNDED))

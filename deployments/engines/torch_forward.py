@@ -42,6 +42,8 @@ class Rows(nn.Module):
         self.fixed: dict[str, Any] = {"modality": "message" if "message" in transformer.modality_config else "text"}
         if transformer.transformer_task == "text-generation":
             self.fixed["logits_to_keep"] = 1
+        self.width: int | None = getattr(model, "truncate_dim", None)
+        """Leading dimensions that the checkpoint asks for; None: all."""
         self.counts_positions = is_causal(model) and "position_ids" in transformer._declared_forward_params
 
     def forward(
@@ -63,7 +65,7 @@ class Rows(nn.Module):
         for module in others:
             features = module(features)
         rows: torch.Tensor = features[self.output]
-        return rows
+        return rows[..., : self.width]
 
 
 def is_causal(model: Any) -> bool:

@@ -247,7 +247,7 @@ def _processor(folder: Path) -> ProcessorMixin:
     try:
         config = AutoConfig.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # settings of wrong types raise any kind of error
         raise CheckpointError(f"the config or processor in {folder} can't be read: {first_line(error)}") from error
     if not isinstance(config, LlavaConfig) or not isinstance(processor, LlavaProcessor):
         raise CheckpointError(f"vision needs a LLaVA; {folder} contains a {config.model_type}")

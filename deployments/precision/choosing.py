@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 import psutil
 
 from deployments import aside, disk_cache
-from deployments.checkpoints.files import contents
 from deployments.checkpoints.layout import Layout
+from deployments.checkpoints.modules import contents
 from deployments.load_progress import LoadProgress
 from deployments.spec import Facts, ModelSpec, Precision, Runtime
 
