@@ -74,6 +74,15 @@ def processor() -> str:
     return " ".join([known, *sorted(flag for flag in _cpuinfo("flags").split() if re.match(r"avx|amx|fma", flag))])
 
 
+def hardware(on_gpu: bool) -> str:
+    """What a measurement depends on: the name of the GPU, or the CPU's with its instructions."""
+    if not on_gpu:
+        return processor()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def half_precision() -> Literal["bf16"] | None:
     """The half precision that the CPU multiplies fast; None if there is none."""
     return "bf16" if {"amx_bf16", "avx512_bf16"} & set(_cpuinfo("flags").split()) else None

@@ -90,6 +90,13 @@ def gpu_free_bytes() -> int:
     return max(0, int(min(free + torch.cuda.memory_reserved() - used, left)))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch raises OutOfMemoryError. On a CPU its allocator raises a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def device_memory(device: str) -> Memory:
     """The memory of the device that an engine's facts name."""
     return GpuMemory() if device == "cuda" else CpuMemory()

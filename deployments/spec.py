@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 Runtime = Literal["auto", "torch", "openvino"]
+Batches = Literal["mixed", "equal_lengths", "single"]
+"""Which items may share a batch: any, only those of equal length, or none."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,4 @@ class Facts:
     runtime: str = "torch"
     quality: dict[str, Any] | None = None
     """How close the answers are to the original's in fp32, and all measurements; None if nothing was measured."""
+    batches: Batches = "mixed"

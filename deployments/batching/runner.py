@@ -13,7 +13,7 @@ from typing import Any
 from deployments.batching.threads import ThreadChoice
 from deployments.collector import count as count_of
 from deployments.engines.contract import Engine, Stepping
-from deployments.memory import Memory
+from deployments.memory import Memory, is_out_of_memory
 from deployments.messages import Refusal
 from deployments.metrics import OUT_OF_MEMORY
 from deployments.process import use_threads
@@ -99,7 +99,7 @@ class Runner:
         except Exception as error:  # an engine may raise anything; other items must not suffer
             # repr, because a log record keeps its arguments alive.
             logger.warning("a batch of %d failed: %s", len(rows), repr(error))
-            no_memory = _out_of_memory(error)
+            no_memory = is_out_of_memory(error)
             if no_memory:
                 OUT_OF_MEMORY.inc()
                 outcome.did_not_fit.append(rows)
@@ -173,10 +173,3 @@ class StepRunner(Runner):
         done = [row for row in rows if items[row].result is not None]
         outcome.pieces.append((done, [items[row].result for row in done]))
         outcome.unfinished += [row for row in rows if items[row].result is None]
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """On a GPU torch raises OutOfMemoryError. On a CPU its allocator raises a plain RuntimeError."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -8,12 +8,14 @@ on disk yet, a separate process makes them.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from deployments import aside, disk_cache
+from deployments.engines.grouping import batches_of, in_groups
 from deployments.engines.inputs import Arrays, Encoded, InputSpec, Prompts
 from deployments.engines.tokens import too_long
 from deployments.load_progress import LoadProgress
@@ -56,7 +58,10 @@ class Encoder(Protocol):
         """Tokens of the item."""
 
     def rows(self, items: list[Any]) -> np.ndarray:
-        """Run a batch; returns float32, shape (items, width)."""
+        """Run items in batches that do not change their answers; returns float32, shape (items, width)."""
+
+    def run_together(self, items: list[Any]) -> np.ndarray:
+        """Run items in one batch, padded to the longest and no further; returns float32, shape (items, width)."""
 
 
 class Tokenizer(Protocol):
@@ -113,14 +118,27 @@ class TokenEncoder:
         return len(item.ids)
 
     def rows(self, items: list[Encoded]) -> np.ndarray:
-        return self.forward(self.spec.batch(items, self.forward.multiple))
+        if self.facts.batches == "mixed":
+            return self.forward(self.spec.batch(items, self.forward.multiple))
+        return in_groups(items, self.facts.batches, self.tokens, self.run_together)
+
+    def run_together(self, items: list[Encoded]) -> np.ndarray:
+        return self.forward(self.spec.batch(items))
 
 
 def load_encoder(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Encoder:
     """Load the encoder in `folder` as the spec says. If OpenVINO can't run it, torch does, and the facts say why.
 
+    The facts also say which items may share a batch, so that no answer depends on the others.
+
     Raises CheckpointError if the checkpoint is damaged, incomplete, or has no model for this output.
     """
+    encoder = _loaded(output, spec, folder, progress)
+    encoder.facts = replace(encoder.facts, batches=batches_of(encoder, output, folder))
+    return encoder
+
+
+def _loaded(output: Output, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Encoder:
     reason = None
     if spec.runtime == "openvino":
         try:

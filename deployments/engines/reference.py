@@ -12,6 +12,7 @@ import torch
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import CNN
 
+from deployments.engines.grouping import in_groups
 from deployments.engines.inputs import Encoded, InputSpec, Prompts
 from deployments.engines.limits import UNBOUNDED, table_rows
 from deployments.engines.tokens import TextTokenizer, too_long
@@ -115,8 +116,13 @@ class ReferenceEncoder:
     def tokens(self, item: ReferenceItem) -> int:
         return item.tokens
 
-    @torch.inference_mode()
     def rows(self, items: list[ReferenceItem]) -> np.ndarray:
+        if self.facts.batches == "mixed":
+            return self.run_together(items)
+        return in_groups(items, "single", self.tokens, self.run_together)
+
+    @torch.inference_mode()
+    def run_together(self, items: list[ReferenceItem]) -> np.ndarray:
         found: np.ndarray | None = None
         for way in {item.way for item in items}:
             places = [place for place, item in enumerate(items) if item.way == way]

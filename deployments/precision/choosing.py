@@ -81,7 +81,8 @@ def open_ways(engine: Any, spec: ModelSpec) -> list[Way]:
 def _choice(engine: Any, spec: ModelSpec, folder: Path, ways: list[Way], progress: LoadProgress) -> dict[str, Any]:
     """The choice on disk, or a new measurement, by one process of this machine at a time."""
     name = "choice-" + disk_cache.key(
-        *(_path(engine), spec.precision, spec.runtime, spec.threads or disk_cache.cores(), _hardware(spec)),
+        *(_path(engine), spec.precision, spec.runtime, spec.threads or disk_cache.cores()),
+        disk_cache.hardware(_on_gpu(spec)),
         *(contents(folder), disk_cache.versions(), disk_cache.code(), _source(engine)),
     )
     choice = disk_cache.read(name)
@@ -118,14 +119,6 @@ def _on_gpu(spec: ModelSpec) -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _hardware(spec: ModelSpec) -> str:
-    if not _on_gpu(spec):
-        return disk_cache.processor()
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 def _too_large(spec: ModelSpec, weights: int) -> str | None:

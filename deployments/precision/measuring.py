@@ -134,7 +134,11 @@ class _Measurement:
 
         If something else was loaded instead, the candidate becomes that, unless that is a candidate of its own.
         """
-        loaded = self.engine.load(self._spec(candidate), self.folder, LoadProgress(lambda _: None))
+        try:
+            loaded = self.engine.load(self._spec(candidate), self.folder, LoadProgress(lambda _: None))
+        except Exception as error:  # a model may lack an operation in this precision; the original has been loaded
+            candidate.verdict, candidate.reason = "refused", f"it can't be loaded: {first_line(error)}"
+            return
         facts: Facts = loaded.facts
         candidate.weights_mb = _mb(facts.weights_bytes)
         assert base.weights_mb is not None

@@ -62,12 +62,15 @@ class Border:
         return tidied
 
     def _with_endpoint(self, app: ASGIApp) -> ASGIApp:
-        """Stores the request's endpoint in its scope. A slash at the end of the path is dropped if none has it."""
+        """Stores the request's endpoint in its scope. A slash at the end of the path is dropped if none has it.
+
+        Not of a DELETE: `/jobs/ID` of which the id is missing must not become `/jobs`.
+        """
 
         async def marked(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "lifespan":
                 scope[FOUND] = self.endpoints.find(scope)
-                if scope[FOUND] is None and scope["path"].endswith("/"):
+                if scope[FOUND] is None and scope["path"].endswith("/") and scope.get("method") != "DELETE":
                     scope["path"] = scope["path"].rstrip("/") or "/"
                     scope[FOUND] = self.endpoints.find(scope)
             await app(scope, receive, send)

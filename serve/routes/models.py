@@ -53,6 +53,7 @@ async def get_model(name: str, graph: GraphDep) -> dict[str, Any]:
         "precision": facts.get("precision"),
         "runtime": facts.get("runtime"),
         "quantized": facts.get("quantized"),
+        "batches": facts.get("batches"),
         "memory_mb": None if weights is None else round(weights / 2**20, 1),
         "fallback_reason": facts.get("fallback_reason"),
         "load_seconds": facts.get("load_seconds"),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from serve.errors import DureError
@@ -307,6 +308,11 @@ def test_the_short_way_in_answers_as_fastapi_does(
 @pytest.mark.parametrize("path", ["/v1/embeddings/", "/v1/embeddings//", "//v1//embeddings/"])
 def test_a_slash_at_the_end_of_a_path_changes_nothing(server: Running, path: str) -> None:
     assert server.post(path, b'{"input": "a"}', JSON).status == 200
+
+
+@pytest.mark.parametrize("path", ["/api/yh/jobs/", "/api/yh/jobs//"])
+def test_deleting_a_job_without_its_id_deletes_none(server: Running, path: str) -> None:
+    assert httpx.delete(f"{server.url}{path}?tenant_id=acme", timeout=10).status_code == 404
 
 
 def test_of_a_path_that_is_not_there_a_slash_makes_none(server: Running) -> None:
