@@ -85,11 +85,15 @@ def decode(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Imag
     """
     with _readable():
         image = _open(content, max_megapixels)
-        _mend_transparency(image)
-        if image.format in ("JPEG", "MPO"):
-            image.decodermaxblock = BLOCK_BYTES
-        image.load()
-        return _upright(_rgb(image), _orientation(image))
+        if image.format == "PNG" and image.mode == "RGB" and image.tile[0].args == "RGB;16B":
+            picture = _deep_rgb(image, _open(content, max_megapixels))
+        else:
+            _mend_transparency(image)
+            if image.format in ("JPEG", "MPO"):
+                image.decodermaxblock = BLOCK_BYTES
+            image.load()
+            picture = _rgb(image)
+        return _upright(picture, _orientation(image))
 
 
 class _File(io.BytesIO):
@@ -148,12 +152,30 @@ def _mend_transparency(image: ImageFile.ImageFile) -> None:
     if isinstance(declared, str):  # a text comment of that name
         del image.info["transparency"]
     elif image.format == "PNG" and declared is not None and image.mode in ("L", "RGB"):
-        stored = image.tile[0].args
         if isinstance(declared, tuple):
-            image.info["transparency"] = tuple(each >> 8 if stored == "RGB;16B" else each & 255 for each in declared)
+            image.info["transparency"] = tuple(each & 255 for each in declared)
         else:
-            white = 2 ** PNG_BITS[str(stored)] - 1
+            white = 2 ** PNG_BITS[str(image.tile[0].args)] - 1
             image.info["transparency"] = (declared & white) * 255 // white
+
+
+def _deep_rgb(image: ImageFile.ImageFile, again: ImageFile.ImageFile) -> Image.Image:
+    """An RGB PNG of 16 bits. Its transparent colour is compared in full, as others may have the same upper bytes.
+
+    `again` is the same file, whose pixels Pillow is made to read the lower bytes of.
+    """
+    declared = image.info.pop("transparency", None)
+    image.load()
+    if not isinstance(declared, tuple):
+        return image
+    again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+    again.load()
+    transparent = np.ones((image.height, image.width), bool)
+    for channel, value in enumerate(declared):
+        transparent &= np.asarray(image.getchannel(channel)) == value >> 8
+        transparent &= np.asarray(again.getchannel(channel)) == value & 255
+    image.paste("white", mask=Image.fromarray(transparent))
+    return image
 
 
 def _rgb(image: ImageFile.ImageFile) -> Image.Image:
@@ -187,9 +209,11 @@ def _eight_bit(image: ImageFile.ImageFile) -> Image.Image:
         if (transparent := image.info.get("transparency")) is not None:
             grey[values == transparent] = 255
         return Image.fromarray(grey)
-    values = np.nan_to_num(values.astype(np.float32), copy=False)
-    top = float(values.max())
-    values *= 255 / next((white for white in (1, 255, 65535) if top <= white), top)
+    values = values.astype(np.float32)
+    top = float(values.max(where=np.isfinite(values), initial=0))
+    white = next((white for white in (1, 255, 65535) if top <= white), top)
+    np.nan_to_num(values, copy=False, posinf=white, neginf=0)
+    values *= 255 / white
     return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
 
 

@@ -201,6 +201,19 @@ def test_what_is_transparent_is_laid_on_white(name: str) -> None:
         assert np.abs(seen - expected).max() <= 1.01
 
 
+@pytest.mark.parametrize("colour", [(0x1234, 0x5678, 0x9ABC), (0, 0, 0), (0xFF00, 0x00FF, 0x8080)])
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_colours_with_the_upper_bytes_of_the_transparent_one_are_seen(
+    colour: tuple[int, int, int], channel: int
+) -> None:
+    pixels = np.empty((6, 5, 3), ">u2")
+    pixels[:] = colour
+    pixels[2:, :, channel] ^= 1
+    seen = np.asarray(decode(png(pixels, 16, 2, chunk(b"tRNS", struct.pack(">HHH", *colour)), width=5)))
+    assert (seen[:2] == 255).all()
+    assert (seen[2:] == np.array(colour) >> 8).all()
+
+
 def test_a_shape_that_is_only_in_the_alpha_channel_is_seen() -> None:
     black = np.zeros_like(RGB)
     shape = np.zeros_like(ALPHA)
@@ -242,6 +255,35 @@ def gaps(grey: np.ndarray) -> np.ndarray:
     values = grey.astype(np.float32)
     values[0, :5] = np.nan
     return values
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_colours_of_16_bits_are_scaled(kind: str) -> None:
+    wide = RGB.astype(np.uint16) * 257
+    for lower in (0, 0x00FF):
+        pixels = (wide & 0xFF00) | lower
+        content = png(pixels.astype(">u2"), 16, 2) if kind == "png" else raw_tiff(pixels.astype("<u2"), (16, 16, 16), 2)
+        assert (np.asarray(decode(content)) == RGB).all()
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(np.inf, 255), (-np.inf, 0), (np.nan, 0)], ids=["inf", "-inf", "nan"])
+@pytest.mark.parametrize("white", [1, 255, 65535, 1e6])
+@pytest.mark.filterwarnings("error")
+def test_pixels_without_a_finite_value_hide_no_others(bad: float, shown: int, white: float) -> None:
+    values = np.asarray(GREY).astype(np.float32) * (white / 255)
+    values[0, 0] = white
+    values[3:5, 4] = bad
+    seen = np.asarray(decode(encoded(Image.fromarray(values), "TIFF")))[..., 0].astype(int)
+    expected = np.asarray(GREY).astype(int)
+    expected[0, 0], expected[3:5, 4] = 255, shown
+    assert np.abs(seen - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(np.inf, 255), (-np.inf, 0), (np.nan, 0)])
+@pytest.mark.filterwarnings("error")
+def test_a_picture_without_a_finite_value_is_one_colour(bad: float, shown: int) -> None:
+    seen = np.asarray(decode(encoded(Image.fromarray(np.full((8, 8), bad, np.float32)), "TIFF")))
+    assert (seen == shown).all()
 
 
 @pytest.mark.parametrize("name", deep())
