@@ -116,6 +116,8 @@ def _check(model: Any, output: Output, folder: Path) -> None:
                     "a language model for rerank answers with the tokens `yes` and `no`, which the one in "
                     f"{folder} does not have"
                 )
+    if isinstance(model[0], Transformer) and "token_type_ids" in model.tokenizer.model_input_names:
+        _check_segments(model[0].model, model.tokenizer, folder)
     _check_runs(model, output, folder)
 
 
@@ -207,8 +209,6 @@ def _input_spec(model: Any, forward: Callable[[Arrays], np.ndarray], folder: Pat
         prompts=prompts,
         unpooled={prompt: _prompt_tokens(model, prompt) for prompt in prompts.all if _leaves_out_prompts(model)},
     )
-    if isinstance(model, CrossEncoder) and spec.segments:
-        _check_segments(encoder, tokenizer, folder)
     return _tried(spec, forward, folder, tokenizer.eos_token_id)
 
 

@@ -113,7 +113,10 @@ def without_words(folder: Path) -> None:
     [
         (lambda at: (at / "tokenizer.json").unlink(), "knows no words, only special tokens; add the tokenizer.json"),
         (without_words, "knows no words, only special tokens"),
-        (lambda at: (at / "tokenizer.json").write_text("{}"), "can't be used: KeyError: 'added_tokens'"),
+        (
+            lambda at: (at / "tokenizer.json").write_text("{}", encoding="utf-8"),
+            "can't be used: KeyError: 'added_tokens'",
+        ),
         (lambda at: (at / "tokenizer.json").write_bytes(b"\xff\xfe\x00"), "tokenizer.json is not JSON"),
         (lambda at: checkpoints.edit(at / "tokenizer_config.json", tokenizer_class=5), "can't be used: AttributeError"),
         (lambda at: checkpoints.edit(at / "tokenizer_config.json", pad_token=5), "pad_token has to be either str"),
@@ -182,7 +185,9 @@ def test_weights_that_are_cut_short_are_named(size: int, folder: Path) -> None:
 
 
 def test_a_pointer_of_git_lfs_is_called_one(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", encoding="utf-8"
+    )
     assert "is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`" in refusal(folder)
 
 

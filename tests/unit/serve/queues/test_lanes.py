@@ -476,7 +476,8 @@ def test_a_flood_is_refused_where_it_comes_in_and_no_other_tenant_with_it(monkey
         assert tickets == sorted(tickets, reverse=True)
         assert 0 < sum(tickets) < 10
         times = [error.retry_after_s for error in refusals if not error.ticket]
-        assert times[:4] == [70, 80, 90, 100]
+        assert times[0] in (70, 71)  # rounded up, and time passes
+        assert times[:4] == [times[0] + more for more in (0, 10, 20, 30)]
         assert max(filter(None, times)) == LONGEST_S
         assert here.calls["enter"] < 5 + 20
         small = asyncio.ensure_future(ask("small"))
