@@ -52,7 +52,7 @@ class Nodes:
             "--include-log-monitor=false",
         ]
         size = [f"--num-cpus={cpus:g}", f"--num-gpus={gpus:g}", f"--object-store-memory={100 * 2**20}"]
-        subprocess.run(
+        started = subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *at, *ports, *size, "--disable-usage-stats"],
             env={
                 **os.environ,
@@ -61,10 +61,13 @@ class Nodes:
                 NODE: f"{self.gcs}.{self.count}",
             },
             cwd=ROOT,
-            check=True,
-            capture_output=True,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             timeout=START_S,
         )
+        assert started.returncode == 0, started.stdout
         self.count += 1
         return self.count - 1
 

@@ -30,7 +30,7 @@ FOLLOWED_BEAT_S = 0.25
 """While a client follows its place in a lane."""
 RETRY_PAUSE_S = 0.2
 AWAY_S = 20.0
-"""How long a request waits while admission does not answer."""
+"""How long a request waits for admission, which takes seconds to restart on a busy machine."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Lanes:
     async def queues(self) -> dict[str, Any]:
         """State of the cluster's lanes, and what waits for models. Raises DureError."""
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(AWAY_S):
                 reply = await self._ask_queues()
         except (RayError, TimeoutError) as error:
             raise errors.no_admission() from error

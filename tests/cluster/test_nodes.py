@@ -17,8 +17,10 @@ from tests.dure import ROOT, Dure, free_port, wait_until
 from tests.nodes import Nodes
 
 READY_S = 300
+ANSWER_S = 300
+"""How long a request may wait. Few cores take minutes to replace a replica whose share of a GPU has no room for two."""
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(900)
 ENGINE = """from tests.engines import Shout
 
 
@@ -55,7 +57,8 @@ def production(
     }
     if engines:
         known["models"]["own"] = {"task": "own_engine:Own", "source": str(engines)}
-    known |= {"cache": {"url": "memory://"}, "guard": {"cpu": None, "gpu_memory": None}, **args}
+    known |= {"cache": {"url": "memory://"}, "guard": {"cpu": None, "gpu_memory": None}}
+    known |= {"request_timeout_s": ANSWER_S, "drain_s": ANSWER_S + 10, **args}
     del known["store"]
     application["deployments"] = [each for each in application["deployments"] if each["name"] != "adverts"]
     path = folder / "production.yaml"
@@ -146,7 +149,7 @@ class Asking:
         while not self.over.wait(0.2):
             body = {"query": f"When is deposit {time.monotonic_ns()} returned?", "documents": documents}
             try:
-                response = httpx.post(f"{self.url}/v1/search", json=body, timeout=120)
+                response = httpx.post(f"{self.url}/v1/search", json=body, timeout=ANSWER_S + 10)
             except httpx.HTTPError as error:
                 self.failed.append(repr(error))
                 continue
