@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from deployments.checkpoints.files import ADAPTER, CONFIG, JSON, MODULES, ROUTES, TEXTS, read_as, read_object
 from deployments.checkpoints.modules import TRANSFORMERS, Module, folders, modules, settings, transformer_folders
@@ -36,7 +36,7 @@ class Made(BaseModel):
 class Tokenizer(BaseModel):
     """What transformers does not check of a tokenizer's config."""
 
-    model_max_length: float | None = None
+    model_max_length: float | None = Field(None, ge=1)
 
 
 def check(folder: Path) -> None:

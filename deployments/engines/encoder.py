@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from deployments import aside, disk_cache
-from deployments.engines.grouping import batches_of, in_groups
+from deployments.engines.grouping import LONGEST, batches_of, in_groups
 from deployments.engines.inputs import Arrays, Encoded, InputSpec, Prompts
-from deployments.engines.tokens import too_long
+from deployments.engines.tokens import TextTokenizer, too_long
 from deployments.load_progress import LoadProgress
 from deployments.messages import InputType
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first_line
@@ -118,7 +118,7 @@ class TokenEncoder:
         return len(item.ids)
 
     def rows(self, items: list[Encoded]) -> np.ndarray:
-        if self.facts.batches == "mixed":
+        if self.facts.batches == "mixed" and max(map(self.tokens, items)) <= LONGEST:
             return self.forward(self.spec.batch(items, self.forward.multiple))
         return in_groups(items, self.facts.batches, self.tokens, self.run_together)
 
@@ -134,6 +134,13 @@ def load_encoder(output: Output, spec: ModelSpec, folder: Path, progress: LoadPr
     Raises CheckpointError if the checkpoint is damaged, incomplete, or has no model for this output.
     """
     encoder = _loaded(output, spec, folder, progress)
+    if isinstance(encoder, TokenEncoder) and isinstance(encoder.tokenizer, TextTokenizer):
+        fewest = encoder.tokenizer.fewest(1 if output == "sentence_embedding" else 2)
+        if encoder.max_tokens < fewest:
+            raise CheckpointError(
+                f"the model in {folder} takes {encoder.max_tokens} tokens and needs {fewest} with its special tokens; "
+                "raise max_batch_tokens in the config, or max_seq_length (model_max_length) of the checkpoint"
+            )
     encoder.facts = replace(encoder.facts, batches=batches_of(encoder, output, folder))
     return encoder
 

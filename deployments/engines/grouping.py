@@ -32,7 +32,7 @@ Example = tuple[Any, np.ndarray]
 """An item and the answer for it alone."""
 
 LONGEST = 2048
-"""Longest item compared, in tokens: longer ones would take minutes on a CPU."""
+"""Longest item compared, in tokens: longer ones would take minutes on a CPU. They fill a batch and run alone."""
 SHORT = 3
 """Length of the second shortest example, in words."""
 TOLERANCE = {"fp32": 5e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 6e-2}
@@ -45,10 +45,15 @@ SAID: dict[str, str] = {
 
 
 def in_groups(items: list[Item], batches: Batches, length: Callable[[Item], int], run: Run) -> np.ndarray:
-    """Run items in batches of equal length, or one by one; returns one row per item, in order."""
-    groups: dict[int, list[int]] = {}
+    """Run items in batches that do not change their answers; returns one row per item, in order."""
+    groups: dict[tuple[str, int], list[int]] = {}
     for place, item in enumerate(items):
-        groups.setdefault(place if batches == "single" else length(item), []).append(place)
+        tokens = length(item)
+        if batches == "single" or tokens > LONGEST:
+            group = ("alone", place)
+        else:
+            group = ("together", tokens if batches == "equal_lengths" else 0)
+        groups.setdefault(group, []).append(place)
     rows = np.concatenate([run([items[place] for place in places]) for places in groups.values()])
     ordered: np.ndarray = rows[np.argsort(np.concatenate(list(groups.values())))]
     return ordered

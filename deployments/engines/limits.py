@@ -21,7 +21,7 @@ def positions(model: nn.Module) -> float:
 
     RoBERTa's positions begin after the padding id, OPT's after an offset of 2.
     """
-    limits = [table.num_embeddings - _first(table) - int(getattr(table, "offset", 0)) for table in _tables(model)]
+    limits = [_height(table) - _first(table) - int(getattr(table, "offset", 0)) for table in _tables(model)]
     return min(limits, default=math.inf)
 
 
@@ -44,13 +44,23 @@ def max_tokens(model: PreTrainedModel) -> int:
     return int(min(positions(model), stated, *original, UNBOUNDED))
 
 
-def _tables(model: nn.Module) -> list[nn.Embedding]:
+def _tables(model: nn.Module) -> list[Any]:
+    """Tables with a row per position. They need not be nn.Embedding: I-BERT's are quantised."""
     named = model.named_modules()
-    return [table for name, table in named if isinstance(table, nn.Embedding) and POSITIONS.search(name)]
+    return [table for name, table in named if hasattr(table, "padding_idx") and POSITIONS.search(name)]
 
 
-def _first(table: nn.Embedding) -> int:
+def _height(table: Any) -> int:
+    return int(table.weight.shape[0])
+
+
+def _first(table: Any) -> int:
     return 0 if table.padding_idx is None else table.padding_idx + 1
+
+
+def text_part(model: Any) -> Any:
+    """The text tower of a model of several, or the model itself."""
+    return getattr(model, "text_model", model)
 
 
 def table_rows(model: Any) -> int:
@@ -58,12 +68,11 @@ def table_rows(model: Any) -> int:
 
     A model of several towers has the table in its text tower.
     """
-    for part in (model, getattr(model, "text_model", model)):
+    for part in (model, text_part(model)):
         try:
             table = part.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             continue
-        weight = getattr(table, "weight", None)  # a table need not be an nn.Embedding: I-BERT's is quantised
-        if isinstance(weight, torch.Tensor):
-            return int(weight.shape[0])
+        if isinstance(getattr(table, "weight", None), torch.Tensor):
+            return _height(table)
     return UNBOUNDED

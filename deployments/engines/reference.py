@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import CNN
+from sentence_transformers.sentence_transformer.modules.tokenizer import WordTokenizer
 
 from deployments.engines.grouping import in_groups
 from deployments.engines.inputs import Encoded, InputSpec, Prompts
-from deployments.engines.limits import UNBOUNDED, table_rows
+from deployments.engines.limits import UNBOUNDED, positions, table_rows, text_part
 from deployments.engines.tokens import TextTokenizer, too_long
 from deployments.messages import InputType
-from deployments.spec import Facts, ItemError, first_line
+from deployments.spec import Batches, Facts, ItemError, first_line
 
 
 class ReferenceTokenizer:
@@ -58,25 +59,46 @@ class ReferenceItem:
     tokens: int
 
 
+class Input:
+    """A module that turns texts into tokens, and its limits."""
+
+    def __init__(self, module: Any, max_tokens: int) -> None:
+        self.tokenizer = module.tokenizer
+        if isinstance(self.tokenizer, tokenizers.Tokenizer):
+            stated = (self.tokenizer.truncation or {}).get("max_length")
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+            self.tokenizer.no_truncation()
+        else:
+            stated = getattr(module, "max_seq_length", None)
+        limit = int(min(UNBOUNDED if stated is None else stated, UNBOUNDED))
+        if isinstance(module, Transformer):
+            limit = module.max_seq_length = int(min(limit, positions(text_part(module.model)), max_tokens))
+        self.spec = InputSpec(max_tokens=limit, rows=_rows(module))
+
+    def count(self, text: str) -> int:
+        """Tokens of the whole text."""
+        if isinstance(self.tokenizer, tokenizers.Tokenizer):
+            return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        if isinstance(self.tokenizer, WordTokenizer):
+            return len(self.tokenizer.tokenize(text))
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
+
 class ReferenceEncoder:
     """Vectors from sentence-transformers' own `encode`: for static embeddings, routers and other modules."""
 
     parallel = 1
 
-    def __init__(self, model: Any, facts: Facts, prompts: Prompts) -> None:
+    def __init__(self, model: Any, facts: Facts, prompts: Prompts, max_tokens: int) -> None:
+        """`max_tokens` bounds one text, besides the model's own limits."""
         self.model = model
         self.facts = facts
         self.prompts = prompts
         self._lock = threading.Lock()
-        rust = getattr(model[0], "tokenizer", None)
-        self._rust = rust if isinstance(rust, tokenizers.Tokenizer) else None
-        cut = (self._rust.truncation or {}).get("max_length") if self._rust else None
-        self._spec = InputSpec(
-            max_tokens=int(min(model.max_seq_length or UNBOUNDED, cut or UNBOUNDED, UNBOUNDED)), rows=_rows(model[0])
-        )
+        self._inputs = {module: Input(module, max_tokens) for module in _input_modules(model[0])}
         self._alone = any(isinstance(module, CNN) for module in model.modules())
         """Texts must not share a batch, as the model reads the padding too."""
-        self.max_tokens = self._spec.max_tokens
+        self.max_tokens = max(each.spec.max_tokens for each in self._inputs.values())
 
     def prepare(
         self,
@@ -88,27 +110,16 @@ class ReferenceEncoder:
     ) -> ReferenceItem:
         try:
             with self._lock:
+                input = self._inputs[_routed(self.model[0], input_type)]
+                whole = 0 if truncate else input.count(prompt + text)
                 ids = self.model.preprocess([text], prompt=prompt or None, task=input_type).get("input_ids")
         except ValueError as error:
             raise ItemError(f"the model can't take it: {first_line(error)}") from error
         encoded = Encoded(np.zeros(0, np.int64) if ids is None else ids.flatten().numpy())
-        self._spec.checked(encoded, lambda id: str(id))
-        if not truncate and self._count(text, prompt, len(encoded.ids)) > self._spec.max_tokens:
-            raise too_long(self._spec.max_tokens)
+        input.spec.checked(encoded, lambda id: str(id))
+        if whole > input.spec.max_tokens:
+            raise too_long(input.spec.max_tokens)
         return ReferenceItem(text, (prompt, input_type), len(encoded.ids))
-
-    def _count(self, text: str, prompt: str, cut: int) -> int:
-        """Tokens of the whole text; `cut`, its tokens after truncation, if they can't be counted."""
-        if isinstance(self.model[0], Transformer):
-            whole = {"text": {"truncation": False}}
-            with self._lock:
-                ids = self.model.preprocess([text], prompt=prompt or None, processing_kwargs=whole)["input_ids"]
-            return int(ids.numel())
-        if self._rust is None:
-            return cut
-        rust = tokenizers.Tokenizer.from_str(self._rust.to_str())
-        rust.no_truncation()
-        return len(rust.encode(prompt + text, add_special_tokens=False).ids)
 
     def prepare_ids(self, ids: list[int], truncate: bool = True) -> ReferenceItem:
         raise ItemError("this model takes texts, not token ids")
@@ -117,9 +128,8 @@ class ReferenceEncoder:
         return item.tokens
 
     def rows(self, items: list[ReferenceItem]) -> np.ndarray:
-        if self.facts.batches == "mixed":
-            return self.run_together(items)
-        return in_groups(items, "single", self.tokens, self.run_together)
+        batches: Batches = "mixed" if self.facts.batches == "mixed" else "single"
+        return in_groups(items, batches, self.tokens, self.run_together)
 
     @torch.inference_mode()
     def run_together(self, items: list[ReferenceItem]) -> np.ndarray:
@@ -143,8 +153,22 @@ class ReferenceEncoder:
         return found
 
 
+def _input_modules(module: Any) -> list[Any]:
+    """The modules that turn texts into tokens: the first of each route."""
+    if not isinstance(module, Router):
+        return [module]
+    return [each for route in module.sub_modules.values() for each in _input_modules(route[0])]
+
+
+def _routed(module: Any, input_type: InputType | None) -> Any:
+    """The module that turns a text of this type into tokens. Raises ValueError if no route takes it."""
+    while isinstance(module, Router):
+        module = module.sub_modules[module._resolve_route(task=input_type, modality="text")][0]
+    return module
+
+
 def _rows(module: Any) -> int:
-    """Rows of the table in which the first module looks tokens up."""
+    """Rows of the table in which the module looks tokens up."""
     if isinstance(module, Transformer):
         return table_rows(module.model)
     table = getattr(module, "embedding", None) or getattr(module, "emb_layer", None)

@@ -60,6 +60,10 @@ class TextTokenizer:
         encoded = frame.around([part.ids for part in parts], self.spec.segments)
         return self.spec.checked(encoded, self.rust.id_to_token)
 
+    def fewest(self, texts: int) -> int:
+        """Tokens of the shortest item of one or two texts: the special tokens, and one of each text."""
+        return self._frames[texts - 1].specials + texts
+
     def part(self, text: str) -> Part:
         """All ids of a text, or one more of its first (or last) ids than the model takes.
 

@@ -23,6 +23,7 @@ from serve.config.settings import Limits
 from serve.errors import DureError
 from serve.http.early import calls
 from serve.http.forms import FormRoute
+from serve.http.json_values import check_json
 from serve.http.requests import Body, CallerDep, GraphDep, answer, check_text
 from serve.images.uploaded import look_at
 from serve.metrics import measured
@@ -211,9 +212,10 @@ async def _overlay(request: Request) -> AsyncIterator[tuple[str, Upload | None, 
     if b"\\u0000" in encoded:
         raise errors.invalid("layout has a NUL character", "layout")
     try:
-        body = OverlayBody.model_validate(orjson.loads(encoded))
-    except ValueError as error:  # raised by pydantic and orjson
+        body = OverlayBody.model_validate_json(encoded)
+    except ValidationError as error:
         raise _request_error(error) from error
+    check_json(body.layout, "layout")
     yield body.tenant_id, None, body.layout
 
 
@@ -247,8 +249,6 @@ def _fingerprint(content: bytes, *texts: str | None) -> str:
     return digest.hexdigest()
 
 
-def _request_error(error: ValueError, *at: str) -> RequestValidationError:
-    if not isinstance(error, ValidationError):
-        return RequestValidationError([{"type": "json_invalid", "loc": ("body",), "msg": "", "ctx": {"error": error}}])
+def _request_error(error: ValidationError, *at: str) -> RequestValidationError:
     problems = error.errors(include_url=False)
     return RequestValidationError([problem | {"loc": ("body", *at, *problem["loc"])} for problem in problems])

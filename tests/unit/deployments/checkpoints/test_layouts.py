@@ -126,6 +126,32 @@ def test_a_text_too_long_for_clip_is_cut_or_refused(tmp_path: Path) -> None:
         engine.prepare(Text("rain " * 300, truncate=False))
 
 
+def test_each_route_has_the_limit_of_its_own_module(tmp_path: Path) -> None:
+    short = bert(tmp_path / "model")
+    short.max_seq_length = 16
+    words = glove()
+    words.max_seq_length = 5
+    routes = [Router.for_query_document([words, Pooling(24), Dense(24, WIDTH)], [short, Pooling(WIDTH)])]
+    folder = checkpoints.of_modules(tmp_path / "model", *routes)
+    model = SentenceTransformer(str(folder), device="cpu")
+    engine = load("embedding", folder)
+    for input_type, limit in (("query", 5), ("document", 16)):
+        found = engine.run([engine.prepare(Text("rain " * 50, input_type=input_type))]).vectors
+        assert np.allclose(found, model.encode(["rain " * 50], task=input_type), atol=1e-5)
+        engine.prepare(Text("rain", input_type=input_type, truncate=False))
+        with pytest.raises(ItemError, match=f"more than the {limit} tokens"):
+            engine.prepare(Text("rain " * 50, input_type=input_type, truncate=False))
+
+
+def test_a_text_beyond_the_position_table_is_cut_whatever_modules_follow(tmp_path: Path) -> None:
+    encoder = Transformer(str(checkpoints.roberta(tmp_path / "roberta")))
+    width = encoder.get_embedding_dimension()
+    layers = WeightedLayerPooling(width, num_hidden_layers=encoder.config.num_hidden_layers, layer_start=1)
+    engine = load("embedding", checkpoints.of_modules(tmp_path / "model", encoder, layers, Pooling(width)))
+    assert engine.max_tokens == 512
+    assert np.isfinite(engine.run([engine.prepare(Text("rain " * 2000))]).vectors).all()
+
+
 def test_only_the_first_dimensions_are_given_if_the_checkpoint_says_so(tmp_path: Path) -> None:
     for name, first in (("tokens", [bert(tmp_path / "a"), Pooling(WIDTH)]), ("table", [static()])):
         folder = checkpoints.of_modules(tmp_path / name, *first)

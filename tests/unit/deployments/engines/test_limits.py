@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForSequenceClassification,
+    CanineConfig,
+    CanineModel,
+    IBertConfig,
+    IBertModel,
+    PreTrainedTokenizerFast,
+)
 
 from deployments.batching.runner import Runner
 from deployments.engine_loading import load_engine
@@ -229,3 +238,65 @@ def test_graphs_of_folders_that_differ_in_an_old_limit_are_not_shared(tmp_path: 
         (folder / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": limit}), encoding="utf-8")
         found.append(len(load("embedding", folder, "openvino").prepare(Text("a " * 300)).ids))
     assert found == [16, 100]
+
+
+def test_a_quantised_table_of_embeddings_bounds_ids_too(tmp_path: Path) -> None:
+    """I-BERT's tables are no nn.Embedding."""
+    folder = checkpoints.roberta(tmp_path / "model")
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 30522, "max_position_embeddings": 66, "type_vocab_size": 2, "pad_token_id": 1}
+    IBertModel(IBertConfig(**checkpoints.TINY | sizes)).save_pretrained(folder)
+    engine = load("embedding", folder)
+    assert np.allclose(vectors(engine, LONG, "rain"), reference(folder, 64).encode([LONG, "rain"]), atol=1e-4)
+    with pytest.raises(ItemError, match="token id 30522 is not among the model's 30522"):
+        engine.prepare(Text([30522]))
+
+
+def test_a_model_without_a_table_of_embeddings_takes_any_id(tmp_path: Path) -> None:
+    """CANINE hashes characters."""
+    folder = checkpoints.roberta(tmp_path / "model")
+    torch.manual_seed(1)
+    CanineModel(CanineConfig(**checkpoints.TINY, max_position_embeddings=512)).save_pretrained(folder)
+    engine = load("embedding", folder)
+    assert np.allclose(vectors(engine, "It rains."), reference(folder, 512).encode(["It rains."]), atol=1e-4)
+
+
+def test_a_head_that_reads_the_token_that_ends_a_text_scores_pairs(tmp_path: Path) -> None:
+    """BART's heads fail on ids without it."""
+    folder = tmp_path / "model"
+    sizes = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    tokens = {"vocab_size": 400, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "num_labels": 1}
+    torch.manual_seed(1)
+    BartForSequenceClassification(BartConfig(**sizes, **heads, **tokens, init_std=0.2)).save_pretrained(folder)
+    tokenizer = checkpoints.roberta_pairs(checkpoints.byte_level("<s>", "<pad>", "</s>"))
+    named = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "model_max_length": 64}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    pairs = [("rain", "It rains."), ("rain", "The deposit is returned."), ("deposit", LONG)]
+    model = CrossEncoder(str(folder), device="cpu", model_kwargs=FP32)
+    expected = [model.predict(pair, activation_fn=torch.nn.Identity()) for pair in pairs]
+    engine = load("rerank", folder)
+    assert np.allclose(engine.run([engine.prepare(Pair(*pair)) for pair in pairs]).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_limit_that_no_text_fits_in_is_refused(runtime: str, tmp_path: Path) -> None:
+    folder = checkpoints.small_bert(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="takes 2 tokens and needs 3"):
+        load("embedding", folder, runtime, max_batch_tokens=2)
+    assert vectors(load("embedding", folder, runtime, max_batch_tokens=3), "rain", LONG).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_max_length": 0}, "tokenizer_config.json: model_max_length"),
+        ({"pad_token": "[AFAR]"}, "the padding token '[AFAR]'"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_named(changes: Any, said: str, tmp_path: Path) -> None:
+    folder = checkpoints.small_bert(tmp_path / "model")
+    checkpoints.edit(folder / "tokenizer_config.json", **changes)
+    with pytest.raises(CheckpointError) as caught:
+        load("embedding", folder)
+    assert said in str(caught.value)

@@ -131,6 +131,19 @@ def test_no_charset_or_text_of_a_form_is_a_failure(charset: bytes, value: bytes)
     assert {answer.status_code for answer in answers} == {415}
 
 
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [("18446744073709551616", "64 bits"), ("-9223372036854775809", "64 bits"), ("1e400", "finite"), ("NaN", "finite")],
+)
+def test_a_layout_with_a_number_that_no_answer_could_repeat_is_refused(number: str, why: str) -> None:
+    body = f'{{"tenant_id": "acme", "layout": {{"a": [{{"x": {number}}}]}}}}'.encode()
+    adverts = Adverts()
+    [answer] = asked(adverts, (URL, body, {b"Content-Type": b"application/json"}))
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "layout.a.0.x")
+    assert why in answer.json()["error"]["message"]
+    assert not adverts.calls
+
+
 @pytest.mark.parametrize("key", [b"a\x00b", b"\x1b[31m", b"a\tb", b"a" * 256, b""])
 def test_an_idempotency_key_is_a_line_of_text(key: bytes) -> None:
     body = FORM[0].replace(b"PNG", encoded(Image.new("L", (2, 2))))
