@@ -65,6 +65,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            encoding="utf-8",
             timeout=START_S,
         )
         assert started.returncode == 0, started.stdout
