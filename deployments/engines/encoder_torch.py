@@ -20,7 +20,7 @@ from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from deployments.checkpoints.diagnosis import said
-from deployments.checkpoints.loading import OF_MACHINE, load_model
+from deployments.checkpoints.loading import MACHINE_ERRORS, load_model
 from deployments.checkpoints.modules import require_class
 from deployments.engines.encoder import WARM_UP, Encoder, Output, TokenEncoder, Tokenizer
 from deployments.engines.grouping import LONGEST, distance
@@ -126,7 +126,7 @@ def _check_runs(model: Any, output: Output, folder: Path) -> None:
     kinds = ", ".join(type(module).__name__ for module in model)
     try:
         _probed(output, model)
-    except OF_MACHINE:
+    except MACHINE_ERRORS:
         raise
     except Exception as error:  # modules raise whatever they meet when they do not fit together
         if isinstance(error, KeyError) and error.args == (output,):
