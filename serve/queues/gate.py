@@ -168,7 +168,7 @@ class Gate:
     def check(self) -> None:
         """Raises a 503 while no new work is accepted."""
         if reason := self.overload():
-            raise errors.no_capacity(self.name, reason)
+            raise errors.overloaded(self.name, reason)
 
     def served(self, turns: int, started: float) -> None:
         """Record that a call begun at `started` (time.monotonic) has been answered."""

@@ -121,7 +121,7 @@ def test_a_failed_call_gives_its_place_back() -> None:
 
 
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    assert errors.overloaded("m").headers == {"Retry-After": "1"}
+    assert errors.at_capacity("m").headers == {"Retry-After": "1"}
     assert DureError(503, "k", "m", None, 7.2).headers == {"Retry-After": "8"}
     assert errors.invalid("no").headers == {}
 
