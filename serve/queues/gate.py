@@ -184,5 +184,5 @@ class Gate:
             self.rejected,
             self.tickets.outstanding,
             pace.p50_s,
-            pace.seconds_per_item,
+            pace.seconds_per_turn,
         )

@@ -34,7 +34,7 @@ def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 
 
 def test_a_full_queue_refuses_with_the_time_to_come_back() -> None:
     async def scenario(gate: Gate) -> None:
-        gate.tickets.pace.seconds_per_item = 2.0
+        gate.tickets.pace.seconds_per_turn = 2.0
         async with gate.admitted(3), gate.admitted(1):
             with pytest.raises(DureError) as caught:
                 async with gate.admitted(1):
