@@ -132,31 +132,31 @@ def loaded(device: str) -> Any:
 
 def test_a_replica_reports_its_use_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(600)
-    monkeypatch.setattr(replicas, "LOOK_S", 0.01)
+    monkeypatch.setattr(replicas, "POLL_S", 0.01)
     monkeypatch.setattr(GpuShare, "on_cuda", lambda *_: tenth(memory))
 
     async def scenario() -> None:
         replica = loaded("cuda")
-        await replica._tell(None)
+        await replica._report(None)
         await asyncio.sleep(0.05)
         memory.mib = 800
         await asyncio.sleep(0.05)
-        looking = replica.looking
+        polling = replica.polling
         replica.live.spec = replace(SPEC, precision="fp32")
-        await replica._tell(None)
+        await replica._report(None)
         await asyncio.sleep(0.05)
         first, grown, reloaded = replica.outlet.uses
         assert [use.used_mb for use in (first, grown, reloaded)] == [600, 800, 800]
         assert reloaded.planned_mb > first.planned_mb
-        assert replica.looking is looking, "a reload starts no second task"
-        looking.cancel()
+        assert replica.polling is polling, "a reload starts no second task"
+        polling.cancel()
 
     asyncio.run(scenario())
 
 
 def test_on_a_cpu_there_is_no_use_to_report() -> None:
     replica = loaded("cpu")
-    asyncio.run(replica._tell(None))
+    asyncio.run(replica._report(None))
     assert replica.gpu is None
     assert replica.outlet.uses == []
 
