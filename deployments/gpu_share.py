@@ -14,7 +14,7 @@ from deployments.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 
-LOOK_S = 3.0
+POLL_S = 3.0
 """Seconds between two checks. Reports are no more frequent."""
 NEWS = 0.02
 """Smallest change worth reporting, as a fraction of the share."""

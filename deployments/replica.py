@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ray import serve
 
-from deployments.gpu_share import LOOK_S, GpuShare, GpuUse, planned_bytes
+from deployments.gpu_share import POLL_S, GpuShare, GpuUse, planned_bytes
 from deployments.load_progress import LoadEvent, LoadProgress
 from deployments.loaded_model import Live, reason
 from deployments.loopback import keep_to_loopback
@@ -25,8 +25,8 @@ logger = logging.getLogger("ray.serve")
 
 SPINS = "1000"
 """How often an OpenMP thread with a core of its own polls for work before it sleeps. Waking a thread is so slow that
-two threads that always sleep were no faster than one: a lone request for next words at KoGPT2's size took 81 ms, 54 ms
-with 1,000 polls and 49 ms with 5,000. Beside a process that takes a whole core it took 86, 111 and 203 ms."""
+two threads were no faster than one if they slept at once: a lone request for next words at KoGPT2's size took 81 ms, 54
+ms with 1,000 polls and 49 ms with 5,000. With another process that took a whole core it was 86, 111 and 203 ms."""
 
 
 class Outlet(Protocol):
@@ -64,7 +64,7 @@ class ModelReplica:
         self.gpu: GpuShare | None = None
         """None on a CPU."""
         self.ordered = 0
-        """Number of the last order begun. An order that arrives again later is ignored."""
+        """Number of the newest order begun. The same order, or an older one, is ignored if it arrives after that."""
         self.outlet = make_outlet()
         loop = asyncio.get_running_loop()
         order = await loop.run_in_executor(
@@ -82,7 +82,7 @@ class ModelReplica:
         except Exception:
             await asyncio.sleep(0.5)  # the process ends with this constructor; send the report first
             raise
-        await self._tell(order)
+        await self._report(order)
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
         """Yield a result or a Refusal per request, batch by batch."""
@@ -96,7 +96,7 @@ class ModelReplica:
         self.live.batcher.check()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Counts of items, not calls, for `deployments.scaling`."""
+        """Numbers for `deployments.scaling`, in items rather than calls."""
         return {ITEMS: self.live.batcher.items, BACKLOG: self.backlogs.total()}
 
     def _reload(self, order: Order) -> None:
@@ -105,6 +105,7 @@ class ModelReplica:
             self.reloading = asyncio.get_running_loop().create_task(self._carry_out(order))
 
     async def _carry_out(self, order: Order) -> None:
+        """Load the model as ordered, put it in the old one's place, and let the old one finish. Reports a failure."""
         try:
             new = await Live.load(
                 order.applied_to(self.spec), LoadProgress(lambda event: self.outlet.event(event, order.number))
@@ -116,14 +117,15 @@ class ModelReplica:
             return
         self.live, old = new, self.live
         RELOADS.labels("done").inc()
-        await self._tell(order)
+        await self._report(order)
         await old.retire()
 
-    async def _tell(self, order: Order | None) -> None:
+    async def _report(self, order: Order | None) -> None:
+        """Report the loaded model's facts to the board and to metrics, and its use of the GPU from now on."""
         facts = self.live.engine.facts
         WEIGHTS.set(facts.weights_bytes)
         LOAD_SECONDS.set(self.live.load_seconds)
-        told = {
+        about_load = {
             "source": self.live.spec.source,
             "load_seconds": round(self.live.load_seconds, 2),
             "pid": os.getpid(),
@@ -134,21 +136,21 @@ class ModelReplica:
                 [self.spec.deploy, str(order.number if order else 0), self.live.content, facts.runtime, facts.precision]
             ),
         }
-        self.outlet.facts(asdict(facts) | told, order)
+        self.outlet.facts(asdict(facts) | about_load, order)
         if facts.device == "cuda" and self.spec.gpu_share:
-            await self._compare()
+            await self._report_gpu_use()
 
-    async def _compare(self) -> None:
-        """Start reporting how much of its GPU this process uses."""
+    async def _report_gpu_use(self) -> None:
+        """Note what the loaded model is planned to use. The first time, start to report what this process does use."""
         planned = await asyncio.to_thread(planned_bytes, self.live.spec)
         first = self.gpu is None
         self.gpu = self.gpu or GpuShare.on_cuda(self.spec.name, self.spec.gpu_share)
         self.gpu.planned(planned)
         if first:
-            self.looking = asyncio.create_task(self._look(self.gpu))
+            self.polling = asyncio.create_task(self._poll(self.gpu))
 
-    async def _look(self, gpu: GpuShare) -> None:
+    async def _poll(self, gpu: GpuShare) -> None:
         while True:
             if use := gpu.news():
                 self.outlet.gpu(use)
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)

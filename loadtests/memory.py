@@ -23,7 +23,9 @@ from loadtests.load import texts
 from loadtests.report import machine
 
 TARGET_MB = 2700
+"""Most that all processes together should take."""
 LOAD_S = 30
+"""Seconds of load between the two measurements."""
 CLIENTS = 4
 """Clients per endpoint."""
 IMAGE = servers.ROOT / "demo/adverts/examples/red-mug.png"
@@ -39,18 +41,18 @@ def main() -> None:
     with server.running() as process:
         print(f"{machine()}: {options.config.name}, all processes of the server, PSS in MB")
         time.sleep(3)
-        first = by_process(process.pid)
+        started = by_process(process.pid)
         asyncio.run(load(f"http://127.0.0.1:{server.port}", options.seconds))
         time.sleep(3)
-        last = by_process(process.pid)
+        used = by_process(process.pid)
     print(f"{'process':<44}{'started':>9}{'used':>9}")
-    for name in sorted(last, key=lambda name: -last[name]):
-        print(f"{name:<44}{first.get(name, 0):>9.0f}{last[name]:>9.0f}")
-    print(f"{'all':<44}{sum(first.values()):>9.0f}{sum(last.values()):>9.0f}   wanted: at most {TARGET_MB}")
+    for name in sorted(used, key=lambda name: -used[name]):
+        print(f"{name:<44}{started.get(name, 0):>9.0f}{used[name]:>9.0f}")
+    print(f"{'all':<44}{sum(started.values()):>9.0f}{sum(used.values()):>9.0f}   target: at most {TARGET_MB}")
 
 
 def by_process(root: int) -> dict[str, float]:
-    """MB of the server's process and of each that it has started; those with the same name are numbered."""
+    """MB of the server's process and of each that it has started. Processes with the same name are numbered."""
     found: dict[str, float] = {}
     for process in servers.processes(root):
         try:
@@ -63,6 +65,7 @@ def by_process(root: int) -> dict[str, float]:
 
 
 def _name(process: psutil.Process) -> str:
+    """What the process is for, as far as its command line says."""
     words = process.cmdline() or [process.name()]
     if words[0].startswith("ray::"):
         return words[0]
@@ -71,7 +74,7 @@ def _name(process: psutil.Process) -> str:
 
 
 async def load(url: str, seconds: float) -> None:
-    """Have a few clients ask every model, with fresh texts of mixed length."""
+    """Have a few clients send requests to every model, with fresh texts of mixed length."""
     draw, until = random.Random(1), time.monotonic() + seconds
     words = texts(4000, 2, 120, 1)
 

@@ -1,4 +1,4 @@
-"""All refusals and failures that clients may see, and their common shape."""
+"""All refusals and failures that clients may see, and the shape that they share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 LATE = "deadline_exceeded"
+"""The kind of error if the deadline has passed."""
 FILES = "files_unavailable"
+"""The kind of error if image files can't be written or read."""
 
 
 class DureError(Exception):
-    """An error with its HTTP status and what the client is told. It can be pickled between processes."""
+    """An error with its HTTP status and the message for the client. It can be pickled, to cross processes."""
 
     def __init__(
         self,
@@ -35,18 +37,19 @@ class DureError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1, if a retry makes sense, and the ticket to send with it."""
+        """`Retry-After` in whole seconds, at least 1, if a retry makes sense; the ticket to send with it, if any."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return headers | ({"X-Dure-Ticket": self.ticket} if self.ticket else {})
 
 
 def body(kind: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """The JSON body of an error response."""
     error = {"type": kind, "message": message}
     return {"error": error | ({"param": param} if param else {})}
 
 
 def problem_text(problem: Mapping[str, Any]) -> str:
-    """What one of pydantic's errors says, without the prefix of those that validators raise."""
+    """The message of one of pydantic's errors, without the prefix that it puts before those raised by validators."""
     return str(problem["msg"]).removeprefix("Value error, ")
 
 
@@ -72,7 +75,7 @@ def no_files() -> DureError:
 
 def no_room() -> DureError:
     problem = "images and their records can't be written: the disk is full or accepts no more data"
-    return DureError(503, FILES, f"{problem}; delete some, or send the request again later", None, 10)
+    return DureError(503, FILES, f"{problem}; delete old jobs, or send the request again later", None, 10)
 
 
 def too_large(message: str, param: str | None = None) -> DureError:
@@ -85,11 +88,13 @@ def queue_full(name: str, waiting: int, retry_after_s: int, ticket: str | None) 
     return DureError(429, "queue_full", message, None, retry_after_s, ticket)
 
 
-def overloaded(name: str) -> DureError:
+def at_capacity(name: str) -> DureError:
+    """A limit other than a queue's is reached, so there is no ticket."""
     return DureError(429, "queue_full", f"{name} is at capacity; retry later", None, 1)
 
 
-def no_capacity(name: str, reason: str) -> DureError:
+def overloaded(name: str, reason: str) -> DureError:
+    """New requests are refused to spare the machine, even where queues have room."""
     return DureError(503, "overloaded", f"{name} accepts no new work: {reason}", None, 5)
 
 

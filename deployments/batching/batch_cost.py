@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 
 FORGET = 0.95
-"""Decay of older batches per new one. Roughly the last twenty batches count."""
+"""Each new batch multiplies the weight of all older ones by this, so roughly the last twenty count."""
 OUTLIER = 4.0
-"""A batch's time is capped at this multiple of the expected time. Beyond it, other load on the machine is the cause."""
+"""A batch's time is capped at this multiple of the expected time. More must be due to other load on the machine."""
 
 
 class BatchCost:
@@ -18,7 +18,8 @@ class BatchCost:
     def __init__(self) -> None:
         self.fixed = 0.0
         self.per_token = 0.0
-        self._sums = [0.0] * 5  # sums of 1, x, y, xx, xy; each batch is weighted by its age
+        self._sums = [0.0] * 5
+        """Sums of 1, x, y, xx, xy over batches of x tokens that took y seconds, weighted by age."""
 
     def observe(self, tokens: int, seconds: float) -> None:
         if self._sums[0] >= 1:
@@ -50,6 +51,7 @@ class BatchCost:
 SHORTEST_S = 1e-4
 """Shortest wait that an event loop can distinguish from none."""
 NEARLY_ALL = 0.9
+"""Fraction of the answered clients whose return counts as that of nearly all."""
 
 
 class Linger:
@@ -63,20 +65,28 @@ class Linger:
     LONGEST = 0.25
     """Longest wait, as a fraction of the last batch's time."""
     STEPS = 10
+    """Steps into which the time up to the longest wait is divided."""
     WEIGHT = 0.2
+    """Weight of the newest batch in what is learned."""
 
     def __init__(self, cost: BatchCost, clock: Callable[[], float] = time.monotonic) -> None:
         self.cost = cost
         self.clock = clock
         self.answered = 0
-        self._ended = self._step = 0.0
+        """Items of the last batch."""
+        self._ended = 0.0
+        """When it ended, on `clock`."""
+        self._step = 0.0
+        """Seconds of a step; 0 before the first batch."""
         self._arrivals = [0] * self.STEPS
-        self._share = [0.0] * self.STEPS  # fraction of the answered clients back by the end of each step
+        """Items that have arrived since the last batch, by step."""
+        self._back = [0.0] * self.STEPS
+        """Fraction of the answered clients that are usually back by the end of each step."""
 
     @property
     def back_s(self) -> float:
         """Seconds after a batch until nearly all answered clients are back. Infinite if they do not return in time."""
-        steps = (step * self._step for step, share in enumerate(self._share, 1) if share >= NEARLY_ALL)
+        steps = (step * self._step for step, back in enumerate(self._back, 1) if back >= NEARLY_ALL)
         return next(steps, math.inf)
 
     def ended(self, items: int, seconds: float) -> None:
@@ -95,27 +105,27 @@ class Linger:
 
     def wait_s(self, waiting: int, tokens: int, room: int) -> float:
         """Seconds to wait from now. `waiting` items of `tokens` in total are queued; the batch holds `room` items."""
-        back = sum(self._arrivals)
-        if not waiting or waiting >= room or back >= self.answered or not self._step:
+        arrived = sum(self._arrivals)
+        if not waiting or waiting >= room or arrived >= self.answered or not self._step:
             return 0.0
-        since = self.clock() - self._ended
-        each = tokens / waiting
+        since_s = self.clock() - self._ended
+        tokens_each = tokens / waiting
         best_rate, best_s = waiting / max(self.cost.seconds(tokens), 1e-6), 0.0
-        for step, share in enumerate(self._share, 1):
-            wait = step * self._step - since
-            more = share * self.answered - back
-            if wait > SHORTEST_S and more > 0:
-                full = min(room, waiting + more)
-                rate = full / (wait + self.cost.seconds(full * each))
+        for step, back in enumerate(self._back, 1):
+            wait_s = step * self._step - since_s
+            more = back * self.answered - arrived
+            if wait_s > SHORTEST_S and more > 0:
+                items = min(room, waiting + more)
+                rate = items / (wait_s + self.cost.seconds(items * tokens_each))
                 if rate > best_rate:
-                    best_rate, best_s = rate, wait
+                    best_rate, best_s = rate, wait_s
         return best_s
 
     def _learn(self) -> None:
         if not self._step:
             return
-        came = 0
+        arrived = 0
         for step, items in enumerate(self._arrivals):
-            came += items
-            share = min(1.0, came / self.answered)
-            self._share[step] += self.WEIGHT * (share - self._share[step])
+            arrived += items
+            back = min(1.0, arrived / self.answered)
+            self._back[step] += self.WEIGHT * (back - self._back[step])

@@ -8,26 +8,28 @@ from deployments.memory import Memory
 
 GIB = 2**30
 LOW_MEMORY = ((1 * GIB, 1 / 4), (2 * GIB, 1 / 2))
-"""(free bytes, fraction of the maximum): limits for a whole device with less free memory than this. They do not apply
-to a share of a GPU, which may be smaller and still be sized for the maximum. There only measurements count."""
-MEMORY_SHARE = 0.8
+"""(free bytes, fraction of `max_tokens`): a whole device with less free memory than this is limited to the fraction. A
+share of a GPU is not: it may be smaller, and still be sized for the maximum, so only measured use limits it."""
+MEMORY_FRACTION = 0.8
 """Fraction of the free memory that one batch may use. The rest is for fragmentation and other users of the device."""
 
 FIRST_ON_CPU = 2048
 """Initial budget on a CPU, past the knee of most models. Larger batches are tried step by step, because the process
 keeps the memory that a batch has allocated."""
 SMALLEST = 64
+"""Measurements never reduce the budget below this."""
 NEARLY_BEST = 0.97
 """The smallest size whose throughput is at least this fraction of the best measured one is used."""
 PROBE_EVERY = 16
 """One in this many full batches is tried at twice the size."""
 WEIGHT = 0.2
+"""Weight of the newest batch in the measured throughput of its size."""
 REGROW = 1.02
 """After running out of memory, the ceiling grows by this factor per batch that fits, up to NEARLY_FAILED."""
 NEARLY_FAILED = 0.9
 """Largest ceiling, as a fraction of the size that did not fit."""
 FORGIVE = 1.001
-"""The size that did not fit grows by this factor per batch, so it is tried again about a thousand batches later."""
+"""The size that did not fit is raised by this factor per batch, so that it is tried again after about a thousand."""
 
 
 class Budget:
@@ -43,28 +45,33 @@ class Budget:
         self.memory = memory
         self.bytes_per_token = 0.0
         self._ceiling = float(max_tokens)
-        self._failed = math.inf
+        """Upper bound after running out of memory."""
+        self._did_not_fit = math.inf
+        """Tokens of the smallest batch that ran out of memory, slowly forgiven."""
         self._rates: dict[int, float] = {}
+        """Tokens per second, by the exponent of the batch's size."""
         self._full = 0
+        """Batches so far that were full."""
 
     def tokens(self) -> int:
         """Padded tokens that the next batch may hold. A single item may always run."""
         return max(1, min(self._knee(), int(self._ceiling), self._memory_tokens()))
 
     def observe(self, tokens: int, seconds: float, full: bool) -> None:
-        """Record that a batch of this many padded tokens has run. `full`: more items waited than fitted in."""
+        """Record that a batch of this many padded tokens has run. `full`: more items were waiting than fitted."""
         size = _size(tokens)
         rate = tokens / max(seconds, 1e-6)
         self._rates[size] = self._rates.get(size, rate) * (1 - WEIGHT) + rate * WEIGHT
         self._full += full
-        self._failed *= FORGIVE
-        self._ceiling = min(self.max_tokens, self._ceiling * REGROW, max(self._ceiling, NEARLY_FAILED * self._failed))
+        self._did_not_fit *= FORGIVE
+        regrown = max(self._ceiling, NEARLY_FAILED * self._did_not_fit)
+        self._ceiling = min(self.max_tokens, self._ceiling * REGROW, regrown)
         if self.memory.free_bytes() is not None:
             self.bytes_per_token = max(self.bytes_per_token * 0.99, self.memory.batch_bytes() / tokens)
 
     def out_of_memory(self, tokens: int) -> None:
         """Record that a batch of this many padded tokens ran out of memory."""
-        self._failed = min(self._failed, tokens)
+        self._did_not_fit = min(self._did_not_fit, tokens)
         self._ceiling = max(1.0, min(self._ceiling, tokens / 2))
 
     def _knee(self) -> int:
@@ -82,9 +89,9 @@ class Budget:
         if free is None:
             return self.max_tokens
         low = () if self.memory.is_share else LOW_MEMORY
-        allowed = self.max_tokens * next((share for under, share in low if free < under), 1.0)
+        allowed = self.max_tokens * next((fraction for below, fraction in low if free < below), 1.0)
         if self.bytes_per_token:
-            allowed = min(allowed, MEMORY_SHARE * free / self.bytes_per_token)
+            allowed = min(allowed, MEMORY_FRACTION * free / self.bytes_per_token)
         return int(allowed)
 
 

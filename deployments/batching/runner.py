@@ -22,16 +22,16 @@ from deployments.spec import ItemError
 logger = logging.getLogger("ray.serve")
 
 FAILURES_BEFORE_TEST = 3
-"""After this many failed items in a row, the engine is tested: it must run its own warm-up."""
+"""After this many failed items in a row, the engine must prove that it still works, by running its warm-up."""
 MAX_STALL_S = 600.0
-"""An engine that has not returned from a batch for this many seconds is considered dead."""
+"""An engine that spends longer than this on one batch is considered dead."""
 FAILED = "the model failed on this item; the reason is in the replica's log"
 TOO_LARGE = "this item alone needs more memory than is available; make it smaller"
 NO_ROOM = "there is not enough memory for this many items at once; send it again"
 
 
 class EngineDead(Exception):
-    """The engine fails on every input, so the replica must be replaced."""
+    """The engine hangs or fails on every input, so the replica must be replaced."""
 
 
 @dataclass
@@ -59,7 +59,9 @@ class Runner:
         self.memory = memory
         self.threads = threads
         self.failures = 0
+        """Items that have failed in a row."""
         self.dead = ""
+        """Why the engine is dead; empty while it works."""
         self.busy_since: dict[int, float] = {}
         """Start time of each running batch, by thread id, on the clock of time.monotonic."""
 
@@ -68,15 +70,15 @@ class Runner:
         outcome = Outcome()
         thread, started = threading.get_ident(), time.monotonic()
         self.busy_since[thread] = started
-        count = self.threads.choose(tokens) if self.threads else 0
-        if count:
-            use_threads(count)
+        thread_count = self.threads.choose(tokens) if self.threads else 0
+        if thread_count:
+            use_threads(thread_count)
         try:
             self._run(items, range(len(items)), outcome)
         finally:
             del self.busy_since[thread]
         if self.threads:
-            self.threads.observe(tokens, count, time.monotonic() - started)
+            self.threads.observe(tokens, thread_count, time.monotonic() - started)
         return outcome
 
     def padded(self, tokens: list[int]) -> int:
@@ -97,7 +99,7 @@ class Runner:
             self.failures = 0
             return
         except Exception as error:  # an engine may raise anything; other items must not suffer
-            # repr, because a log record keeps its arguments alive.
+            # repr, because a log record would keep the error and the tensors of its traceback alive.
             logger.warning("a batch of %d failed: %s", len(rows), repr(error))
             no_memory = is_out_of_memory(error)
             if no_memory:
@@ -106,7 +108,7 @@ class Runner:
             if len(rows) == 1:
                 self._give_up(rows[0], error, no_memory, outcome)
                 return
-        # Outside the handler: its traceback keeps the failed batch's tensors alive.
+        # Not in the except block, where the error's traceback still holds the failed batch's tensors.
         if no_memory:
             self.memory.release()
         half = len(rows) // 2
@@ -131,7 +133,7 @@ class Runner:
         return Refusal(TOO_LARGE, "too_large") if no_memory else Refusal(FAILED, "failed")
 
     def _test(self) -> None:
-        """Distinguish a dead engine from bad items by running the warm-up."""
+        """Tell a dead engine from bad items: a working one runs its warm-up."""
         try:
             self.engine.warm_up()
             self.failures = 0
@@ -140,7 +142,7 @@ class Runner:
 
 
 class StepRunner(Runner):
-    """Advances all running items, including those that have just begun, by one step."""
+    """Advances all running items, including those that have just joined, by one step."""
 
     def __init__(self, engine: Stepping[Any, Any, Any], memory: Memory, threads: ThreadChoice | None = None) -> None:
         super().__init__(engine, memory, threads)
@@ -166,6 +168,7 @@ class StepRunner(Runner):
             super()._give_up(row, error, no_memory, outcome)
 
     def padded(self, tokens: list[int]) -> int:
+        """Tokens of these items: a step needs no padding."""
         return max(1, sum(tokens))
 
     def _attempt(self, items: list[Any], rows: range, outcome: Outcome) -> None:

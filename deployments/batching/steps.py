@@ -16,7 +16,7 @@ from deployments.spec import ModelSpec
 
 
 class StepBatcher(Batcher):
-    """For engines that work in steps. New items join the running ones between two steps."""
+    """The batcher for engines that work in steps. New items join the running ones between two steps."""
 
     def __init__(
         self, engine: Stepping[Any, Any, Any], spec: ModelSpec, runner: StepRunner, threads: ThreadPoolExecutor
@@ -42,6 +42,7 @@ class StepBatcher(Batcher):
                     await self._serve(batch)
 
     def _next_batch(self) -> list[PendingItem]:
+        """Items that can join the running ones now."""
         room = self.max_items - len(self.running)
         tokens = self.budget.tokens() - sum(running.tokens for running in self.running)
         if not self.waiting or room <= 0 or (self.running and self.waiting[0].tokens > tokens):
@@ -49,8 +50,9 @@ class StepBatcher(Batcher):
         return self._take(math.inf, room, tokens)  # steps do not pad, so lengths may be mixed freely
 
     async def _serve(self, batch: list[PendingItem]) -> None:
-        rows = [*self.running, *batch]
-        padded = self.runner.padded([row.tokens for row in rows])
+        """Run one step, learn from the time it takes, and tell followers how far they are."""
+        pending = [*self.running, *batch]
+        padded = self.runner.padded([each.tokens for each in pending])
         started = time.monotonic()
         try:
             if batch:
@@ -60,7 +62,7 @@ class StepBatcher(Batcher):
                 await self._run([])
         except Exception:
             self.running = []
-            self._lose(rows)
+            self._lose(pending)
         self._observe(padded, time.monotonic() - started)
         self._tell_followers(self.running)
 
@@ -68,13 +70,13 @@ class StepBatcher(Batcher):
         """Run one step with the new items of `batch` and those already running."""
         for waiting in batch:
             waiting.item = self.steps.begin(waiting.item)
-        self.running = rows = [*self.running, *batch]
-        outcome = await self._compute(rows)
-        self.running = [rows[row] for row in outcome.unfinished]
+        self.running = pending = [*self.running, *batch]
+        outcome = await self._compute(pending)
+        self.running = [pending[row] for row in outcome.unfinished]
         unfinished = set(outcome.unfinished)
-        for number, row in enumerate(rows):
-            if number in unfinished:
-                row.tokens = row.item.cost
+        for row, each in enumerate(pending):
+            if row in unfinished:
+                each.tokens = each.item.cost
             else:
-                row.item = None  # free its memory: `@serve.batch` still holds the row
+                each.item = None  # free its memory: `@serve.batch` still holds the PendingItem
         return [None] * len(batch)

@@ -1,4 +1,4 @@
-"""Knows which files of a checkpoint's folder are read on load, and reads the JSON ones.
+"""Which files of a checkpoint's folder are read on load, and how the JSON ones are read.
 
 The folder may hold other files: training data, another system's metadata, the same weights for another runtime.
 """
@@ -23,7 +23,7 @@ TEXTS = (
     *(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert")),
     *("sentence_xlm-roberta_config.json", "sentence_xlnet_config.json"),
 )
-"""sentence-transformers' settings for the texts of a transformer, by the versions that wrote them."""
+"""sentence-transformers' settings for tokenizing, under the names that its versions have given them."""
 JSON = (
     *TEXTS,
     *(CONFIG, "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
@@ -32,7 +32,9 @@ JSON = (
     *(MODULES, SETTINGS, ROUTES, "cnn_config.json", "lstm_config.json"),
     *("wordembedding_config.json", "whitespacetokenizer_config.json", "phrasetokenizer_config.json"),
 )
+"""The JSON files that are read."""
 READ = (*JSON, "vocab.txt", "merges.txt", "*.model", "*.jinja", "model*.safetensors", "pytorch_model*.bin")
+"""Patterns of all files that are read."""
 
 Shape = TypeVar("Shape")
 
@@ -49,7 +51,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object. Raises CheckpointError as above."""
+    """Read a JSON file that must hold an object. Raises CheckpointError naming the file and what is wrong with it."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds {json.dumps(found)[:40]}, but it must be a JSON object ({{...}})")

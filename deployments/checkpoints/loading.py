@@ -28,16 +28,16 @@ logger = logging.getLogger("ray.serve")
 
 Model = TypeVar("Model", bound=nn.Module)
 
-OF_FILES = (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError, UnpicklingError)
-"""Errors that quantisation has no part in."""
-OF_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Errors that another attempt may not meet."""
+FILE_ERRORS = (OSError, SafetensorError, json.JSONDecodeError, KeyError, EOFError, UnpicklingError)
+"""Errors of reading the checkpoint, which quantisation does not cause."""
+MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""Errors that say nothing about the checkpoint: another attempt may succeed."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where accelerate puts a model's layers. If `device_map` is None, all go on one device."""
+    """Where accelerate puts a model's layers. If `device_map` is None, they all go on `device()`."""
 
     device_map: str | None = None
     max_memory: dict[int | str, str] | None = None
@@ -56,7 +56,10 @@ def device() -> torch.device:
 
 
 def plain_precision() -> Precision:
-    """The precision that `auto` means: half precision if the hardware multiplies it fast, else fp32."""
+    """What `auto` means, and what a failed quantisation falls back to.
+
+    It is half precision if the hardware multiplies it fast, else fp32.
+    """
     if torch.cuda.is_available():
         return "fp16"
     return disk_cache.half_precision() or "fp32"
@@ -113,10 +116,10 @@ def _complete(
     try:
         with _watched(folder, progress), reports() as found:
             model = load(**options)
-    except (CheckpointError, *OF_MACHINE):
+    except (CheckpointError, *MACHINE_ERRORS):
         raise
     except Exception as error:  # whatever a loader raises, the checkpoint is at fault
-        if "quantization_config" in options and not isinstance(error, OF_FILES):
+        if "quantization_config" in options and not isinstance(error, FILE_ERRORS):
             raise
         raise fault(folder, error) from error
     model.eval()
@@ -128,7 +131,7 @@ def _bitsandbytes(precision: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
-        # It warns at every multiplication that it casts to fp16.
+        # It logs a warning at every multiplication, that it casts to fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=DTYPES[plain_precision()])
@@ -173,7 +176,7 @@ def _facts(model: nn.Module, precision: str, reason: str | None = None) -> Facts
 
 @contextmanager
 def _watched(folder: Path, progress: LoadProgress) -> Iterator[None]:
-    """Report what transformers' loader reads from `folder`."""
+    """Report progress while transformers loads weights from `folder`, by a hook into its own progress bar."""
     layout = Layout.read(folder)
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

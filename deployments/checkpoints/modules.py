@@ -1,4 +1,4 @@
-"""The modules that make up a model of sentence-transformers, and their folders.
+"""The modules that make up a sentence-transformers model, and their folders.
 
 https://sbert.net/docs/sentence_transformer/usage/custom_models.html
 """
@@ -16,14 +16,15 @@ from deployments.checkpoints.files import CONFIG, MODULES, READ, ROUTES, SETTING
 from deployments.spec import CheckpointError
 
 ROUTERS = ("Router", "Asym")
-"""Modules that hold modules of their own, in several routes."""
+"""Modules that hold other modules, in several routes."""
 TRANSFORMERS = ("Transformer", "CLIPModel", "MLMTransformer")
-"""Modules that transformers loads, from a config and weights."""
+"""Modules that the transformers library loads, from a config and weights."""
 WEIGHTED = (*TRANSFORMERS, "StaticEmbedding", "WordEmbeddings", "Dense", "LayerNorm", "CNN", "LSTM")
-"""Modules that can't do without a file of weights."""
+"""Modules that need a weights file."""
 SENTENCE = "SentenceTransformer"
-"""The class that reads a folder which does not name another."""
+"""The sentence-transformers class of embedders, assumed for a folder that names none."""
 CROSS = "CrossEncoder"
+"""The sentence-transformers class of rerankers."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Module:
 
     @property
     def kind(self) -> str:
-        """The class without its package, which differs between versions of sentence-transformers."""
+        """The class's name without its package, which differs between versions of sentence-transformers."""
         return self.type.rpartition(".")[2]
 
 
 class Settings(BaseModel):
-    """What sentence-transformers reads from its own config."""
+    """Settings that sentence-transformers saves with a model."""
 
     prompts: dict[str, str | None] = {}
     default_prompt_name: str | None = None
@@ -60,13 +61,13 @@ class _Routes(BaseModel):
 
 
 def settings(folder: Path) -> Settings:
-    """Raises CheckpointError if they have another shape."""
+    """The folder's settings, or the defaults. Raises CheckpointError if the file does not hold valid settings."""
     path = folder / SETTINGS
     return read_as(path, Settings) if path.is_file() else Settings()
 
 
 def modules(folder: Path) -> list[Module]:
-    """The modules that `modules.json` lists, and those in routes; none if there is no such file.
+    """The modules that `modules.json` lists, each followed by those in its routes; none if there is no such file.
 
     Raises CheckpointError if the list is empty or damaged, or leads out of the folder.
     """
@@ -88,11 +89,11 @@ def _with_routes(module: Module) -> Iterator[Module]:
         return
     routes = read_as(path, _Routes)
     if unknown := {name for names in routes.structure.values() for name in names} - set(routes.types):
-        raise CheckpointError(f"{path}: `types` does not say what {min(unknown)!r} of `structure` is")
+        raise CheckpointError(f"{path}: `structure` names {min(unknown)!r}, which `types` lacks")
     for name, kind in routes.types.items():
         inside = _inside(module.folder, name, path)
         if inside == module.folder:
-            raise CheckpointError(f"{path}: the path {name!r} is the router's own; each of its modules needs a folder")
+            raise CheckpointError(f"{path}: the path {name!r} is the router's own; give each of its modules a folder")
         yield from _with_routes(Module(kind, inside))
 
 
@@ -109,12 +110,12 @@ def folders(folder: Path) -> list[Path]:
 
 
 def transformer_folders(folder: Path) -> list[Path]:
-    """The folders that transformers reads: the folder itself if there are no modules."""
+    """The folders that the transformers library reads: the folder itself if no modules are listed."""
     return _of_kinds(folder, TRANSFORMERS)
 
 
 def weighted_folders(folder: Path) -> list[Path]:
-    """The folders that must hold weights: the folder itself if there are no modules."""
+    """The folders that must hold weights: the folder itself if no modules are listed."""
     return _of_kinds(folder, WEIGHTED)
 
 
@@ -124,20 +125,20 @@ def _of_kinds(folder: Path, kinds: tuple[str, ...]) -> list[Path]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that is read, by name. It identifies the model."""
+    """SHA-256 of each file that is read, by path. Together they identify the model."""
     found = {path for part in folders(folder) for pattern in READ for path in part.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): disk_cache.digest(path) for path in sorted(found)}
 
 
 def require_class(folder: Path, wanted: str) -> None:
-    """Raises CheckpointError if the model needs another class of sentence-transformers than the one wanted.
+    """Raises CheckpointError if the model was saved by another sentence-transformers class than the one wanted.
 
-    A class loads another's checkpoint from the transformer in the folder itself, without its modules. So that is no
-    error if there is one.
+    That is no error if the folder itself holds the transformer: each class then loads it and ignores the other's
+    modules.
     """
     listed = modules(folder)
-    made = settings(folder).model_type
-    if not listed or made == wanted or ((folder / CONFIG).is_file() and listed[0].folder == folder):
+    saved_by = settings(folder).model_type
+    if not listed or saved_by == wanted or ((folder / CONFIG).is_file() and listed[0].folder == folder):
         return
     kinds = ", ".join(module.kind for module in listed)
     task = {
@@ -145,6 +146,6 @@ def require_class(folder: Path, wanted: str) -> None:
         CROSS: "a reranker; serve it with the task rerank",
     }
     raise CheckpointError(
-        f"{folder} has a {made} of sentence-transformers ({kinds}), not the {wanted} that this task needs: it is "
-        f"{task.get(made, 'of a kind that Dure does not serve')}"
+        f"{folder} holds a sentence-transformers {saved_by} ({kinds}), not the {wanted} that this task needs: it is "
+        f"{task.get(saved_by, 'of a kind that Dure does not serve')}"
     )

@@ -1,4 +1,4 @@
-"""Outlines of checkpoints on a hub, without their weights: configs, headers, and sparse files for the weights."""
+"""Outlines of checkpoints on a hub: configs and headers, with sparse files in place of weights."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from deployments.checkpoints import hub
 
 CONFIGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 ANSWER_S = 10.0
-"""Timeout of a request: the default of the hub's client for its other requests."""
+"""Timeout of the request for the list of files: the default of the hub's client for its other requests."""
 
 
 @functools.cache
 def outline(source: str, revision: str) -> Path:
     """A temporary folder whose weight files are as long as the real ones but take up no space on disk.
 
-    Headers of safetensors are fetched, nothing of pickles. The folder is removed when this process ends. Raises the
-    errors of the hub's client.
+    Of safetensors files the headers are fetched, of pickled weights nothing. The folder is removed when this process
+    ends. Raises the errors of the hub's client.
     """
     disable_progress_bars()
-    told = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=ANSWER_S)
-    sizes = {file.rfilename: file.size or 0 for file in told.siblings or ()}
+    info = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=ANSWER_S)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     folder = Path(tempfile.mkdtemp(prefix="dure-outline-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in hub.loaded(sizes):
         if name in CONFIGS:
-            hf_hub_download(source, name, revision=told.sha, local_dir=folder)
+            hf_hub_download(source, name, revision=info.sha, local_dir=folder)
         elif "/" not in name and name.endswith(".safetensors"):
-            write_holes(folder / name, _header(source, name, told.sha))
+            write_holes(folder / name, _header(source, name, info.sha))
         elif "/" not in name and name.endswith(".bin"):
             with (folder / name).open("wb") as file:
                 file.truncate(sizes[name])
     return folder
 
 
-def _header(source: str, name: str, commit: str | None) -> dict[str, Any]:
-    known = HfApi().parse_safetensors_file_metadata(source, name, revision=commit)
+def _header(source: str, file: str, commit: str | None) -> dict[str, Any]:
+    """The header of a safetensors file on the hub, as `write_holes` takes it."""
+    metadata = HfApi().parse_safetensors_file_metadata(source, file, revision=commit)
     return {
-        tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
-        for tensor, info in known.tensors.items()
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": tensor.data_offsets}
+        for name, tensor in metadata.tensors.items()
     }
 
 

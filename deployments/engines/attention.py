@@ -1,4 +1,4 @@
-"""Attention of some tokens of one sequence to its keys and values."""
+"""Attention from some of a sequence's tokens to its keys and values."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the tokens attend to, shape (1, heads, tokens, width). So are query, keys and values.
+    """The output of attention, shape (1, heads, tokens, width), as is `query`.
 
-    `bias` is added to the scores, shape (tokens, keys). If it is None, a single token attends to all keys, and as many
-    tokens as there are keys attend to those before them and to themselves. `softcap` bounds the scores, as in Gemma 2.
-    `sinks` has a score per head that takes part in the softmax but has no value, as in gpt-oss.
+    `keys` and `values` have shape (1, key heads, keys, width); several heads may share a key head. `bias`, shape
+    (tokens, keys), is added to the scores. If it is None, a single token attends to all keys; several tokens must be as
+    many as the keys, and each attends to itself and to those before it. `softcap` bounds the scores, as in Gemma 2.
+    `sinks` has one score per head that takes part in the softmax but has no value, as in gpt-oss.
     """
     causal = bias is None and query.shape[2] > 1
     if softcap is None and sinks is None:
@@ -39,8 +40,8 @@ def attend(
     if sinks is not None:
         column = sinks.to(scores)[None, :, None, None].expand(1, -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], -1)
-    shares = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
-    return shares[..., : keys.shape[2]] @ values
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+    return weights[..., : keys.shape[2]] @ values
 
 
 def bias_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

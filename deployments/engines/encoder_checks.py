@@ -13,7 +13,7 @@ from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from deployments.checkpoints.diagnosis import said
-from deployments.checkpoints.loading import OF_MACHINE
+from deployments.checkpoints.loading import MACHINE_ERRORS
 from deployments.engines.encoder import WARM_UP, Output
 from deployments.engines.tokens import frame_of_pairs
 from deployments.spec import CheckpointError
@@ -45,7 +45,7 @@ def _check_runs(model: Any, output: Output, folder: Path) -> None:
     kinds = ", ".join(type(module).__name__ for module in model)
     try:
         probed(output, model)
-    except OF_MACHINE:
+    except MACHINE_ERRORS:
         raise
     except Exception as error:  # modules raise whatever they meet when they do not fit together
         if isinstance(error, KeyError) and error.args == (output,):

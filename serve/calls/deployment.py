@@ -80,7 +80,7 @@ class Deployment:
         except RayTaskError as error:
             raise _of_task(error) from error
         except BackPressureError as error:
-            raise errors.overloaded(self.name) from error
+            raise errors.at_capacity(self.name) from error
         except LOST as error:
             raise errors.unavailable(self.name) from error
         finally:
@@ -112,7 +112,7 @@ class Deployment:
         except RayTaskError as error:
             raise _of_task(error) from error
         except BackPressureError as error:
-            raise errors.overloaded(self.name) from error
+            raise errors.at_capacity(self.name) from error
 
 
 def _of_task(error: RayTaskError) -> DureError:

@@ -1,4 +1,4 @@
-"""Calls to a model, which may still be loading, and the items that wait for it."""
+"""Calls to a model: they wait while it loads, share batches through its coalescer, and survive a replica that dies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIED = Refusal("the model's process died twice while it worked on this; send som
 
 
 class Model(Deployment):
-    """A model's deployment, which may still be loading, and the items that wait for it."""
+    """A model's deployment, with the items that wait for it. Calls may come while it is still loading or asleep."""
 
     def __init__(
         self,
@@ -53,14 +53,17 @@ class Model(Deployment):
         self.gate.running = lambda: self.coalescer.under_way
 
     async def ask(self, requests: list[Any], caller: Caller, following: Following | None = None) -> Answers:
-        """A result or a Refusal per request. Raises DureError for everything else that can go wrong."""
-        most = self.watch.max_tokens(self.name)
-        work = [turns(request, most) for request in requests]
+        """A result or a Refusal for each of `requests`, one per item. Raises DureError for any other failure.
+
+        While the model loads this waits, and `following` is told how far it is.
+        """
+        max_tokens = self.watch.max_tokens(self.name)
+        work = [turns(request, max_tokens) for request in requests]
         async with self.gate.admitted(sum(work), caller.left_s() if self.patient else 0, caller, len(requests)):
             try:
                 if self.watch.state(self.name) == "ready":
                     return await self._ask(requests, work, caller, following)
-                async with telling(following, self._loading) if following else contextlib.nullcontext():
+                async with telling(following, self._tell_loading) if following else contextlib.nullcontext():
                     return await self._ask_when_loaded(requests, work, caller, following)
             except TimeoutError as error:
                 raise errors.too_late(self.name, caller.timeout_s) from error
@@ -73,11 +76,11 @@ class Model(Deployment):
         self, requests: list[Any], work: list[int], caller: Caller, following: Following | None
     ) -> Answers:
         if self.watch.state(self.name) != "asleep":
-            await self._loaded(min(self.load_wait_s, caller.left_s()))
+            await self._wait_for_load(min(self.load_wait_s, caller.left_s()))
             return await self._ask(requests, work, caller, following)
-        # Serve starts a replica once a call waits for one, so the call is made at once.
+        # A model that is asleep gets a replica once a call waits for one, so the call is made before it has loaded.
         asking = asyncio.ensure_future(self._ask(requests, work, caller, following))
-        loaded = asyncio.ensure_future(self._loaded(caller.left_s()))
+        loaded = asyncio.ensure_future(self._wait_for_load(caller.left_s()))
         try:
             await asyncio.wait((asking, loaded), return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():
@@ -86,23 +89,24 @@ class Model(Deployment):
         finally:
             await end(asking, loaded)
 
-    async def _loaded(self, timeout_s: float) -> None:
-        """Wait for the model. Raises DureError if it has failed or is not loaded in time."""
+    async def _wait_for_load(self, timeout_s: float) -> None:
+        """Wait until the model is ready. Raises DureError if it has failed or is not ready in time."""
         state = await self.watch.settled(self.name, timeout_s)
         if state == "failed":
             raise errors.failed(self.name, self.watch.reason(self.name))
         if state != "ready":
             raise errors.loading(self.name, 5)
 
-    async def _loading(self, following: Following) -> None:
+    async def _tell_loading(self, following: Following) -> None:
+        """Tell the follower how far the model is, until it is ready."""
         while self.watch.state(self.name) != "ready":
             following.tell(Progress("queued", doing="loading", loaded=self.watch.progress(self.name)))
             await self.watch.changed()
 
     async def results(self, requests: list[Any], caller: Caller, param: str, following: Following | None = None) -> Any:
-        """One result per request, in a list or a dataclass of arrays; `following` receives progress meanwhile.
+        """As `ask`, but returns results alone, in a list or a dataclass of arrays, one for each of `requests`.
 
-        Raises DureError for the first request that was refused; `param` is the field that holds the requests.
+        Raises DureError for the first that was refused; `param` is the field of the client's request that holds them.
         """
         answers = await self.ask(requests, caller, following)
         if answers.refusals:
@@ -111,10 +115,10 @@ class Model(Deployment):
         return answers.results
 
     async def _send(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
-        """Have a replica answer requests.
+        """Send one call to a replica, and pass on the results as they come.
 
-        If it dies, each unanswered request is repeated once, alone and one after the other, so that a request that may
-        have killed the replica takes no others with it.
+        If the replica dies, each unanswered item is sent once more, in a call of its own and one after the other, so
+        that an item that may have killed the replica takes no others with it.
         """
         left = set(requests.numbers)
         timeout_s = max(requests.timeouts_s)
@@ -148,7 +152,7 @@ class Model(Deployment):
 
 
 def refused(refusal: Refusal, param: str) -> DureError:
-    """The error for a client whose request a model refused."""
+    """The error for the client whose item a model refused. `param` is the field, unless the refusal names one."""
     param = refusal.field or param
     if refusal.kind == "too_large":
         return errors.too_large(refusal.reason, param)

@@ -57,7 +57,7 @@ class Parcel:
         if self.following is None:
             return
         if news and news.ahead is not None and left == items:
-            seconds_each = self.size / items * pace.seconds_per_item
+            seconds_each = self.size / items * pace.seconds_per_turn
             self.following.queued(news.ahead + 1, (news.ahead + items) * seconds_each)
         elif items > 1:
             self.following.running(done=items - left, items=items)

@@ -101,7 +101,7 @@ class Share:
     def take(self, count: int) -> None:
         """Reserve `count` more bytes. Raises a 503 if they exceed the budget."""
         if self.held + count > SMALL_BYTES and self.budget.held + count > self.budget.max_bytes:
-            raise errors.no_capacity("this server", "the request bodies it holds have reached the limit")
+            raise errors.overloaded("this server", "the request bodies it holds have reached the limit")
         self.held += count
         self.budget.held += count
 

@@ -19,14 +19,14 @@ from serve.progress import Following, Progress, followed
 logger = logging.getLogger("ray.serve")
 
 Work = Callable[[Following | None], Awaitable[Any]]
-"""Computes an answer and reports its progress meanwhile."""
+"""Computes an answer, and reports its progress meanwhile if somebody follows."""
 
 
 async def respond(caller: Caller, work: Work) -> Response:
     """The answer of `work`, or a stream of `queued` and `running` events, then `result` or `error`. Raises DureError.
 
-    A request that is refused before its first event gets a plain error response. A stopping server lets answers and
-    streams finish, as each has a deadline.
+    A request that is refused before its first event gets a plain error response. Streams need not end early when the
+    server stops, because each has a deadline.
     """
     if not caller.follows:
         return answer(await work(None))
@@ -40,15 +40,16 @@ async def respond(caller: Caller, work: Work) -> Response:
 
 
 async def _events(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(updates), contextlib.aclosing(sse.with_pauses(sse.chained(first, updates))) as items:
+    paused = sse.with_pauses(sse.chained(first, updates))
+    async with contextlib.aclosing(updates), contextlib.aclosing(paused) as all_updates:
         try:
-            async for each in items:
-                if each is None:
+            async for update in all_updates:
+                if update is None:
                     yield sse.HEARTBEAT
-                elif isinstance(each, Progress):
-                    yield sse.event(each.told(), each.state)
+                elif isinstance(update, Progress):
+                    yield sse.event(update.told(), update.state)
                 else:
-                    yield sse.event(each, "result")
+                    yield sse.event(update, "result")
                     return
         except DureError as error:
             yield _failed(error)

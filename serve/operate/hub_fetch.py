@@ -25,7 +25,7 @@ STALE_S = 3600.0
 
 @dataclass(frozen=True)
 class Download:
-    """A hub repository that models of a config load from, with the files that this machine lacks."""
+    """A hub repository that some of a config's models load from, and the files of it that this machine lacks."""
 
     models: tuple[str, ...]
     listing: hub.Listing
@@ -34,19 +34,21 @@ class Download:
 
     @property
     def title(self) -> str:
+        """Names of the models."""
         return ", ".join(self.models)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all missing files."""
         return sum(self.missing.values())
 
 
 def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
-    """The repositories that the models load from, and a line for each that can't be had.
+    """The repositories that the models load from, and a line for each problem with one.
 
-    Models whose sources are on this machine are left out.
+    Models that load from a local folder or an installed package are left out.
     """
-    disable_progress_bars()  # those of the hub's client
+    disable_progress_bars()  # the hub client's, since the command draws its own
     models: dict[tuple[str, str], list[str]] = {}
     problems = []
     for name, model in settings.models.items():
@@ -57,7 +59,7 @@ def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
             problems.append(f"{name}: {error}")
             continue
         if model.revision is None:
-            problems.append(f"{name}: source {model.source!r} lacks `revision`, a commit or tag")
+            problems.append(f"{name}: source {model.source!r} needs `revision`, a commit or tag")
             continue
         models.setdefault((model.source, model.revision), []).append(name)
     downloads = []
@@ -74,23 +76,23 @@ def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
 def shortage(downloads: list[Download]) -> str | None:
     """A message if the disk has too little room for the missing files; None if they fit."""
     cache = Path(constants.HF_HUB_CACHE)
-    there = next(path for path in (cache, *cache.resolve().parents) if path.exists())
-    wanted, free = sum(download.bytes for download in downloads), shutil.disk_usage(there).free
-    if wanted <= free:
+    existing = next(path for path in (cache, *cache.resolve().parents) if path.exists())
+    needed, free = sum(download.bytes for download in downloads), shutil.disk_usage(existing).free
+    if needed <= free:
         return None
     each = ", ".join(f"{download.title} {decimal(download.bytes)}" for download in downloads if download.bytes)
-    return f"{cache} has {decimal(free)} free, {decimal(wanted - free)} too little for the files to fetch: {each}"
+    return f"{cache} has {decimal(free)} free, but the files to fetch need {decimal(needed)}: {each}"
 
 
-def fetch(download: Download, told: Callable[[int], None]) -> str | None:
-    """Fetch the missing files, calling `told` with bytes as they arrive. Returns why it failed, or None.
+def fetch(download: Download, arrived: Callable[[int], None]) -> str | None:
+    """Fetch the missing files, calling `arrived` with the number of bytes as they come. Returns why it failed, or None.
 
-    An interrupted file resumes while this process lives; afterwards only complete files count.
+    An interrupted file is resumed as long as this process lives. A new process starts incomplete files afresh.
     """
 
     class Meter(_Meter):
         def update(self, n: int = 1) -> None:
-            told(n)
+            arrived(n)
 
     source, commit = download.listing.source, download.listing.commit
     try:
@@ -103,7 +105,7 @@ def fetch(download: Download, told: Callable[[int], None]) -> str | None:
 
 
 class _Meter:
-    """A stand-in for the progress bar of the hub's client. Of Xet's two counts it uses that of bytes written."""
+    """Takes the place of the hub client's progress bar. Xet counts bytes transferred and written; only these count."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -120,7 +122,7 @@ class _Meter:
 
 
 def _sweep(source: str) -> None:
-    """Remove incomplete files that killed processes left: the client starts each download under a new name."""
+    """Remove incomplete files that killed processes left. Nothing resumes them: each download has a new file name."""
     blobs = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "blobs"
     for part in blobs.glob("*.incomplete"):
         with contextlib.suppress(OSError):

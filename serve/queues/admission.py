@@ -1,8 +1,8 @@
-"""A small actor that admits requests to the cluster's lanes.
+"""The actor that admits requests to the cluster's lanes.
 
-What it grants ends with its holder: an ingress reports every second what it has waiting and running, and one that falls
-silent holds nothing any more. So nothing that is lost (a call, a process, this actor) holds a slot for long, and a new
-actor learns what is running before it admits more.
+A slot is only held while its holder says so: each ingress reports every second what it has waiting and running, and one
+that falls silent loses its slots. So no lost call or process holds a slot for long, and if this actor is lost, the next
+one learns what is running before it admits more.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from serve.roster import Roster
 
 NAME = "dure-admission"
 BEAT_S = 1.0
+"""How often each holder reports."""
 SILENCE_S = 5.0
-"""A holder that is silent for this long is gone: five beats, as loaded machines skip some."""
+"""A holder that is silent for this long is gone: five beats, because loaded machines skip some."""
 SWEEP_S = 0.25
+"""How often silent holders and passed deadlines are looked for."""
 LEARN_S = 2.5 * BEAT_S
-"""After a start nothing begins for this long, so that holders can report what an earlier actor admitted."""
+"""After a start nothing is admitted for this long, so that holders can report what an earlier actor admitted."""
 LEFT_KEPT_S = 10.0
-"""Requests that left are remembered for this long, as Ray may deliver `leave` before an earlier call."""
+"""Requests that left are remembered for this long, because Ray may deliver `leave` before the `enter` it follows."""
 
 
 @dataclass(frozen=True)
 class TurnedAway:
-    """Newcomers of a tenant that a process refused by itself, as admission had just refused one."""
+    """A tenant's newcomers that a process refused by itself, because admission had just refused one of them."""
 
     lane: str
     tenant: str
@@ -42,12 +44,12 @@ class TurnedAway:
 
 @dataclass(frozen=True)
 class Holding:
-    """All that a process has in lanes, what waits in it for models, and what it turned away since its last report."""
+    """A process's report: all it has in lanes, what waits in it for models, what it turned away since the last one."""
 
     holder: str
     running: list[Asked]
     waiting: list[str]
-    """Ids."""
+    """Ids of the requests."""
     models: list[GateStanding]
     turned_away: list[TurnedAway] = field(default_factory=list)
 
@@ -63,18 +65,22 @@ class Held:
 
 
 class Admission:
+    """The state of all lanes, and of the processes that hold or wait for slots in them. Only one runs in a cluster."""
+
     def __init__(self, key: bytes) -> None:
         self.key = key
         self.lanes: dict[str, Lane] = {}
         self.entries: dict[str, Entry] = {}
         self.roster: Roster[str] = Roster(SILENCE_S)
         self.models: dict[str, list[GateStanding]] = {}
+        """The gates of models in each process, by holder."""
         self.left: dict[str, float] = {}
+        """When each request left (time.monotonic), by id."""
         self.learning_until = time.monotonic() + LEARN_S
         self.sweeping: asyncio.Task[None] | None = None
 
     async def enter(self, asked: Asked) -> Decision:
-        """Whether a request is admitted, refused or too late, once that is known. Idempotent."""
+        """Wait until it is decided whether a request is admitted, refused, too late or gone. Idempotent."""
         if asked.id in self.left:
             return "gone"
         self._hear(asked.holder)
@@ -88,12 +94,12 @@ class Admission:
         return decision
 
     async def leave(self, id: str) -> None:
-        """The request has ended, or nobody waits for it any more."""
+        """End a request, whether it was running or waiting. An `enter` that comes later has no effect."""
         self.left[id] = time.monotonic()
         self._release(id)
 
     async def hold(self, holding: Holding) -> Held:
-        """Record what a process holds."""
+        """Take in a process's report. Its requests that go unreported for two beats are released."""
         self._hear(holding.holder)
         self.models[holding.holder] = holding.models
         now = time.monotonic()
@@ -145,7 +151,8 @@ class Admission:
             for holder in self.roster.silent():
                 self.models.pop(holder, None)
                 lost = [(id, entry) for id, entry in self.entries.items() if entry.asked.holder == holder]
-                for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):  # waiting ones get no slot
+                # Waiting ones first, as a slot that is released goes to the next that waits.
+                for id, _ in sorted(lost, key=lambda pair: pair[1].admitted_at is not None):
                     self._release(id)
             while self.left and now - next(iter(self.left.values())) > LEFT_KEPT_S:
                 del self.left[next(iter(self.left))]

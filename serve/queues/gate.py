@@ -168,7 +168,7 @@ class Gate:
     def check(self) -> None:
         """Raises a 503 while no new work is accepted."""
         if reason := self.overload():
-            raise errors.no_capacity(self.name, reason)
+            raise errors.overloaded(self.name, reason)
 
     def served(self, turns: int, started: float) -> None:
         """Record that a call begun at `started` (time.monotonic) has been answered."""
@@ -184,5 +184,5 @@ class Gate:
             self.rejected,
             self.tickets.outstanding,
             pace.p50_s,
-            pace.seconds_per_item,
+            pace.seconds_per_turn,
         )

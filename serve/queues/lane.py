@@ -173,7 +173,7 @@ class Lane:
 
     def places(self) -> dict[str, tuple[int, float]]:
         """Place, from 1, and estimated wait in seconds of each waiting request, by id."""
-        pace_s = self._pace().seconds_per_item
+        pace_s = self._pace().seconds_per_turn
         return {entry.asked.id: (place, place * pace_s) for place, entry in enumerate(self.queue, 1)}
 
     def standing(self) -> Standing:
@@ -187,7 +187,7 @@ class Lane:
             self.max_queue,
             self.tickets.outstanding,
             pace.p50_s,
-            (waiting + 1) * pace.seconds_per_item if busy else 0.0,
+            (waiting + 1) * pace.seconds_per_turn if busy else 0.0,
             dict(Counter(entry.tenant for entry in self.queue)),
         )
 

@@ -22,8 +22,8 @@ router = APIRouter(tags=["models"])
 async def upload_stream(graph: GraphDep, model: str | None = None, follow: bool = False) -> StreamingResponse:
     """Each replica's current state, then its changes. Ends once all replicas shown are ready or failed.
 
-    With `follow` it continues until the server stops. Sleeping models are left out, but a model named with `model` is
-    waited for.
+    With `follow` it continues until the server stops. Sleeping models are left out, unless one is named with `model`:
+    then the stream waits for it.
     """
     if model is not None and model not in graph.models:
         raise errors.not_found(f"no model {model!r}; the models are {', '.join(graph.models)}", "model")
@@ -40,8 +40,8 @@ async def _stream(watch: Watch, names: list[str], follow: bool) -> AsyncIterator
                 yield _event(replica)
         if not follow and _finished(names, shown):
             return
-        async with contextlib.aclosing(sse.with_pauses(_each(changes), watch.stopping)) as news:
-            async for changed in news:
+        async with contextlib.aclosing(sse.with_pauses(_each(changes), watch.stopping)) as updates:
+            async for changed in updates:
                 if changed is None:
                     yield sse.HEARTBEAT
                     continue
@@ -59,9 +59,9 @@ async def _each(changes: asyncio.Queue[Replica]) -> AsyncIterator[Replica]:
 
 
 def _finished(names: list[str], shown: dict[str, Replica]) -> bool:
-    """Whether every model has shown a replica, and every replica shown is ready or failed."""
-    ended = all(replica.event.status in ("ready", "failed") for replica in shown.values())
-    return ended and {replica.model for replica in shown.values()} == set(names)
+    """Whether each model has a replica among those shown, and all of those are ready or failed."""
+    settled = all(replica.event.status in ("ready", "failed") for replica in shown.values())
+    return settled and {replica.model for replica in shown.values()} == set(names)
 
 
 def _event(replica: Replica) -> bytes:

@@ -39,11 +39,11 @@ async def predict(body: PredictRequest, graph: GraphDep, caller: CallerDep) -> R
     return answer({"predictions": words, "model": model})
 
 
-async def next_words(asked: PredictRequest, graph: Graph, caller: Caller) -> tuple[str, orjson.Fragment]:
-    """The model's name and its answer as JSON."""
-    check_text(asked.text, "text", graph.settings.limits)
-    model = graph.model("next_word", asked.model)
-    prompt = Prompt(asked.text, asked.top_k, asked.temperature, asked.complete_word, caller.tenant)
+async def next_words(body: PredictRequest, graph: Graph, caller: Caller) -> tuple[str, orjson.Fragment]:
+    """The name of the model that answers, and its words as JSON. Raises DureError."""
+    check_text(body.text, "text", graph.settings.limits)
+    model = graph.model("next_word", body.model)
+    prompt = Prompt(body.text, body.top_k, body.temperature, body.complete_word, caller.tenant)
     with measured(model.name):
         words = await graph.predictions.of(model, prompt, caller)
     return model.name, orjson.Fragment(words)

@@ -49,7 +49,7 @@ def test_an_input_is_answered_as_predict_answers(socket: ClientConnection, clien
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         ("{", "JSON"),
         ("[]", "an object"),
@@ -62,13 +62,13 @@ def test_an_input_is_answered_as_predict_answers(socket: ClientConnection, clien
         (b"\x00\x01", "bytes"),
     ],
 )
-def test_a_bad_message_is_told_so_and_the_connection_stays(
-    socket: ClientConnection, message: str | bytes, told: str
+def test_a_bad_message_gets_an_error_and_the_connection_stays_open(
+    socket: ClientConnection, message: str | bytes, expected: str
 ) -> None:
     socket.send(message)
     answer = receive(socket)
     assert answer["type"] == "error"
-    assert told in answer["message"]
+    assert expected in answer["message"]
     send(socket, type="input", text="계약을 ")
     assert receive(socket)["type"] == "prediction"
 
@@ -88,7 +88,7 @@ def test_only_the_newest_input_is_answered(socket: ClientConnection) -> None:
         socket.recv(timeout=0.5)
 
 
-def test_pings_are_answered_whatever_the_model_does(socket: ClientConnection) -> None:
+def test_pings_are_answered_while_the_model_is_busy(socket: ClientConnection) -> None:
     send(socket, type="input", text="임대차 계약이 끝난 뒤에 ", id=1, top_k=50)
     for _ in range(60):
         send(socket, type="ping")
@@ -97,7 +97,7 @@ def test_pings_are_answered_whatever_the_model_does(socket: ClientConnection) ->
     assert [answer["id"] for answer in answers if answer["type"] == "prediction"] == [1]
 
 
-def test_who_sends_without_end_is_sent_away(socket: ClientConnection) -> None:
+def test_a_client_that_sends_without_end_is_disconnected(socket: ClientConnection) -> None:
     def ping() -> None:
         for _ in range(5000):
             send(socket, type="ping")
@@ -117,7 +117,7 @@ def test_large_numbers_come_back_or_are_refused(socket: ClientConnection) -> Non
     assert receive(socket)["id"] == 2**63 - 1
 
 
-def test_one_connection_too_many_is_told_to_come_back(dure: Dure, client: httpx.Client) -> None:
+def test_one_connection_too_many_is_told_to_try_again_later(dure: Dure, client: httpx.Client) -> None:
     with ExitStack() as sockets:
         for number in range(MAX_CONNECTIONS):
             sockets.enter_context(connect(address(dure, f"client-{number}")))

@@ -19,7 +19,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from serve.errors import DureError
-from serve.services.adverts.janitor import LONGEST_LOOK_S
+from serve.services.adverts.janitor import LONGEST_POLL_S
 from serve.services.adverts.stages import VALIDATE
 from serve.services.adverts.uploads import GIVEN_UP_S, Uploads
 from serve.store import migrate
@@ -147,7 +147,7 @@ def test_a_full_disk_is_reported_for_as_long_as_it_lasts(disk: Path) -> None:
         await asyncio.wait_for(changed.wait(), 1)
         changed.clear()
         filler.unlink()
-        await asyncio.wait_for(changed.wait(), LONGEST_LOOK_S + 1)
+        await asyncio.wait_for(changed.wait(), LONGEST_POLL_S + 1)
         assert reported == ["", "image files can't be written: No space left on device", ""]
 
     with_store(f"sqlite:///{disk / 'dure.sqlite3'}", scenario)

@@ -103,7 +103,7 @@ def test_nothing_else_moves_a_variant_that_is_running(run: Callable[[Scenario], 
         which = await store.new_job()
         await begin(store, VALIDATE, which)
         assert await status_of(overlaid(store, which)) == 409
-        assert await status_of(store.jobs.may_overlay(which)) == 409
+        assert await status_of(store.jobs.check_overlay(which)) == 409
         assert await state(store, which) == "vlm_analyze/running"
 
     run(scenario)

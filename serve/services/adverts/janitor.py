@@ -23,7 +23,7 @@ from serve.waiting import within
 logger = logging.getLogger("ray.serve")
 
 TIDY_EVERY_S = 300.0
-SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 5.0
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.2, 5.0
 """Pause between rounds; it is shorter after a file could not be written, so that this is reported soon."""
 AT_ONCE = 100
 
@@ -87,8 +87,8 @@ class Janitor:
                 logger.warning("leases, uploads and old jobs are not tidied for now: %s", error)
             except Exception:
                 logger.exception("leases, uploads and old jobs are not tidied for now")
-            if await within(self.uploads.troubled, min(self.stages.lease_s / 3, LONGEST_LOOK_S)):
-                await asyncio.sleep(SHORTEST_LOOK_S)
+            if await within(self.uploads.troubled, min(self.stages.lease_s / 3, LONGEST_POLL_S)):
+                await asyncio.sleep(SHORTEST_POLL_S)
 
     async def _tidy(self) -> None:
         await self.jobs.database.hold_room()

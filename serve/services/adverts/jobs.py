@@ -1,4 +1,4 @@
-"""Creates and deletes a tenant's jobs, and records their finished adverts."""
+"""The records of jobs: creating and deleting them, and recording their finished adverts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Image:
 
 @dataclass(frozen=True)
 class NewJob:
-    """What a client sends, and the ids that are given to it."""
+    """A job to create: what the client sent, and the ids that the route has assigned."""
 
     tenant_id: str
     job_id: uuid.UUID
@@ -43,16 +43,19 @@ class NewJob:
     ad_copy_eng: str | None = None
     idempotency_key: str | None = None
     fingerprint: str = ""
+    """Hash of what was sent, to tell a repeat from another request with the same idempotency key."""
 
 
 class Jobs:
+    """The jobs in a database. Its methods raise DureError."""
+
     def __init__(self, database: Database) -> None:
         self.database = database
 
     async def answered(self, new: NewJob) -> dict[str, Any] | None:
-        """The earlier answer to its idempotency key; None if the key is new or missing.
+        """The answer that was given to an earlier request with this idempotency key; None if the key is new or missing.
 
-        Raises a 422 if the key came with another request.
+        Raises a 422 if that was another request.
         """
 
         async def read(session: AsyncSession) -> dict[str, Any] | None:
@@ -61,9 +64,9 @@ class Jobs:
         return await self.database.read(read) if new.idempotency_key is not None else None
 
     async def create(self, new: NewJob) -> dict[str, Any]:
-        """Create the job; returns the answer to the client. A known idempotency key gets its earlier answer.
+        """Create the job; returns the answer for the client. A known idempotency key gets its earlier answer.
 
-        Idempotent. Raises a 422 if the key came with another request, and a 409 if the file has been dropped.
+        Idempotent. Raises a 422 if the key came with another request, and a 409 if its image was deleted meanwhile.
         """
         answer = {
             "job_id": str(new.job_id),
@@ -81,7 +84,7 @@ class Jobs:
 
         return await self.database.write(write)
 
-    async def may_overlay(self, which: Which) -> None:
+    async def check_overlay(self, which: Which) -> None:
         """Raises a 404 if there is no such variant, and a 409 while it is running."""
 
         async def read(session: AsyncSession) -> None:
@@ -93,7 +96,10 @@ class Jobs:
     async def record_overlay(
         self, which: Which, overlay_id: uuid.UUID, image: Image | None, layout: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Record the finished advert: its image, the layout it was rendered from, or both; returns its ids."""
+        """Record the finished advert: its image, the layout it was rendered from, or both; returns its ids. Idempotent.
+
+        Raises as `check_overlay` does.
+        """
 
         async def write(session: AsyncSession) -> dict[str, Any]:
             variant = await find(session, which)
@@ -132,7 +138,7 @@ class Jobs:
     async def of_tenant(
         self, tenant_id: str, job_id: uuid.UUID | None, before: datetime.datetime, limit: int
     ) -> list[uuid.UUID]:
-        """Up to `limit` of a tenant's jobs created before a time, or one of them; the oldest first."""
+        """Up to `limit` of a tenant's jobs created before a time, oldest first. With `job_id`, that job alone."""
 
         async def read(session: AsyncSession) -> list[uuid.UUID]:
             query = select(Job.job_id).where(Job.tenant_id == tenant_id, Job.created_at < before)
@@ -143,7 +149,7 @@ class Jobs:
         return await self.database.read(read)
 
     async def forget(self, jobs: Sequence[uuid.UUID]) -> None:
-        """Delete these jobs and all that belongs to them, except their files, which the caller deletes."""
+        """Delete the records of these jobs and of all that belongs to them. The files are the caller's to delete."""
 
         async def write(session: AsyncSession) -> None:
             await session.execute(delete(JobInput).where(JobInput.job_id.in_(jobs)))
@@ -162,6 +168,7 @@ class Jobs:
 
 
 async def _answered_before(session: AsyncSession, new: NewJob) -> dict[str, Any] | None:
+    """As `Jobs.answered`, within a transaction."""
     if new.idempotency_key is None:
         return None
     known = await session.get(IdempotencyKey, (new.tenant_id, new.idempotency_key))
@@ -173,6 +180,7 @@ async def _answered_before(session: AsyncSession, new: NewJob) -> dict[str, Any]
 
 
 async def _add(session: AsyncSession, new: NewJob, answer: dict[str, Any]) -> None:
+    """Add all rows of a new job. Raises Conflict if another request with its idempotency key came first."""
     session.add(Job(job_id=new.job_id, tenant_id=new.tenant_id))
     await session.flush()
     session.add(_asset(new.job_id, new.image))
@@ -206,7 +214,7 @@ async def _add(session: AsyncSession, new: NewJob, answer: dict[str, Any]) -> No
     except IntegrityError as error:
         if new.idempotency_key is None:
             raise
-        raise Conflict from error  # another request with this key, at the same moment
+        raise Conflict from error  # another request committed this key at the same moment
 
 
 def _asset(job_id: uuid.UUID, image: Image) -> ImageAsset:

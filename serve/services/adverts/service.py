@@ -93,7 +93,7 @@ class Adverts(Service):
         """Record a finished advert; returns its ids. Raises DureError while a stage is running."""
         if image is None:
             return await self.jobs.record_overlay(which, overlay_id, None, layout)
-        await self.jobs.may_overlay(which)
+        await self.jobs.check_overlay(which)
         file = NewFile(which.tenant_id, which.job_id, image.path, content)
         record = functools.partial(self.jobs.record_overlay, which, overlay_id, image, layout)
         return await self.uploads.kept(file, record)
@@ -176,7 +176,7 @@ class Adverts(Service):
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
         """A job's progress, each time it advances. Raises DureError."""
         if self.followers >= MAX_FOLLOWERS:
-            raise errors.overloaded("adverts")
+            raise errors.at_capacity("adverts")
         self.followers += 1
         try:
             async for progress in self.views.follow(tenant_id, job_id):

@@ -1,4 +1,4 @@
-"""One call of a stage, from its start to its recorded end. Whatever happens in between, an end is recorded."""
+"""One call of a stage, from its start to its recorded end. Whatever happens in between, its outcome is recorded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("ray.serve")
 STARTS = 3
 """Attempts to start a stage whose variant keeps changing."""
 RENEWALS = 4
-"""Renewals per lease."""
+"""A lease is renewed at least this many times before it would run out."""
 FIRST_RENEWAL_S, LONGEST_RENEWAL_S = 0.2, 1.0
 """Pauses between renewals, which also report the call's progress to followers."""
 
@@ -40,9 +40,9 @@ class StageRequest:
     question: Question
     verdict: type[BaseModel]
     record: dict[str, Any]
-    """What the trace says of the request."""
+    """The request as the trace records it."""
     gone: bool = False
-    """The client has left, and nobody waits for the answer."""
+    """The client has left, so nobody waits for the answer."""
 
 
 class StageCalls:
@@ -52,6 +52,7 @@ class StageCalls:
         self.stages = record
         self.on_end = on_end
         self.ending: set[asyncio.Task[bool]] = set()
+        """Outcomes that are being recorded, which goes on even if the client has left."""
 
     async def run(
         self,
@@ -63,10 +64,14 @@ class StageCalls:
         overlay_id: uuid.UUID | None = None,
         following: Following | None = None,
     ) -> dict[str, Any]:
-        """Start the stage, ask the model, and record the outcome, whatever it is."""
+        """Start the stage, ask the model, and record the outcome, whatever it is. Returns the answer for the client.
+
+        `ask` makes the request to the model. A call that has been made before gets its recorded answer. Raises
+        DureError.
+        """
         started = time.monotonic()
         if known := await self.stages.outcome(which, call):
-            return _answer(which, call, known)  # a repeat, whose client never got the answer
+            return _answer(which, call, known)  # a repeat: the first answer was lost on its way
         request = await self._start(stage, which, call, ask, overlay_id)
         verdict: dict[str, Any] | None = None
         problem: DureError | None = None
@@ -107,9 +112,9 @@ class StageCalls:
         ask: Callable[[Sources], Awaitable[StageRequest]],
         overlay_id: uuid.UUID | None,
     ) -> StageRequest:
-        """Start the stage; returns what it asks. Raises DureError or CancelledError if it has not started.
+        """Start the stage; returns the request to the model. Raises DureError or CancelledError if it did not start.
 
-        If the client leaves just then, but the stage has started, the request is marked `gone`.
+        If the client leaves meanwhile and the stage has started all the same, the request is marked `gone`.
         """
         for _ in range(STARTS):
             sources = await self.stages.sources(stage, which, call, overlay_id)
@@ -138,7 +143,7 @@ class StageCalls:
         """The model's verdict. Raises DureError, also if the lease is lost."""
         results = request.model.results([request.question], caller, "image", following)
         asking = asyncio.ensure_future(results)
-        holding = asyncio.ensure_future(self._hold(call, following))
+        holding = asyncio.ensure_future(self._hold_lease(call, following))
         try:
             await asyncio.wait((asking, holding), return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():
@@ -148,7 +153,7 @@ class StageCalls:
         finally:
             await end(asking, holding)
 
-    async def _hold(self, call: uuid.UUID, following: Following) -> None:
+    async def _hold_lease(self, call: uuid.UUID, following: Following) -> None:
         """Renew the lease; returns once it has been lost."""
         pause_s = FIRST_RENEWAL_S
         while True:
@@ -157,7 +162,7 @@ class StageCalls:
             try:
                 if not await self.stages.renew(call, following.progress.told() if following.progress else {}):
                     return
-            except Exception as error:  # an unreachable database may be back before the lease ends
+            except Exception as error:  # the database may be back before the lease runs out
                 logger.warning("a lease could not be renewed: %s", error)
 
 

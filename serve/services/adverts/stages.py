@@ -1,8 +1,8 @@
-"""The two stages of a variant: what starts them, who holds them, how they end.
+"""The two stages of a variant: what may start them, which call runs them, how they end.
 
-A variant is changed only if nothing else has changed it since it was read, so of two calls that start the same stage
-one wins. The call that runs a stage holds a lease and renews it. If its process dies, the lease ends and the stage has
-failed. Each start writes a trace in the same transaction, and the end of the stage completes it.
+Locking is optimistic: an update applies only to the revision that was read, so if two calls start the same stage, one
+wins. The call that runs a stage holds a lease and renews it. If its process dies, the lease runs out and the stage
+fails. Starting a stage also writes a trace, in the same transaction, and ending the stage completes it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from serve.store.outbox import event_of
 from serve.store.tables import AdCopy, ImageAsset, Job, JobInput, Overlay, Trace, Variant, now
 
 PROVIDER = "llava"
-EXPIRED = "the call that ran it died, and its lease ended"
+EXPIRED = "the call that ran it died, so its lease ran out"
 AT_ONCE = 100
-"""Leases ended in one transaction."""
+"""Most expired leases ended in one transaction."""
 
 
 @dataclass(frozen=True)
 class Stage:
+    """One of the two stages, as the database names it."""
+
     step: Literal["vlm_analyze", "vlm_judge"]
     operation: Literal["analyze", "judge"]
     starts_from: frozenset[tuple[str, str]]
-    """Pairs of step and status."""
+    """Pairs of step and status that a variant may be at."""
     triggers: Literal["yolo_detect", "ocr_eval"]
-    """The type of the event that it leads to."""
+    """Kind of the event that a finished stage leads to."""
 
 
 VALIDATE = Stage(
@@ -48,7 +50,7 @@ JUDGE = Stage("vlm_judge", "judge", frozenset({("overlay", "done"), ("vlm_judge"
 
 @dataclass(frozen=True)
 class Which:
-    """A variant, as its tenant identifies it."""
+    """The ids that identify a variant to its tenant."""
 
     tenant_id: str
     job_id: uuid.UUID
@@ -57,12 +59,12 @@ class Which:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a stage may work with, and the variant's revision when this was read."""
+    """What a stage can work from, and the variant's revision when this was read."""
 
     revision: int
     desc_eng: str | None
     ad_copy_eng: str | None
-    """The newest one that is done."""
+    """The newest that is done."""
     image: str | None
     """Path of the variant's own image."""
     overlaid_image: str | None
@@ -71,14 +73,16 @@ class Sources:
 
 
 class Stages:
+    """The stages in a database. `call` is the id of the call that runs a stage, and of its trace."""
+
     def __init__(self, database: Database, lease_s: float, to_webhook: bool = True) -> None:
-        """`to_webhook`: a webhook is configured, so events are to be delivered."""
+        """`to_webhook` says that a webhook is configured, so events are to be delivered."""
         self.database = database
         self.lease_s = lease_s
         self.to_webhook = to_webhook
 
     async def outcome(self, which: Which, call: uuid.UUID) -> dict[str, Any] | None:
-        """The recorded response of a call that was made before; None if there is none yet.
+        """The response on record if this call has been made before; None if there is none yet.
 
         Raises a 404 for an unknown variant.
         """
@@ -93,7 +97,7 @@ class Stages:
     async def sources(
         self, stage: Stage, which: Which, call: uuid.UUID, overlay_id: uuid.UUID | None = None
     ) -> Sources:
-        """What the stage may work with. Raises DureError if this call may not start it."""
+        """What the stage can work from. Raises DureError if this call may not start it."""
 
         async def read(session: AsyncSession) -> Sources:
             variant = await find(session, which)
@@ -122,16 +126,16 @@ class Stages:
         return await self.database.read(read)
 
     async def start(self, stage: Stage, which: Which, call: uuid.UUID, revision: int, request: dict[str, Any]) -> bool:
-        """Begin the stage under a lease of this call, with a trace of the same id. Idempotent.
+        """Start the stage: give this call the lease, and write its trace. Idempotent.
 
-        False if the variant has changed since `revision`. Raises DureError if the stage may not start.
+        Returns False if the variant has changed since `revision`. Raises DureError if the stage may not start.
         """
 
         async def write(session: AsyncSession) -> bool:
             variant = await find(session, which)
             _check(stage, variant, call)
             if variant.status == "running":
-                return True  # an earlier attempt succeeded, but its answer was lost
+                return True  # an earlier attempt was committed, but its reply was lost
             if await session.get(Trace, call) is not None:
                 raise lost(stage)
             if variant.revision != revision:
@@ -167,7 +171,7 @@ class Stages:
         return await self.database.write(write)
 
     async def renew(self, call: uuid.UUID, progress: dict[str, Any] | None) -> bool:
-        """Renew the lease and record the call's progress. False if the lease has been lost."""
+        """Renew the lease and record the call's progress. Returns False if the lease has been lost."""
 
         async def write(session: AsyncSession) -> bool:
             held = update(Variant).where(Variant.lease_id == call, Variant.status == "running")
@@ -186,7 +190,8 @@ class Stages:
     ) -> bool:
         """Record the outcome and, unless the stage failed, the event it leads to. Idempotent.
 
-        `reason` says why it failed. False if the lease was lost; then that is on record instead.
+        `reason` says why the stage failed, None that it succeeded. Returns False if the lease had been lost: then the
+        record says that instead.
         """
 
         async def write(session: AsyncSession) -> bool:
@@ -209,16 +214,16 @@ class Stages:
         return await self.database.write(write)
 
     async def expire(self) -> int:
-        """End the leases that have run out; returns how many."""
+        """End stages whose lease has run out, at most `AT_ONCE`, as failed; returns how many."""
 
         async def write(session: AsyncSession) -> int:
-            over = (
+            expired = (
                 select(Variant.job_variants_id, Variant.lease_id)
                 .where(Variant.status == "running", Variant.lease_until < now())
                 .limit(AT_ONCE)
             )
             ended = 0
-            for variant, call in (await session.execute(over)).tuples().all():
+            for variant, call in (await session.execute(expired)).tuples().all():
                 expiry = (
                     update(Variant)
                     .where(Variant.job_variants_id == variant, Variant.lease_id == call)
@@ -240,7 +245,7 @@ class Stages:
 
 
 def failure(kind: str, message: str) -> dict[str, Any]:
-    """A trace's response if there was no verdict."""
+    """The response to put on record if there is no verdict."""
     return {"error": {"type": kind, "message": message}}
 
 
@@ -279,6 +284,7 @@ def _check(stage: Stage, variant: Variant, call: uuid.UUID) -> None:
 
 
 def _ended(reason: str | None) -> dict[str, Any]:
+    """Columns of a variant whose stage has ended; `reason` as in `Stages.end`."""
     status = "done" if reason is None else "failed"
     return {"status": status, "reason": reason, "progress": None, "lease_id": None, "lease_until": None}
 

@@ -18,7 +18,7 @@ from serve import errors
 from serve.store.database import Database
 from serve.store.tables import AdCopy, Event, ImageAsset, Job, JobInput, Trace, Variant
 
-SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.2, 1.0
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.2, 1.0
 """Pause between reads of a followed job; it is shorter while the job advances."""
 
 
@@ -104,14 +104,14 @@ class Views:
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
         """A job's progress, now and each time it advances. Raises a 404, also once the job is deleted."""
         before: Progress | None = None
-        pause_s = SHORTEST_LOOK_S
+        pause_s = SHORTEST_POLL_S
         while True:
             progress = await self.progress(tenant_id, job_id)
             if progress != before:
                 yield progress
-                before, pause_s = progress, SHORTEST_LOOK_S
+                before, pause_s = progress, SHORTEST_POLL_S
             await asyncio.sleep(pause_s)
-            pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
+            pause_s = min(1.5 * pause_s, LONGEST_POLL_S)
 
     async def progress(self, tenant_id: str, job_id: uuid.UUID) -> Progress:
         """A job's progress now. Raises a 404 if there is no such job."""

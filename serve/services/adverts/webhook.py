@@ -20,7 +20,7 @@ from serve.waiting import within
 
 logger = logging.getLogger("ray.serve")
 
-LOOK_S = 1.0
+POLL_S = 1.0
 """How often to look for due events while nothing calls `wake`."""
 AT_ONCE = 16
 LONGEST_ERROR = 300
@@ -60,7 +60,7 @@ class Dispatcher:
             except Exception:
                 logger.exception("events could not be delivered")
             if len(deliveries) < AT_ONCE:
-                await within(self._due, LOOK_S)
+                await within(self._due, POLL_S)
 
     async def _deliver(self, delivery: Delivery) -> None:
         problem = await self._post(delivery.event_id, orjson.dumps(delivery.payload))

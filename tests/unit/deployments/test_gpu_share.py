@@ -1,4 +1,4 @@
-"""What a replica takes of its GPU against its share and its plan, with a GPU that is made up."""
+"""The GPU memory that a replica uses, beside its share and its plan. The GPU is simulated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ USE = GpuUse(0.1, 1000, 500, 600, False)
 
 
 class Memory:
-    """Of 10,000 MiB."""
+    """Memory in use on a GPU of 10,000 MiB, as a test sets it."""
 
     def __init__(self, mib: float) -> None:
         self.mib = mib
@@ -42,10 +42,11 @@ class Memory:
 
 
 def tenth(memory: Memory) -> GpuShare:
+    """A share of a tenth of that GPU."""
     return GpuShare("m", 0.1, 10_000 * MIB, memory)
 
 
-def test_use_stands_beside_share_and_plan() -> None:
+def test_use_is_reported_beside_share_and_plan() -> None:
     share = tenth(Memory(600))
     assert share.use() == GpuUse(0.1, 1000, None, 600, False)
     share.planned(500 * MIB)
@@ -60,13 +61,13 @@ def test_only_what_changed_is_news() -> None:
     memory.mib = 615
     assert share.news() is None, "1.5 % of the share"
     memory.mib = 625
-    assert (share.news() or USE).used_mb == 625, "against what was told last, so that it can't creep"
+    assert (share.news() or USE).used_mb == 625, "compared with what was last reported, so that slow growth is noticed"
     share.planned(500 * MIB)
     assert (share.news() or USE).planned_mb == 500
     memory.mib = 999
     share.news()
     memory.mib = 1001
-    assert (share.news() or USE).over_share, "however little that is"
+    assert (share.news() or USE).over_share, "however small the change"
 
 
 def test_a_replica_over_its_share_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -80,7 +81,7 @@ def test_a_replica_over_its_share_is_logged_once(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_metrics_follow_what_is_taken() -> None:
+def test_metrics_follow_use() -> None:
     memory = Memory(600)
     tenth(memory).planned(500 * MIB)
 
@@ -94,7 +95,7 @@ def test_metrics_follow_what_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("share", "count", "share_mib"), [(0.25, 1, 2500), (2, 2, 20_000)])
-def test_a_gpu_is_asked_for_what_torch_keeps(
+def test_use_is_what_torch_reserves_on_all_gpus_of_a_share(
     monkeypatch: pytest.MonkeyPatch, share: float, count: int, share_mib: float
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -105,7 +106,7 @@ def test_a_gpu_is_asked_for_what_torch_keeps(
     assert (use.share_mb, use.used_mb) == (share_mib, count * (300 + CONTEXT_BYTES / MIB))
 
 
-def test_what_can_be_planned_has_a_figure() -> None:
+def test_only_a_source_on_this_machine_has_a_planned_figure() -> None:
     assert (planned_bytes(SPEC) or 0) > CONTEXT_BYTES
     assert planned_bytes(replace(SPEC, source="nobody/nothing", revision="main")) is None
 
@@ -129,33 +130,33 @@ def loaded(device: str) -> Any:
     return replica
 
 
-def test_a_replica_tells_what_it_takes_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_reports_its_use_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Memory(600)
-    monkeypatch.setattr(replicas, "LOOK_S", 0.01)
+    monkeypatch.setattr(replicas, "POLL_S", 0.01)
     monkeypatch.setattr(GpuShare, "on_cuda", lambda *_: tenth(memory))
 
     async def scenario() -> None:
         replica = loaded("cuda")
-        await replica._tell(None)
+        await replica._report(None)
         await asyncio.sleep(0.05)
         memory.mib = 800
         await asyncio.sleep(0.05)
-        looking = replica.looking
+        polling = replica.polling
         replica.live.spec = replace(SPEC, precision="fp32")
-        await replica._tell(None)
+        await replica._report(None)
         await asyncio.sleep(0.05)
         first, grown, reloaded = replica.outlet.uses
         assert [use.used_mb for use in (first, grown, reloaded)] == [600, 800, 800]
         assert reloaded.planned_mb > first.planned_mb
-        assert replica.looking is looking, "one look at a time"
-        looking.cancel()
+        assert replica.polling is polling, "a reload starts no second task"
+        polling.cancel()
 
     asyncio.run(scenario())
 
 
-def test_on_a_cpu_there_is_nothing_to_tell() -> None:
+def test_on_a_cpu_there_is_no_use_to_report() -> None:
     replica = loaded("cpu")
-    asyncio.run(replica._tell(None))
+    asyncio.run(replica._report(None))
     assert replica.gpu is None
     assert replica.outlet.uses == []
 
@@ -164,7 +165,7 @@ def at(status: Any, name: str = "r") -> Replica:
     return Replica("m", name, LoadEvent(status, 100, "", ""))
 
 
-def test_a_figure_leaves_all_else_that_is_known_as_it_is() -> None:
+def test_a_report_of_use_leaves_all_other_states_as_they_are() -> None:
     sent: list[Report] = []
     reporter = Reporter()
     reporter._lock = threading.Lock()
@@ -177,7 +178,7 @@ def test_a_figure_leaves_all_else_that_is_known_as_it_is() -> None:
     assert sent[-1].states["r"].gpu == USE
 
 
-def test_a_figure_does_not_hide_that_another_replica_failed() -> None:
+def test_a_report_of_use_does_not_hide_that_another_replica_failed() -> None:
     async def scenario() -> None:
         board = Board()
         await board.report(Report("m", "r", states={"r": at("ready")}))
@@ -189,13 +190,13 @@ def test_a_figure_does_not_hide_that_another_replica_failed() -> None:
     asyncio.run(scenario())
 
 
-def test_a_client_sees_it_for_each_replica() -> None:
-    of = [replace(at("ready"), gpu=USE), at("ready", "on a cpu")]
-    watch = SimpleNamespace(of=lambda name: of, state=lambda name: "ready")
+def test_a_client_sees_the_use_of_each_replica() -> None:
+    shown = [replace(at("ready"), gpu=USE), at("ready", "on a cpu")]
+    watch = SimpleNamespace(of=lambda name: shown, state=lambda name: "ready")
     models = {"m": SimpleNamespace(task="rerank")}
     graph: Any = SimpleNamespace(models=models, named=models.get, watch=watch)
-    told = asyncio.run(get_model("m", graph))
-    assert [replica["gpu"] for replica in told["replicas"]] == [
+    model = asyncio.run(get_model("m", graph))
+    assert [replica["gpu"] for replica in model["replicas"]] == [
         {"share": 0.1, "share_mb": 1000, "planned_mb": 500, "used_mb": 600, "over_share": False},
         None,
     ]

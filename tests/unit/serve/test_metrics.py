@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve import metrics
-from serve.errors import DureError, overloaded
+from serve.errors import DureError, at_capacity
 
 
 def process(predictions: int) -> list[object]:
@@ -27,7 +27,7 @@ def test_one_exposition_of_many_processes_counts_each_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(None, "ok"), (overloaded("m"), "refused"), (DureError(500, "x", "y"), "error")]
+    ("error", "status"), [(None, "ok"), (at_capacity("m"), "refused"), (DureError(500, "x", "y"), "error")]
 )
 def test_predictions_are_counted_by_how_they_ended(error: DureError | None, status: str) -> None:
     def count() -> float:

@@ -247,7 +247,7 @@ def test_a_damaged_list_of_modules_says_what_is_wrong(listed: Any, said: str, tm
     [
         ([], "router_config.json: must be a JSON object"),
         ({"types": {}}, "router_config.json: structure: Field required"),
-        ({"types": {}, "structure": {"query": ["gone"]}}, "does not say what 'gone'"),
+        ({"types": {}, "structure": {"query": ["gone"]}}, "names 'gone', which `types` lacks"),
         ({"types": {".": "sentence_transformers.models.Router"}, "structure": {}}, "is the router's own"),
         ({"types": {"../x": ONE}, "structure": {"query": ["../x"]}}, "leads out of the folder"),
     ],

@@ -1,4 +1,4 @@
-"""Next words against their definition, written plainly: a full forward pass for every token of every candidate."""
+"""Next words compared with their definition, written plainly: a full pass for each token of each candidate."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ask(predictor: Predictor, *prompts: Prompt) -> list[list[Word]]:
 
 
 def reference(predictor: Predictor, prompt: Prompt, model: PreTrainedModel | None = None) -> list[tuple[str, float]]:
-    """The definition of a next word, a full forward pass for every token."""
+    """Words and confidences by the definition of a next word, with a full forward pass for every token."""
     tokenizer, model = predictor.tokenizer, model or plain_model()
     text = prompt.text.rstrip()
     ids = tokenizer.encode(text, add_special_tokens=False)[-128:] if text else [tokenizer.bos_token_id]
@@ -77,11 +77,11 @@ def reference(predictor: Predictor, prompt: Prompt, model: PreTrainedModel | Non
         word, confidence = [token], float(first[token])
         while len(word) < 10:
             after = probabilities(ids + word, 1.0)
-            following = int(after.argmax())
-            if tokens[following].startswith("▁") or following in special:
+            likeliest = int(after.argmax())
+            if tokens[likeliest].startswith("▁") or likeliest in special:
                 break
-            word.append(following)
-            confidence *= float(after[following])
+            word.append(likeliest)
+            confidence *= float(after[likeliest])
         text = "".join(tokens[each] for each in word).replace("▁", "")
         if text:
             best[text] = max(confidence, best.get(text, 0))
@@ -102,11 +102,11 @@ def test_next_words_follow_their_definition(predictor: Predictor, text: str) -> 
     assert_as_defined(predictor, Prompt(text), words)
 
 
-def test_held_out_prompts_follow_it_whatever_batch_they_are_in(predictor: Predictor) -> None:
+def test_next_words_of_held_out_prompts_follow_their_definition_in_any_batch(predictor: Predictor) -> None:
     draw = random.Random(0)
     prompts = []
-    for prefix, following in draw.sample(heldout(), PROMPTS):
-        text = draw.choice([prefix, prefix + " ", f"{prefix} {following[:1]}"])
+    for prefix, next_word in draw.sample(heldout(), PROMPTS):
+        text = draw.choice([prefix, prefix + " ", f"{prefix} {next_word[:1]}"])
         prompts.append(Prompt(text, top_k=draw.randint(1, 4), temperature=draw.choice([0.5, 0.8, 2.0])))
     rest = list(prompts)
     while rest:
@@ -115,7 +115,7 @@ def test_held_out_prompts_follow_it_whatever_batch_they_are_in(predictor: Predic
             assert_as_defined(predictor, prompt, words)
 
 
-def test_those_that_join_and_leave_between_steps_change_nothing_for_others(predictor: Predictor) -> None:
+def test_searches_that_join_or_leave_between_steps_change_nothing_for_the_others(predictor: Predictor) -> None:
     prompts = [Prompt(text) for text in ("오늘 날씨가", "임대인은 ", "보증금을 돌려", "계약을 ")]
     searches = []
     for prompt in prompts:
@@ -129,7 +129,7 @@ def test_those_that_join_and_leave_between_steps_change_nothing_for_others(predi
         assert_as_defined(predictor, search.item.prompt, search.result)
 
 
-def test_typing_on_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
+def test_a_text_that_grows_as_it_is_typed_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
     text = " ".join(prefix for prefix, _ in heldout()[:12])
     prompts = [Prompt(text[:end], top_k=2) for end in range(10, len(text))]
     known = []
@@ -138,13 +138,13 @@ def test_typing_on_gives_what_a_fresh_start_gives(predictor: Predictor) -> None:
         known.append(predictor.prefixes.sequence("", search.item.ids).length)
         while search.result is None:
             predictor.step([search])
-        if len(known) % 3 == 1:  # the definition takes its time
+        if len(known) % 3 == 1:  # not all, because the reference is slow
             assert_as_defined(predictor, prompt, search.result)
     assert known[0] == 0
-    assert known[-1] > 0.7 * len(search.item.ids), "most of it had been read before"
+    assert known[-1] > 0.7 * len(search.item.ids), "most of the text had been read before"
 
 
-def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: Predictor) -> None:
+def test_prefixes_are_kept_within_bounds_and_the_most_recently_used_stays(predictor: Predictor) -> None:
     prefixes = Prefixes(max_bytes=10**6)
     kept = Sequence()
     for layer in range(4):
@@ -155,7 +155,7 @@ def test_prefixes_are_kept_within_bounds_and_the_one_used_last_stays(predictor: 
         assert prefixes.nbytes <= 10**6
         prefixes.sequence("a", list(range(41)))
     assert prefixes.sequence("a", list(range(41))).length == 40
-    assert prefixes.sequence("a", list(range(199, 220))).length == 20, "the last is left to read"
+    assert prefixes.sequence("a", list(range(199, 220))).length == 20, "the last token is never taken from a prefix"
     assert prefixes.sequence("a", list(range(100, 141))).length == 0
 
 
@@ -172,7 +172,7 @@ def test_what_was_read_for_one_tenant_is_not_used_for_another(predictor: Predict
     assert read[0] == read[2] == len(search.item.ids)
 
 
-def test_where_memory_runs_out_prefixes_are_given_up_and_a_step_can_be_taken_again(
+def test_when_memory_runs_out_prefixes_are_dropped_and_the_step_can_be_repeated(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = Prompt("오늘 날씨가 " * 20)
@@ -201,7 +201,7 @@ def test_single_tokens_and_whole_words_share_a_batch(predictor: Predictor) -> No
     mixed = [[word.text for word in words] for words in ask(predictor, tokens, prompt, tokens)]
     alone = [[word.text for word in ask(predictor, each)[0]] for each in (tokens, prompt)]
     assert mixed == [alone[0], alone[1], alone[0]]
-    assert "따뜻" in alone[0]  # which 따뜻하고, 따뜻해서 and others begin with
+    assert "따뜻" in alone[0]  # the beginning of 따뜻하고, 따뜻해서 and others
     assert "따뜻" not in alone[1]
 
 

@@ -1,4 +1,4 @@
-"""LLaVA's answers against plain `generate` under the same grammar."""
+"""LLaVA's answers compared with those of plain `generate` under the same grammar."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model() -> Any:
 
 
 class Constraint(LogitsProcessor):  # type: ignore[misc]
-    """Lets an answer go on only as its grammar allows."""
+    """Allows only tokens with which an answer still obeys its grammar."""
 
     def __init__(self, matcher: LLMatcher, prompt: int, eos: int) -> None:
         self.matcher, self.prompt, self.eos = matcher, prompt, eos
@@ -61,11 +61,11 @@ class Constraint(LogitsProcessor):  # type: ignore[misc]
 
 
 def plain(vision: Vision, model: Any, question: Question) -> str:
-    """One step for each token."""
+    """The answer of transformers' own `generate`, with one forward pass for each token."""
     item = vision.prepare(question)
     constraint = Constraint(LLMatcher(vision.grammar_tokens, item.grammar), len(item.ids), vision.eos)
     with torch.inference_mode():
-        written = model.generate(
+        output = model.generate(
             input_ids=torch.tensor([item.ids]),
             attention_mask=torch.ones(1, len(item.ids), dtype=torch.long),
             pixel_values=item.pixels[None],
@@ -75,7 +75,7 @@ def plain(vision: Vision, model: Any, question: Question) -> str:
             pad_token_id=vision.eos,
             logits_processor=[constraint],
         )
-    text: str = vision.tokenizer.decode(written[0, len(item.ids) :], skip_special_tokens=True)
+    text: str = vision.tokenizer.decode(output[0, len(item.ids) :], skip_special_tokens=True)
     return text
 
 
@@ -91,10 +91,11 @@ def questions() -> list[Question]:
 
 
 def seen(vision: Vision, content: bytes) -> torch.Tensor:
+    """The pixels that the model gets for an image file."""
     return vision.prepare(Question(content, JUDGE, json.dumps({"type": "boolean"}))).pixels
 
 
-def test_the_model_sees_a_picture_as_it_was_checked(vision: Vision) -> None:
+def test_the_model_sees_an_image_as_it_was_checked(vision: Vision) -> None:
     advert = Image.open(EXAMPLES[0]).convert("RGB")
     mask = Image.radial_gradient("L").resize(advert.size)
     transparent = advert.copy()
@@ -116,7 +117,7 @@ def test_answers_are_those_of_plain_decoding_in_fewer_steps(vision: Vision, mode
         assert answer.forced >= 10, "the names of a verdict's fields leave no choice"
 
 
-def test_those_that_join_between_steps_change_nothing_for_others(vision: Vision) -> None:
+def test_looks_that_join_between_steps_change_nothing_for_the_others(vision: Vision) -> None:
     items = [vision.prepare(question) for question in questions()]
     alone = [vision.run([item])[0] for item in items]
     looks: list[Look] = []
@@ -128,13 +129,13 @@ def test_those_that_join_between_steps_change_nothing_for_others(vision: Vision)
     assert [look.result.json for look in looks if isinstance(look.result, Answer)] == [each.json for each in alone]
 
 
-def test_a_schema_that_leaves_no_choice_at_all_is_answered(vision: Vision) -> None:
+def test_a_schema_that_allows_only_one_answer_gets_it(vision: Vision) -> None:
     schema = json.dumps({"const": {"verdict": "none"}})
     [answer] = vision.run([vision.prepare(Question(EXAMPLES[0].read_bytes(), JUDGE, schema))])
     assert json.loads(answer.json) == {"verdict": "none"}
 
 
-def test_an_answer_without_an_end_is_refused(vision: Vision) -> None:
+def test_an_answer_that_can_not_end_in_time_is_refused(vision: Vision) -> None:
     schema = json.dumps({"type": "array", "items": {"const": 1}, "minItems": 600})
     ends = json.dumps({"type": "boolean"})
     items = [vision.prepare(Question(EXAMPLES[0].read_bytes(), JUDGE, each)) for each in (schema, ends)]
@@ -144,7 +145,7 @@ def test_an_answer_without_an_end_is_refused(vision: Vision) -> None:
     assert json.loads(answer.json) in (True, False)
 
 
-def test_of_an_image_seen_before_only_the_rest_of_the_prompt_is_read(vision: Vision, model: Any) -> None:
+def test_an_image_seen_before_is_not_read_again(vision: Vision, model: Any) -> None:
     schema = json.dumps(Validation.model_json_schema())
     image = EXAMPLES[0].read_bytes()
     vision.prefixes.clear()
@@ -170,13 +171,13 @@ def test_of_an_image_seen_before_only_the_rest_of_the_prompt_is_read(vision: Vis
         read.clear()
         [answer] = vision.run([vision.prepare(other)])
         assert answer.json == plain(vision, model, other)
-        assert read[0] > 0.9 * whole, "another image is read as a whole"
+        assert read[0] > 0.9 * whole, "another image is read in full"
     finally:
         vision.reader.read = reader_read  # type: ignore[method-assign]
 
 
-def test_a_model_that_is_spread_answers_the_same(vision: Vision) -> None:
-    """Over memory and disk, by the same hooks that spread it over GPUs."""
+def test_a_model_spread_over_devices_answers_the_same(vision: Vision) -> None:
+    """It is spread over memory and disk, by the hooks that would spread it over GPUs."""
     folder = resolve(SOURCE, None)
     spread = model_spec("m", "vision", str(folder), precision="fp32", device_map="auto", max_memory={"cpu": "3MB"})
     engine = load_engine(spread, LoadProgress(lambda _: None))
@@ -186,7 +187,7 @@ def test_a_model_that_is_spread_answers_the_same(vision: Vision) -> None:
 
 
 def test_an_answer_near_its_limit_is_brought_to_an_end(vision: Vision) -> None:
-    """Strings and a list that have room for far more than the limit."""
+    """The schema's strings and list have room for far more tokens than the limit."""
     text = {"type": "string", "minLength": 0, "maxLength": 9000}
     fields = {"analysis": text, "issues": {"type": "array", "items": text}, "ok": {"type": "boolean"}}
     schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
@@ -215,7 +216,7 @@ def test_an_answer_near_its_limit_is_brought_to_an_end(vision: Vision) -> None:
         ("processor_config.json", {"patch_size": 24}),
     ],
 )
-def test_a_processor_that_has_no_place_for_all_of_an_image_is_refused(
+def test_a_processor_that_does_not_fit_the_image_features_is_refused(
     file: str, change: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = checkpoints.copy(checkpoints.VISION, tmp_path / "model")

@@ -34,7 +34,7 @@ def run(scenario: Callable[[Gate], Coroutine[Any, Any, None]], max_items: int = 
 
 def test_a_full_queue_refuses_with_the_time_to_come_back() -> None:
     async def scenario(gate: Gate) -> None:
-        gate.tickets.pace.seconds_per_item = 2.0
+        gate.tickets.pace.seconds_per_turn = 2.0
         async with gate.admitted(3), gate.admitted(1):
             with pytest.raises(DureError) as caught:
                 async with gate.admitted(1):
@@ -121,7 +121,7 @@ def test_a_failed_call_gives_its_place_back() -> None:
 
 
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
-    assert errors.overloaded("m").headers == {"Retry-After": "1"}
+    assert errors.at_capacity("m").headers == {"Retry-After": "1"}
     assert DureError(503, "k", "m", None, 7.2).headers == {"Retry-After": "8"}
     assert errors.invalid("no").headers == {}
 

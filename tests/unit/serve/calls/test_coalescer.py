@@ -14,7 +14,10 @@ from serve.progress import Following, Progress
 
 
 class Replica:
-    """Answers each number with ten times itself, one call at a time, when let go; refuses negative ones."""
+    """Stands in for a replica: answers each number with ten times itself and refuses negative ones.
+
+    It runs one call at a time, while `go` is set.
+    """
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -28,9 +31,9 @@ class Replica:
         self.failure: Exception | None = None
         self.pause_s = 0.0
         self.whole = False
-        """Answers a call in one piece."""
-        self.on_the_way: list[int] = []
-        """How many calls had come when such a one was answered."""
+        """Whether a call is answered in one piece."""
+        self.arrived: list[int] = []
+        """For each call answered in one piece, how many calls had arrived by then."""
         self._turn = asyncio.Lock()
 
     async def __call__(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
@@ -55,7 +58,7 @@ class Replica:
             raise self.failure
         if self.whole:
             await asyncio.sleep(self.pause_s * len(items))
-            self.on_the_way.append(len(self.calls))
+            self.arrived.append(len(self.calls))
             deliver(Piece(list(items), [item * 10 for item in items.values()], {}))
             return
         for number, item in items.items():
@@ -67,14 +70,14 @@ class Replica:
 
 
 class Told(Following):
-    """All that was told."""
+    """A follower that keeps all it is told."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.of: list[Progress] = []
+        self.all: list[Progress] = []
 
     def tell(self, progress: Progress) -> None:
-        self.of.append(progress)
+        self.all.append(progress)
 
 
 def run(
@@ -101,11 +104,11 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.005)
-    raise AssertionError("it has not come to that")
+    raise AssertionError("the condition was never met")
 
 
 async def held(coalescer: Coalescer, replica: Replica, *requests: tuple[int, ...]) -> list[asyncio.Task[Answers]]:
-    """Requests that are asked while two calls of one item keep the replica busy."""
+    """Make requests while two calls of one item keep the replica busy. The tasks of those two come first."""
     replica.go.clear()
     tasks = []
     for items in [(1,), (2,), *requests]:
@@ -115,7 +118,7 @@ async def held(coalescer: Coalescer, replica: Replica, *requests: tuple[int, ...
 
 
 async def learned(coalescer: Coalescer, replica: Replica) -> None:
-    """What calls of different size take."""
+    """Let the coalescer measure how long calls of several sizes take."""
     replica.pause_s, replica.whole = 0.02, True
     for size in (1, 3, 8):
         await ask(coalescer, *range(size))
@@ -129,7 +132,7 @@ def test_what_waits_leaves_as_one_call() -> None:
         assert [(await task).results for task in tasks] == [[10], [20], [30], [40, 50], [60]]
 
     replica = run(scenario)
-    assert replica.calls == [[1], [2], [3, 6, 4, 5]], "first who would be done first"
+    assert replica.calls == [[1], [2], [3, 6, 4, 5]], "the requests that are done soonest come first"
     assert replica.backlogs == [0, 0, 0]
 
 
@@ -178,12 +181,12 @@ def test_tenants_take_turns_by_their_weight_however_much_one_has_waiting() -> No
     served = list(itertools.chain(*calls[2:]))
     for items in (50, 75):
         of_small, of_b = (sum(low <= item < high for item in served[:items]) for low, high in [(20, 35), (40, 100)])
-        assert abs(of_small - items / 5) <= 8, "but for what it was owed at first"
+        assert abs(of_small - items / 5) <= 8, "apart from the turns it was owed at first"
         assert abs(of_b - items * 3 / 5) <= 8
     assert [item for item in served if item >= 100] == list(range(100, 150))
 
 
-def test_a_tenant_with_little_to_ask_has_it_in_the_next_call() -> None:
+def test_all_of_a_tenants_small_request_is_in_the_next_call() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         tasks = await held(coalescer, replica, *(tuple(range(at, at + 8)) for at in range(100, 180, 8)))
         tasks.append(ask(coalescer, *range(20, 26), tenant="small"))
@@ -198,17 +201,17 @@ def test_tenants_with_new_names_do_not_starve_one_that_waits() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         replica.pause_s = 0.001
         waits = [ask(coalescer, *range(100, 116), tenant="waits")]
-        for number in range(400):  # more than is served meanwhile
+        for number in range(400):  # faster than they are served
             waits.append(ask(coalescer, number, tenant=f"new {number}"))
             if number % 4 == 3:
                 await asyncio.sleep(0.003)
         await asyncio.gather(*waits)
 
     served = list(itertools.chain(*run(scenario).calls))
-    assert served.index(115) < 400, "however many come"
+    assert served.index(115) < 400, "however many new tenants come"
 
 
-def test_a_request_is_not_split_where_a_smaller_call_is_as_fast_for_each() -> None:
+def test_a_request_is_not_split_if_a_smaller_call_is_as_fast_per_item() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         await learned(coalescer, replica)
         tasks = [ask(coalescer, *range(at, at + size)) for at, size in [(10, 5), (20, 5), (30, 20)]]
@@ -220,33 +223,33 @@ def test_a_request_is_not_split_where_a_smaller_call_is_as_fast_for_each() -> No
     assert [len(call) for call in calls[5:]] == [8, 8, 1]
 
 
-def test_a_call_leaves_when_it_is_needed_so_that_who_comes_till_then_may_be_in_it() -> None:
+def test_a_call_leaves_just_in_time_so_that_newcomers_can_still_join_it() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         await learned(coalescer, replica)
         tasks = [ask(coalescer, *range(100, 140))]
-        await asyncio.sleep(0.05)  # of the 0.16 that the call under way takes
+        await asyncio.sleep(0.05)  # less than the 0.16 s that the call under way takes
         tasks.append(ask(coalescer, 7, tenant="small"))
         await asyncio.gather(*tasks)
 
     calls = run(scenario).calls
-    assert 7 in calls[4], "the one after that under way"
+    assert 7 in calls[4], "the call after the one under way"
 
 
-def test_a_call_that_is_full_only_in_the_end_leaves_when_it_is_needed_too() -> None:
+def test_a_call_that_fills_up_late_leaves_just_in_time_too() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         replica.pause_s, replica.whole = 0.06, True
         for size in (1, 3, 8):
-            coalescer.cost.observe(size, 0.03 * size)  # so it is early by far
+            coalescer.cost.observe(size, 0.03 * size)  # half of what they take, so that calls leave early
         tasks = []
         for items in (range(100, 108), range(10, 13), range(20, 28)):
             tasks.append(ask(coalescer, *items))
             await asyncio.sleep(0.01)
         await asyncio.gather(*tasks)
 
-    assert run(scenario).on_the_way[0] == 2, "before the one under way was over"
+    assert run(scenario).arrived[0] == 2, "the second left before the first was over"
 
 
-def test_a_model_without_replicas_has_its_calls_at_once() -> None:
+def test_a_model_without_replicas_is_sent_its_calls_at_once() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         await learned(coalescer, replica)
         replica.go.clear()
@@ -260,7 +263,7 @@ def test_a_model_without_replicas_has_its_calls_at_once() -> None:
     run(scenario)
 
 
-def test_who_follows_hears_of_each_step_forward_and_when_it_begins() -> None:
+def test_a_follower_is_told_of_each_step_forward_and_of_the_start() -> None:
     one, several = Told(), Told()
 
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
@@ -274,20 +277,20 @@ def test_who_follows_hears_of_each_step_forward_and_when_it_begins() -> None:
         await asyncio.gather(*tasks)
 
     run(scenario)
-    places = [each.place for each in one.of if each.place]
+    places = [each.place for each in one.all if each.place]
     assert places[0] == 2 + 15 + 3 + 1
     assert places == sorted(places, reverse=True)
     assert len(set(places)) > 2
-    assert [each.state for each in one.of][-1:] == ["running"]
-    running = [(each.done, each.items) for each in several.of if each.state == "running"]
+    assert [each.state for each in one.all][-1:] == ["running"]
+    running = [(each.done, each.items) for each in several.all if each.state == "running"]
     assert (running[0], running[-1]) == ((0, 3), (3, 3))
 
 
-def test_several_replicas_have_a_call_each_to_prepare_at_once() -> None:
+def test_each_of_several_replicas_gets_a_second_call_to_prepare_at_once() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         await learned(coalescer, replica)
         everything = ask(coalescer, *range(100, 140))
-        await asyncio.sleep(0.05)  # of the 0.16 that a call takes
+        await asyncio.sleep(0.05)  # less than the 0.16 s that a call takes
         assert [len(call) for call in replica.calls[3:]] == [8] * 4
         await everything
 
@@ -337,7 +340,7 @@ def test_a_crowd_that_leaves_at_any_moment_holds_up_nobody() -> None:
         run(scenario)
 
 
-def test_a_deadline_passes_also_while_waiting() -> None:
+def test_a_deadline_also_passes_while_waiting() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         tasks = await held(coalescer, replica)
         late = ask(coalescer, 3, timeout_s=0.02)
@@ -388,7 +391,7 @@ def test_answers_do_not_wait_for_the_rest_of_their_call() -> None:
     assert run(scenario).calls[2] == [3, 6, 4, 5]
 
 
-def test_requests_wait_for_one_call_where_two_in_turn_would_be_slower() -> None:
+def test_requests_wait_for_one_call_if_two_in_a_row_would_be_slower() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         replica.pause_s = 0.05
         for number in range(3):  # learns what an item takes
@@ -411,7 +414,7 @@ def test_calls_to_an_engine_in_steps_leave_at_once_while_there_is_room() -> None
         tasks += [ask(coalescer, *range(10, 15)), ask(coalescer, 20)]
         await until(lambda: sum(map(len, replica.calls)) == 8)
         await asyncio.sleep(0.05)
-        assert sum(map(len, replica.calls)) == 8, "no more under way than a batch holds"
+        assert sum(map(len, replica.calls)) == 8, "no more items under way than a batch holds"
         assert coalescer.waiting == 3
         replica.go.set()
         assert [len((await task).results) for task in tasks] == [1, 1, 1, 2, 5, 1]
@@ -419,7 +422,7 @@ def test_calls_to_an_engine_in_steps_leave_at_once_while_there_is_room() -> None
     run(scenario, in_steps=True)
 
 
-def test_what_comes_at_once_leaves_in_few_calls_to_an_engine_in_steps() -> None:
+def test_requests_made_at_once_leave_in_few_calls_to_an_engine_in_steps() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         tasks = [ask(coalescer, number) for number in range(40)]
         assert [(await task).results for task in tasks] == [[10 * number] for number in range(40)]
@@ -440,7 +443,7 @@ def test_an_overtaken_request_to_an_engine_in_steps_is_taken_back() -> None:
     run(scenario, in_steps=True)
 
 
-def test_what_shares_its_call_is_taken_back_with_the_next() -> None:
+def test_items_that_share_a_call_are_taken_back_with_the_next_call() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         replica.go.clear()
         first, left, stays = ask(coalescer, 1), ask(coalescer, 5, 6), ask(coalescer, 7)
@@ -458,7 +461,7 @@ def test_what_shares_its_call_is_taken_back_with_the_next() -> None:
     run(scenario, in_steps=True)
 
 
-def test_each_caller_is_known_by_a_name_of_its_own() -> None:
+def test_each_coalescer_has_a_name_of_its_own() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         for item in range(3):
             await ask(coalescer, item)
@@ -480,7 +483,7 @@ def test_calls_are_filled_by_turns_not_by_items() -> None:
     assert run(scenario).calls[0] == [1, 2]
 
 
-def test_an_item_of_more_turns_than_a_call_has_travels_nevertheless() -> None:
+def test_an_item_of_more_turns_than_a_call_holds_is_sent_all_the_same() -> None:
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:
         asked = [coalescer.ask([number, number + 1], 5, turns=[20, 1]) for number in (1, 3)]
         assert [each.results for each in await asyncio.gather(*asked)] == [[10, 20], [30, 40]]
@@ -488,7 +491,7 @@ def test_an_item_of_more_turns_than_a_call_has_travels_nevertheless() -> None:
     assert sorted(itertools.chain(*run(scenario).calls)) == [1, 2, 3, 4]
 
 
-def test_who_has_long_texts_is_done_after_who_has_as_many_short_ones() -> None:
+def test_a_tenant_with_long_texts_is_done_after_one_with_as_many_short_texts() -> None:
     """Tenants share turns, not items."""
 
     async def scenario(coalescer: Coalescer, replica: Replica) -> None:

@@ -86,7 +86,7 @@ def test_a_ticket_reserves_what_a_request_usually_has() -> None:
         async with AsyncExitStack() as stack:
             await fill(stack, gate)
             assert refused(graph, EMBEDDING)
-        assert 30 <= sum(gate.tickets._items.values()) <= 32
+        assert 30 <= sum(gate.tickets._turns.values()) <= 32
 
     run(scenario)
 
@@ -94,7 +94,7 @@ def test_a_ticket_reserves_what_a_request_usually_has() -> None:
 def test_without_tickets_left_newcomers_hear_the_same_one_behind_the_other() -> None:
     async def scenario(graph: Graph) -> None:
         gate = graph.models["embedder"].gate
-        gate.tickets.pace.seconds_per_item = 100
+        gate.tickets.pace.seconds_per_turn = 100
         async with AsyncExitStack() as stack:
             await fill(stack, gate)
             heard = [refused(graph, EMBEDDING)]
@@ -115,7 +115,7 @@ def test_without_tickets_left_newcomers_hear_the_same_one_behind_the_other() -> 
 def test_of_several_models_all_have_to_be_full_and_no_ticket_is_given() -> None:
     async def scenario(graph: Graph) -> None:
         one, two = (graph.models[name].gate for name in ("one", "two"))
-        one.tickets.pace.seconds_per_item = two.tickets.pace.seconds_per_item = 100
+        one.tickets.pace.seconds_per_turn = two.tickets.pace.seconds_per_turn = 100
         async with AsyncExitStack() as stack:
             await fill(stack, one)
             assert refused(graph, RUN, name="one")  # so that its refusal stands

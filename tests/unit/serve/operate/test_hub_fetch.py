@@ -255,7 +255,7 @@ def test_without_a_download_nobody_is_asked(hub: Hub, cache: Path) -> None:
         ({"source": "skt/kogpt2-base-v2", "revision": "v9"}, "has no such revision"),
         ({"source": "skt/kogpt2-base-v2", "revision": "0" * 40}, "has no such revision"),
         ({"source": "closed/model", "revision": "main"}, "grant access"),
-        ({"source": "skt/kogpt2-base-v2"}, "lacks `revision`"),
+        ({"source": "skt/kogpt2-base-v2"}, "needs `revision`"),
         ({"source": "models/none/here"}, "there is no folder"),
         ({"source": "package:no_such_package/model"}, "pip install"),
     ],
@@ -299,7 +299,7 @@ def test_too_little_room_is_foreseen(hub: Hub, cache: Path, monkeypatch: pytest.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1_500_000))
     said = hub_fetch.shortage(needs)
     assert said
-    assert "has 1.5 MB free, 597.2 kB too little" in said
+    assert "has 1.5 MB free, but the files to fetch need 2.1 MB" in said
     assert "predictor 1.0 MB, embedder 1.0 MB" in said
     fetch(models(hub))
     assert hub_fetch.shortage(hub_fetch.downloads_of(Settings(models=models(hub)))[0]) is None  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def test_so_many_run_so_many_wait_and_the_next_is_refused_at_once() -> None:
 
 def test_who_waits_knows_the_place_and_who_leaves_makes_room() -> None:
     async def scenario(lane: Lane) -> None:
-        lane.tickets.pace.seconds_per_item = 2.0
+        lane.tickets.pace.seconds_per_turn = 2.0
         running = [lane.enter(asked()) for _ in range(2)]
         first, second, third = (lane.enter(asked()) for _ in range(3))
         assert lane.places()[second.asked.id] == (2, 4.0)
@@ -136,7 +136,7 @@ def test_a_ticket_is_let_in_at_its_time_where_a_newcomer_is_not_and_once() -> No
     async def scenario(lane: Lane) -> None:
         now = 1000.0
         lane.tickets.clock = lambda: now
-        lane.tickets.pace.seconds_per_item = 1.0
+        lane.tickets.pace.seconds_per_turn = 1.0
         entries = [lane.enter(asked()) for _ in range(6)]
         tickets = [refusal(lane.enter(asked())) for _ in range(3)]
         assert [refused.retry_after_s for refused in tickets] == [5, 7, 8]  # at four fifths of the pace
@@ -145,7 +145,7 @@ def test_a_ticket_is_let_in_at_its_time_where_a_newcomer_is_not_and_once() -> No
         now += 5
         for entry in entries[:2]:
             lane.leave(entry)
-        lane.tickets.pace.seconds_per_item = 1.0
+        lane.tickets.pace.seconds_per_turn = 1.0
         assert (lane.standing().running, lane.standing().waiting) == (2, 2)
         newcomer = lane.enter(asked())
         assert isinstance(said(newcomer), Refused)  # most of the queue is held for those who are to come now
@@ -236,7 +236,7 @@ def test_a_ticket_is_good_for_its_tenant_and_queue_and_for_a_while() -> None:
 
 def test_times_to_come_back_follow_each_other_and_end_somewhere() -> None:
     tickets = Tickets("search", KEY, lambda: 0.0)
-    tickets.pace.seconds_per_item = 1.0
+    tickets.pace.seconds_per_turn = 1.0
     refusals = [tickets.refuse("a", 4, 0) for _ in range(100)]
     assert [refused.retry_after_s for refused in refusals[:3]] == [7, 8, 9]  # a fifth is for newcomers
     promised = [refused for refused in refusals if refused.ticket]
@@ -251,7 +251,7 @@ def test_times_to_come_back_follow_each_other_and_end_somewhere() -> None:
 def test_who_never_comes_back_is_not_waited_for() -> None:
     now = 0.0
     tickets = Tickets("search", KEY, lambda: now)
-    tickets.pace.seconds_per_item = 0.1
+    tickets.pace.seconds_per_turn = 0.1
     for _ in range(200):
         tickets.refuse("a", 4, 0)
         now += VALID_S + 2
@@ -259,7 +259,7 @@ def test_who_never_comes_back_is_not_waited_for() -> None:
     held = [tickets.refuse("a", 4, 0) for _ in range(20)]
     assert max(refused.retry_after_s for refused in held) == 1
     now += HELD_S
-    assert tickets.coming(4, "a").items == 0
+    assert tickets.coming(4, "a").turns == 0
 
 
 def admitting(scenario: Callable[[Admission], Coroutine[Any, Any, None]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,7 +464,7 @@ def test_a_flood_is_refused_where_it_comes_in_and_no_other_tenant_with_it(monkey
         await until(lambda: len(lane.running) == 1)
         flood += [asyncio.ensure_future(ask("flood")) for _ in range(4)]
         await until(lambda: len(lane.queue) == 4)
-        lane.tickets.pace.seconds_per_item = 8.0  # so that there are few tickets
+        lane.tickets.pace.seconds_per_turn = 8.0  # so that there are few tickets
         refusals: list[DureError] = []
         for _ in range(100):
             if error := await ask("flood"):

@@ -1,4 +1,4 @@
-"""Adverts as jobs: whom a finished advert's place in the queue is counted for, and what is refused of a request."""
+"""The routes of jobs: when and for which tenant an upload takes a turn, and which requests are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORM = (
 
 
 class Adverts:
-    """Notes what it is called with, and whose places in the queue are taken then."""
+    """Records what it is called with, and which tenants have turns in the queue at that moment."""
 
     name = "adverts"
 
@@ -52,7 +52,7 @@ class Adverts:
 
 
 @pytest.mark.parametrize(("body", "sent"), [(JSON, (b"", {"a": 1})), (FORM, (b"PNG", None))], ids=["JSON", "form"])
-def test_a_slow_upload_holds_no_place_and_the_tenant_is_the_bodys(
+def test_a_slow_upload_takes_no_turn_and_then_one_of_the_tenant_in_its_body(
     body: tuple[bytes, str], sent: tuple[bytes, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def image(*_: Any) -> None: ...
@@ -82,8 +82,8 @@ def test_a_slow_upload_holds_no_place_and_the_tenant_is_the_bodys(
     assert adverts.calls == [({"acme": 1}, *sent)]
 
 
-def asked(adverts: Adverts, *requests: tuple[str, bytes, dict[bytes, bytes]]) -> list[httpx.Response]:
-    """What the whole app answers to POSTs of a path, a body and headers."""
+def post(adverts: Adverts, *requests: tuple[str, bytes, dict[bytes, bytes]]) -> list[httpx.Response]:
+    """The whole app's responses to requests of a path, a body and headers."""
     settings = Settings(models={"vision": ModelSettings(task="vision", source="x")})
     graph: Any = SimpleNamespace(settings=settings, models={}, services={}, service=lambda *_: adverts)
     app = make_app(graph)
@@ -106,7 +106,7 @@ def test_a_layout_that_is_nested_too_deeply_is_refused(opening: str, closing: st
     each = opening.count("[") + opening.count("{")
     fits = (MAX_DEPTH - 2) // each  # beside the body and the layout itself
     bodies = [nested(times, opening, closing) for times in (fits, fits + 1, 1000 // each, 20_000)]
-    answers = asked(adverts, *((URL, body, {b"Content-Type": b"application/json"}) for body in bodies))
+    answers = post(adverts, *((URL, body, {b"Content-Type": b"application/json"}) for body in bodies))
     assert [answer.status_code for answer in answers] == [200, 400, 400, 400]
     assert all("nested" in answer.json()["error"]["message"] for answer in answers[1:])
     assert len(adverts.calls) == 1
@@ -114,7 +114,7 @@ def test_a_layout_that_is_nested_too_deeply_is_refused(opening: str, closing: st
 
 @pytest.mark.parametrize("charset", [b"undefined", b"punycode", b"idna", b"unicode_escape", b"utf-16", b"nonsense"])
 @pytest.mark.parametrize("value", [b"\xff\xfe", b"\\ud800", b"a\0b", b"\xed\xa0\x80"])
-def test_no_charset_or_text_of_a_form_is_a_failure(charset: bytes, value: bytes) -> None:
+def test_any_charset_or_text_in_a_form_is_refused_without_failing(charset: bytes, value: bytes) -> None:
     headers = {b"Content-Type": b"multipart/form-data; boundary=x; charset=" + charset}
     body = FORM[0].replace(b"acme", value)
     described = (
@@ -125,9 +125,7 @@ def test_no_charset_or_text_of_a_form_is_a_failure(charset: bytes, value: bytes)
         )
     )
     adverts = Adverts()
-    answers = asked(
-        adverts, (URL, body, headers), ("/api/yh/jobs", body, headers), ("/api/yh/jobs", described, headers)
-    )
+    answers = post(adverts, (URL, body, headers), ("/api/yh/jobs", body, headers), ("/api/yh/jobs", described, headers))
     assert {answer.status_code for answer in answers} == {415}
 
 
@@ -148,20 +146,20 @@ def test_a_layout_with_a_number_that_no_answer_could_repeat_is_refused(number: s
 def test_an_idempotency_key_is_a_line_of_text(key: bytes) -> None:
     body = FORM[0].replace(b"PNG", encoded(Image.new("L", (2, 2))))
     headers = {b"Content-Type": FORM[1].encode()}
-    refused, taken = asked(
+    refused, accepted = post(
         Adverts(),
         ("/api/yh/jobs", body, headers | {b"Idempotency-Key": key}),
         ("/api/yh/jobs", body, headers | {b"Idempotency-Key": b"caf\xe9 1"}),
     )
     assert refused.status_code == 422
-    assert taken.status_code == 201
+    assert accepted.status_code == 201
 
 
 @pytest.mark.parametrize("path", ["/v1/vision/judge", "/v1/vision/validate"])
-def test_a_name_that_no_model_has_is_not_sent_back(path: str) -> None:
+def test_an_unknown_model_name_is_not_echoed(path: str) -> None:
     field = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
     body = field % (b"model", b"x" * 100_000) + field % (b"ad_copy_text", b"a") + FORM[0]
-    [answer] = asked(Adverts(), (path, body, {b"Content-Type": FORM[1].encode()}))
+    [answer] = post(Adverts(), (path, body, {b"Content-Type": FORM[1].encode()}))
     assert answer.status_code == 422
     assert len(answer.content) < 500
 
@@ -191,12 +189,12 @@ def form(*parts: bytes) -> bytes:
         (b"\xff\xfe\xff", ("Content-Type: text/plain; charset=euc-kr",)),
     ],
 )
-def test_a_form_s_text_in_another_encoding_is_refused_by_name(value: bytes, headers: tuple[str, ...]) -> None:
+def test_form_text_in_another_encoding_is_refused_with_the_field_named(value: bytes, headers: tuple[str, ...]) -> None:
     sent = {b"Content-Type": b"multipart/form-data; boundary=x"}
     adverts = Adverts()
     job = form(part("tenant_id", b"acme"), part("desc_eng", value, *headers))
     copy = form(part("ad_copy_text", value, *headers))
-    answers = asked(adverts, ("/api/yh/jobs", job, sent), ("/v1/vision/validate", copy, sent))
+    answers = post(adverts, ("/api/yh/jobs", job, sent), ("/v1/vision/validate", copy, sent))
     assert [answer.status_code for answer in answers] == [400, 400]
     params = [answer.json()["error"].get("param") for answer in answers]
     assert params == ["desc_eng", "ad_copy_text"]
@@ -212,10 +210,10 @@ def test_a_form_s_text_in_another_encoding_is_refused_by_name(value: bytes, head
         (COPY.encode("cp949"), ('Content-Type: text/plain; charset="cp949"',)),
     ],
 )
-def test_a_form_s_text_is_read_in_the_charset_that_its_part_names(value: bytes, headers: tuple[str, ...]) -> None:
+def test_form_text_is_read_in_the_charset_that_its_part_names(value: bytes, headers: tuple[str, ...]) -> None:
     adverts = Adverts()
     sent = {b"Content-Type": b"multipart/form-data; boundary=x"}
-    [answer] = asked(
+    [answer] = post(
         adverts, ("/api/yh/jobs", form(part("tenant_id", b"acme"), part("desc_eng", value, *headers)), sent)
     )
     assert answer.status_code == 201, answer.text
