@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -163,8 +164,9 @@ def of_modules(folder: Path, *modules: Any) -> Path:
 
 
 def in_a_subfolder(folder: Path) -> Path:
-    """MiniLM as old versions of sentence-transformers saved it, with the encoder in `0_Transformer`."""
-    copy(MINILM, folder)
+    """A small BERT as old versions of sentence-transformers saved it, with the encoder in `0_Transformer`."""
+    encoder = Transformer(str(small_bert(folder.with_name(f"{folder.name}_bert"))))
+    of_modules(folder, encoder, Pooling(TINY["hidden_size"]), Normalize())
     inside = folder / "0_Transformer"
     inside.mkdir()
     for path in [path for path in folder.iterdir() if path.is_file() and path.name not in LAYOUT]:

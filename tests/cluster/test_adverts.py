@@ -318,7 +318,7 @@ def test_layouts_and_tenants_are_checked(client: httpx.Client) -> None:
     url = f"/api/yh/jobs/{job.id}/variants/{job.ids['job_variants_id']}/overlay"
     for content, status in (
         (b"{", 422),
-        (b'{"tenant_id": "acme", "layout": {"a": NaN}}', 422),
+        (b'{"tenant_id": "acme", "layout": {"a": NaN}}', 400),
         (b'{"tenant_id": "acme", "layout": {"a": "\\u0000"}}', 400),
         (b'{"tenant_id": "acme"}', 422),
     ):

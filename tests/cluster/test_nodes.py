@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -144,6 +145,10 @@ class Asking:
         for thread in self.threads:
             thread.join()
 
+    def wait_for_an_answer(self) -> None:
+        answered = self.answered
+        wait_until(lambda: self.answered > answered)
+
     def _ask(self) -> None:
         documents = ["It rains in April.", "The landlord returns the deposit within 14 days."]
         while not self.over.wait(0.2):
@@ -158,7 +163,12 @@ class Asking:
                 self.failed.append(f"{response.status_code} {response.text[:200]}")
 
 
-def test_a_deploy_of_other_code_under_load_loses_no_request_and_leaves_none_of_the_old(
+def lane(dure: Dure) -> tuple[int, int]:
+    [search] = httpx.get(f"{dure.url}/v1/queues", timeout=30).json()["lanes"]
+    return search["max_concurrent"], search["max_queue"]
+
+
+def test_a_deploy_of_other_code_and_a_rollback_under_load_lose_no_request(
     dure: Dure, nodes: Nodes, tmp_path: Path, engines: Path
 ) -> None:
     port = int(dure.url.rpartition(":")[2])
@@ -167,49 +177,36 @@ def test_a_deploy_of_other_code_under_load_loses_no_request_and_leaves_none_of_t
         response = httpx.post(f"{dure.url}/v1/models/own/run", json={"items": [{"say": "what?"}]}, timeout=60)
         return str(response.json()["results"][0]["said"])
 
-    assert said() == "first"
-    before = nodes.actors("ray::")
+    assert (said(), lane(dure)) == ("first", (4, 20))
+    first = nodes.actors("ray::")
     write_engine(engines, "another")
     for package in ("serve", "deployments"):
         shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "serve/another.py").touch()
     code = {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{tmp_path}:{engines}"}
+    new = production(tmp_path, port, engines=engines, search={"replicas": 1, "max_concurrent": 3, "max_queue": 7})
     with Asking(dure.url) as asking:
-        again = Dure(production(tmp_path, port, engines=engines), tmp_path, port, **nodes.address | code)
-        assert again.ended(READY_S) == 0, again.said
-        answered = asking.answered
-        wait_until(lambda: asking.answered > answered)
-    assert said() == "another"
-    assert asking.failed == []
-    replicas_and_actors = ("ServeReplica:dure", "ray::Board", "ray::Admission")
-
-    def replaced() -> bool:
-        now = [nodes.actors(title).keys() for title in replicas_and_actors]
-        return all(now) and not any(processes & before.keys() for processes in now)
-
-    wait_until(replaced)
-
-
-def test_a_deploy_and_a_rollback_under_load_lose_no_request(dure: Dure, nodes: Nodes, tmp_path: Path) -> None:
-    port = int(dure.url.rpartition(":")[2])
-    before = nodes.actors("ServeReplica:dure:embedder")
-    with Asking(dure.url) as asking:
-        new = production(tmp_path, port, search={"replicas": 1, "max_concurrent": 3, "max_queue": 7})
-        deploying = Dure(new, tmp_path, port, **nodes.address)
+        deploying = Dure(new, tmp_path, port, **nodes.address | code)
         assert deploying.ended(READY_S) == 0, deploying.said
-        lanes = httpx.get(f"{dure.url}/v1/queues", timeout=30).json()["lanes"]
-        assert (lanes[0]["max_concurrent"], lanes[0]["max_queue"]) == (3, 7)
-        answered = asking.answered
-        back = deploying.command("rollback", seconds=READY_S)
+        asking.wait_for_an_answer()
+        assert (said(), lane(dure)) == ("another", (3, 7))
+        wait_until(lambda: replaced(nodes, first))
+        second = nodes.actors("ray::")
+        back = dure.command("rollback", seconds=READY_S)
         assert back.returncode == 0, back.stdout + back.stderr
-        assert "Going back to deploy 2" in back.stdout
-        wait_until(lambda: asking.answered > answered)
-        lanes = httpx.get(f"{dure.url}/v1/queues", timeout=30).json()["lanes"]
-        assert (lanes[0]["max_concurrent"], lanes[0]["max_queue"]) == (4, 20)
+        assert "Going back to deploy 1" in back.stdout
+        asking.wait_for_an_answer()
+        assert lane(dure) == (4, 20)
     assert asking.failed == []
-    assert not before.keys() & nodes.actors("ServeReplica:dure:embedder").keys()
-    told = deploying.command("history").stdout
-    assert [line.split()[1] for line in told.splitlines() if "production" in line or "/" in line][:4] == [*"1234"]
+    wait_until(lambda: replaced(nodes, second))
+    told = dure.command("history").stdout
+    assert [line.split()[1] for line in told.splitlines() if "production" in line or "/" in line][:3] == [*"123"]
+
+
+def replaced(nodes: Nodes, before: Container[psutil.Process]) -> bool:
+    """Whether replicas and actors run, and none of the processes from before."""
+    now = [nodes.actors(title).keys() for title in ("ServeReplica:dure", "ray::Board", "ray::Admission")]
+    return all(now) and not any(process in before for processes in now for process in processes)
 
 
 def test_a_node_that_is_lost_costs_no_answered_request(dure: Dure, nodes: Nodes) -> None:

@@ -136,7 +136,7 @@ def test_any_charset_or_text_in_a_form_is_refused_without_failing(charset: bytes
 def test_a_layout_with_a_number_that_no_answer_could_repeat_is_refused(number: str, why: str) -> None:
     body = f'{{"tenant_id": "acme", "layout": {{"a": [{{"x": {number}}}]}}}}'.encode()
     adverts = Adverts()
-    [answer] = asked(adverts, (URL, body, {b"Content-Type": b"application/json"}))
+    [answer] = post(adverts, (URL, body, {b"Content-Type": b"application/json"}))
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "layout.a.0.x")
     assert why in answer.json()["error"]["message"]
     assert not adverts.calls
