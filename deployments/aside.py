@@ -56,13 +56,13 @@ def run(function: str, *arguments: Any, progress: LoadProgress) -> Any:
         pickle.dump((function, arguments), process.stdin)
         process.stdin.flush()  # left open: when it closes, the process knows that nobody waits
         while True:
-            told = pickle.load(process.stdout)
-            if isinstance(told, LoadEvent):
-                progress.relay(told)
-            elif isinstance(told, _Failed):
-                raise told.error
+            message = pickle.load(process.stdout)
+            if isinstance(message, LoadEvent):
+                progress.relay(message)
+            elif isinstance(message, _Failed):
+                raise message.error
             else:
-                return told.result
+                return message.result
     except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
         process.kill()
         raise Died(f"the helper process ended with code {process.wait()}") from error
@@ -87,10 +87,10 @@ def _main() -> None:
     os.dup2(2, 1)  # whatever libraries print must not mix with answers
     lock = threading.Lock()
 
-    def tell(what: Any) -> None:
-        told = pickle.dumps(what)
+    def send(what: Any) -> None:
+        message = pickle.dumps(what)
         with lock:
-            answers.write(told)
+            answers.write(message)
             answers.flush()
 
     function, arguments = pickle.load(sys.stdin.buffer)
@@ -99,12 +99,12 @@ def _main() -> None:
         import deployments.aside
 
         deployments.aside.INLINE = True
-        tell(deployments.aside._Returned(_function(function)(*arguments, LoadProgress(tell))))
+        send(deployments.aside._Returned(_function(function)(*arguments, LoadProgress(send))))
     except Exception as error:
         try:
-            tell(deployments.aside._Failed(error))
+            send(deployments.aside._Failed(error))
         except (pickle.PicklingError, AttributeError, TypeError):
-            tell(deployments.aside._Failed(RuntimeError(first_line(error))))
+            send(deployments.aside._Failed(RuntimeError(first_line(error))))
 
 
 def _end_with_parent() -> None:

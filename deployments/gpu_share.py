@@ -16,7 +16,7 @@ logger = logging.getLogger("ray.serve")
 
 POLL_S = 3.0
 """Seconds between two checks. Reports are no more frequent."""
-NEWS = 0.02
+MIN_CHANGE = 0.02
 """Smallest change worth reporting, as a fraction of the share."""
 
 
@@ -42,7 +42,7 @@ class GpuShare:
         self.share_bytes = share * gpu_bytes
         self.planned_bytes: int | None = None
         self._used = used
-        self._told: GpuUse | None = None
+        self._reported: GpuUse | None = None
         self._warned = False
         GPU_SHARE.set(self.share_bytes)
         GPU_MEMORY.set_function(used)
@@ -75,9 +75,9 @@ class GpuShare:
         planned = None if self.planned_bytes is None else _mb(self.planned_bytes)
         return GpuUse(self.share, _mb(self.share_bytes), planned, _mb(used), used > self.share_bytes)
 
-    def news(self) -> GpuUse | None:
+    def change(self) -> GpuUse | None:
         """The current use if it differs from the last report, else None. Logs once if the share is exceeded."""
-        use, told = self.use(), self._told
+        use, reported = self.use(), self._reported
         if use.over_share and not self._warned:
             self._warned = True
             would_do = math.ceil(100 * use.used_mb / _mb(self.gpu_bytes)) / 100
@@ -89,12 +89,12 @@ class GpuShare:
                 would_do,
             )
         if (
-            told is not None
-            and (told.over_share, told.planned_mb) == (use.over_share, use.planned_mb)
-            and abs(use.used_mb - told.used_mb) <= NEWS * use.share_mb
+            reported is not None
+            and (reported.over_share, reported.planned_mb) == (use.over_share, use.planned_mb)
+            and abs(use.used_mb - reported.used_mb) <= MIN_CHANGE * use.share_mb
         ):
             return None
-        self._told = use
+        self._reported = use
         return use
 
 

@@ -173,7 +173,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class News:
+class ItemProgress:
     """Progress of an item that has no answer yet."""
 
     ahead: int | None = None
@@ -190,7 +190,7 @@ class Piece:
     """Of the requests that `results` are for, in that order."""
     results: Any
     refusals: dict[int, Refusal]
-    news: dict[int, News] = field(default_factory=dict)
+    progress: dict[int, ItemProgress] = field(default_factory=dict)
     """Progress of followed requests without an answer yet."""
 
     @property

@@ -86,7 +86,7 @@ class ModelReplica:
 
     async def run(self, requests: Requests) -> AsyncGenerator[Piece, None]:
         """Yield a result or a Refusal per request, batch by batch."""
-        self.backlogs.tell(requests.caller, requests.backlog)
+        self.backlogs.update(requests.caller, requests.backlog)
         async with contextlib.aclosing(self.live.run(requests)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -151,6 +151,6 @@ class ModelReplica:
 
     async def _poll(self, gpu: GpuShare) -> None:
         while True:
-            if use := gpu.news():
+            if use := gpu.change():
                 self.outlet.gpu(use)
             await asyncio.sleep(POLL_S)

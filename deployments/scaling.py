@@ -18,7 +18,7 @@ class Backlogs:
         self._of: dict[str, tuple[int, float]] = {}
         """By caller: items, and when it reported them (time.monotonic)."""
 
-    def tell(self, caller: str, items: int) -> None:
+    def update(self, caller: str, items: int) -> None:
         self._of[caller] = items, time.monotonic()
 
     def total(self) -> int:

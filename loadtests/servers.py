@@ -136,14 +136,14 @@ def dure_with(
     models: dict[str, Any],
     ingress: dict[str, Any],
     path: str,
-    told: str = "",
+    setting: str = "",
     details: dict[str, str] | None = None,
     more: dict[str, Any] | None = None,
 ) -> Server:
     """Dure with these models and `more` settings. `name` names its config file."""
     document = shipped()
     document["applications"][0]["args"] |= {"models": models, "ingress": ingress, **(more or {})}
-    return dure_from(document, name, path, told, details)
+    return dure_from(document, name, path, setting, details)
 
 
 def shipped() -> dict[str, Any]:
@@ -153,7 +153,7 @@ def shipped() -> dict[str, Any]:
 
 
 def dure_from(
-    document: dict[str, Any], name: str, path: str, told: str = "", details: dict[str, str] | None = None
+    document: dict[str, Any], name: str, path: str, setting: str = "", details: dict[str, str] | None = None
 ) -> Server:
     """Dure with this config, but on a port and with logs of its own."""
     port = free_port()
@@ -165,7 +165,7 @@ def dure_from(
     command = [sys.executable, "-m", "serve"]
     return Server(
         "Dure",
-        told,
+        setting,
         [*command, "serve", "--config", str(config)],
         port,
         path,
@@ -197,8 +197,8 @@ def infinity(task: str, model: Path, precision: str, batch: int) -> Server:
 
 def litserve(task: str, model: Path, precision: str, batch: int, timeout_ms: int) -> Server:
     more = ["--max-batch-size", str(batch), "--batch-timeout", str(timeout_ms / 1000)]
-    told = f"{precision}, {batch} requests per batch, timeout {timeout_ms} ms"
-    return _own("LitServe", "litserve", "lit_server.py", task, model, precision, told, more)
+    setting = f"{precision}, {batch} requests per batch, timeout {timeout_ms} ms"
+    return _own("LitServe", "litserve", "lit_server.py", task, model, precision, setting, more)
 
 
 def fastapi(task: str, model: Path, precision: str) -> Server:
@@ -206,12 +206,12 @@ def fastapi(task: str, model: Path, precision: str) -> Server:
 
 
 def _own(
-    name: str, peer: str, script: str, task: str, model: Path, precision: str, told: str, more: list[str]
+    name: str, peer: str, script: str, task: str, model: Path, precision: str, setting: str, more: list[str]
 ) -> Server:
     """A server whose source is in `peers`."""
     port = free_port()
     command = [str(_python(peer)), str(PEERS / script), "--task", task, "--model", str(model)]
-    return Server(name, told, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
+    return Server(name, setting, [*command, "--precision", precision, "--port", str(port), *more], port, PATHS[task])
 
 
 def processes(root: int) -> list[psutil.Process]:

@@ -33,7 +33,7 @@ class Progress:
     tokens: int | None = None
     """Tokens generated so far."""
 
-    def told(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The known fields, without the state."""
         return {name: value for name, value in asdict(self).items() if value is not None and name != "state"}
 
@@ -46,16 +46,16 @@ class Following:
         """None until something is known."""
         self._changed = asyncio.Event()
 
-    def tell(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         if progress != self.progress:
             self.progress = progress
             self._changed.set()
 
     def queued(self, place: int, estimated_wait_s: float) -> None:
-        self.tell(Progress("queued", place, round(estimated_wait_s, 2)))
+        self.report(Progress("queued", place, round(estimated_wait_s, 2)))
 
     def running(self, **known: Any) -> None:
-        self.tell(Progress("running", **known))
+        self.report(Progress("running", **known))
 
     def at(self, doing: str) -> Following:
         """A Following for one phase of the request. It reports to this one, with `doing` as the phase."""
@@ -75,16 +75,16 @@ class Phase(Following):
         self.whole = whole
         self.doing = doing
 
-    def tell(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         """Reports waiting for a model as running, since the request itself runs."""
         doing = progress.doing or self.doing
-        self.whole.tell(replace(progress, state="running", doing=doing, place=None, estimated_wait_s=None))
+        self.whole.report(replace(progress, state="running", doing=doing, place=None, estimated_wait_s=None))
 
 
 @asynccontextmanager
-async def telling(following: Following, tell: Callable[[Following], Awaitable[None]]) -> AsyncIterator[None]:
-    """Runs `tell` in the background, to report progress while the body runs."""
-    task = asyncio.ensure_future(tell(following))
+async def reporting(following: Following, report: Callable[[Following], Awaitable[None]]) -> AsyncIterator[None]:
+    """Runs `report` in the background, to report progress while the body runs."""
+    task = asyncio.ensure_future(report(following))
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from deployments.batching.runner import FAILED, EngineDead, Outcome, Runner
 from deployments.batching.waiting import LATE, TAKEN_BACK, IncomingCall, PendingItem
 from deployments.collector import Shares, take
 from deployments.engines.contract import Engine
-from deployments.messages import News, Piece, Refusal
+from deployments.messages import ItemProgress, Piece, Refusal
 from deployments.metrics import BATCH_ITEMS, BATCH_PADDED, BATCH_SECONDS, BATCH_TOKENS, DROPPED, QUEUE
 from deployments.spec import ModelSpec
 
@@ -181,12 +181,12 @@ class Batcher:
         if now - self._told_at < NEWS_S:
             return
         self._told_at = now
-        news: dict[IncomingCall, dict[int, News]] = {}
+        progress: dict[IncomingCall, dict[int, ItemProgress]] = {}
         for each in running:
             if each.followed:
-                news.setdefault(each.call, {})[each.number] = News(tokens=each.item.written)
+                progress.setdefault(each.call, {})[each.number] = ItemProgress(tokens=each.item.written)
         for ahead, waiting in enumerate(self.waiting, len(running)):
             if waiting.followed:
-                news.setdefault(waiting.call, {})[waiting.number] = News(ahead=ahead)
-        for call, its in news.items():
+                progress.setdefault(waiting.call, {})[waiting.number] = ItemProgress(ahead=ahead)
+        for call, its in progress.items():
             call.put(Piece((), [], {}, its))

@@ -21,20 +21,20 @@ class IncomingCall:
     gone: bool = False
     """The caller has left."""
     pieces: list[Piece] = field(default_factory=list)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, piece: Piece) -> None:
         self.left -= len(piece)
         self.pieces.append(piece)
-        self.news.set()
+        self.changed.set()
 
     def refuse(self, refusals: dict[int, Refusal]) -> None:
         self.put(Piece((), [], refusals))
 
     async def next(self) -> list[Piece]:
         """Wait for results, then return all since the last time."""
-        await self.news.wait()
-        self.news.clear()
+        await self.changed.wait()
+        self.changed.clear()
         pieces, self.pieces = self.pieces, []
         return pieces
 

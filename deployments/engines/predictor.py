@@ -235,13 +235,13 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(f"the tokenizer in {folder} can't be read: {first_line(error)}") from error
     known = bare.get_vocab()
     made = read_json(folder / "config.json").get("architectures") if (folder / "config.json").is_file() else None
-    told = (
+    found = (
         f"next_word needs a language model with KoGPT2's tokenizer; the one in {folder} ({made or 'of unknown kind'})"
     )
     if not any(token.startswith(WORD_START) for token in known):
-        raise CheckpointError(f"{told} has no tokens that begin with {WORD_START!r}, which marks the start of a word")
+        raise CheckpointError(f"{found} has no tokens that begin with {WORD_START!r}, which marks the start of a word")
     if SPECIALS["eos_token"] not in known:
-        raise CheckpointError(f"{told} has no token {SPECIALS['eos_token']!r}, which begins and ends texts")
+        raise CheckpointError(f"{found} has no token {SPECIALS['eos_token']!r}, which begins and ends texts")
     specials = {role: token for role, token in SPECIALS.items() if token in known}
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, **specials)
     return tokenizer

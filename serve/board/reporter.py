@@ -41,7 +41,7 @@ class Reporter:
         on_order: Callable[[Order], object] | None = None,
     ) -> Order | None:
         """Begin to report. Returns the order that stands for the model; later ones come through `on_order`."""
-        self.said = Report(model, replica, deploy)
+        self.last = Report(model, replica, deploy)
         self.registry, self.on_order = registry, on_order
         self._lock = threading.Lock()
         self.board = board()
@@ -52,46 +52,46 @@ class Reporter:
     def event(self, event: LoadEvent, copy: int = 0) -> None:
         """Report how far loading is. `copy` numbers the loads after the first; only the last of them is reported."""
         with self._lock:
-            said = self.said
+            last = self.last
             if copy:
-                name, kept, process = f"{said.process}/{copy}", self._own_state(), said.process
+                name, kept, process = f"{last.process}/{copy}", self._own_state(), last.process
             else:
-                name, kept, process = said.process, said.states, ""
-            state = said.states.get(name) or Replica(said.model, name, event, None, process)
-            self._say(states=kept | {name: replace(state, event=event)}, begun=max(said.begun, copy))
+                name, kept, process = last.process, last.states, ""
+            state = last.states.get(name) or Replica(last.model, name, event, None, process)
+            self._publish(states=kept | {name: replace(state, event=event)}, begun=max(last.begun, copy))
 
     def facts(self, facts: dict[str, Any], order: Order | None = None) -> None:
         """Report the facts of the model that serves now, and the order that loaded it. No copy is left."""
         with self._lock:
             [(name, state)] = self._own_state().items()
-            self._say(states={name: replace(state, facts=facts)}, order=order)
+            self._publish(states={name: replace(state, facts=facts)}, order=order)
 
     def gpu(self, use: GpuUse) -> None:
         """Report this process's current use of its GPU."""
         with self._lock:
             [(name, state)] = self._own_state().items()
-            self._say(states=self.said.states | {name: replace(state, gpu=use)})
+            self._publish(states=self.last.states | {name: replace(state, gpu=use)})
 
     def refused(self, order: Order, reason: str) -> None:
         """Report that an order could not be carried out."""
         with self._lock:
-            self._say(refused=(order, reason))
+            self._publish(refused=(order, reason))
 
     def _own_state(self) -> dict[str, Replica]:
-        return {self.said.process: self.said.states[self.said.process]}
+        return {self.last.process: self.last.states[self.last.process]}
 
-    def _say(self, **news: Any) -> None:
-        self.said = replace(self.said, step=self.said.step + 1, **news)
-        self.board.report.remote(self.said)
+    def _publish(self, **changes: Any) -> None:
+        self.last = replace(self.last, step=self.last.step + 1, **changes)
+        self.board.report.remote(self.last)
 
     def _sample(self) -> None:
         """Sample the machine, and report if its overload has changed."""
         self.guard.sample()
         reason = self.guard.reason
         with self._lock:
-            states = {name: replace(state, overload=reason) for name, state in self.said.states.items()}
-            if states != self.said.states:
-                self._say(states=states)
+            states = {name: replace(state, overload=reason) for name, state in self.last.states.items()}
+            if states != self.last.states:
+                self._publish(states=states)
 
     def _beat(self) -> None:
         sampled_at = 0.0
@@ -101,8 +101,8 @@ class Reporter:
                     sampled_at = time.monotonic()
                     self._sample()
                 with self._lock:
-                    answer = self.board.report.remote(self.said)
-                self.board.measure.remote(self.said.model, self.said.process, list(self.registry.collect()))
+                    answer = self.board.report.remote(self.last)
+                self.board.measure.remote(self.last.model, self.last.process, list(self.registry.collect()))
                 order = ray.get(answer, timeout=ANSWER_S)
                 if order is not None and self.on_order is not None:
                     self.on_order(order)

@@ -12,7 +12,7 @@ from typing import Any
 
 from deployments.batching.batch_cost import BatchCost, Linger
 from deployments.collector import Collector, Shares
-from deployments.messages import Answers, News, Piece, Requests
+from deployments.messages import Answers, ItemProgress, Piece, Requests
 from serve.caller import DEFAULT_TENANT
 from serve.calls.pending import Call, Parcel
 from serve.progress import Following
@@ -197,7 +197,7 @@ class Coalescer:
             call.begun, call.since = True, call.since or time.monotonic()
             if self._followed and not self.in_steps():  # such an engine reports on each item itself
                 for parcel in {parcel for parcel, _ in call.owners.values()}:
-                    parcel.tell(self.pace, News())
+                    parcel.report(self.pace, ItemProgress())
 
     async def _pump(self) -> None:
         while True:
@@ -260,13 +260,13 @@ class Coalescer:
         for parcel, (places, rows) in shares.of.items():
             parcel.collector.put(places, piece.results, rows)
             parcel.settle()
-            parcel.tell(self.pace)
+            parcel.report(self.pace)
         for number, refusal in piece.refusals.items():
             parcel, place = call.owners[number]
             parcel.collector.refuse(place, refusal)
             parcel.settle()
-        for number, news in piece.news.items():
-            call.owners[number][0].tell(self.pace, news)
+        for number, progress in piece.progress.items():
+            call.owners[number][0].report(self.pace, progress)
         if not len(piece):
             return
         now, turns = time.monotonic(), call.turns(piece.answered)
@@ -286,5 +286,5 @@ class Coalescer:
         ahead = sum(call.items for call in self._calls)
         for parcel in self._parcels:
             if not parcel.sent:
-                parcel.tell(self.pace, News(ahead=ahead))
+                parcel.report(self.pace, ItemProgress(ahead=ahead))
             ahead += len(parcel.items) - parcel.sent

@@ -133,7 +133,7 @@ async def _last(response: Any, following: Following) -> Any:
     try:
         async for result in response:
             if isinstance(result, Progress):
-                following.tell(result)
+                following.report(result)
         return result
     finally:
         response.cancel()

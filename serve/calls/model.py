@@ -19,7 +19,7 @@ from serve.calls.coalescer import Coalescer
 from serve.calls.deployment import LOST, RETRY_PAUSE_S, Deployment
 from serve.config.model import ModelSettings
 from serve.errors import DureError
-from serve.progress import Following, Progress, telling
+from serve.progress import Following, Progress, reporting
 from serve.waiting import end
 
 DIED = Refusal("the model's process died twice while it worked on this; send something smaller", "failed")
@@ -63,7 +63,7 @@ class Model(Deployment):
             try:
                 if self.watch.state(self.name) == "ready":
                     return await self._ask(requests, work, caller, following)
-                async with telling(following, self._tell_loading) if following else contextlib.nullcontext():
+                async with reporting(following, self._report_loading) if following else contextlib.nullcontext():
                     return await self._ask_when_loaded(requests, work, caller, following)
             except TimeoutError as error:
                 raise errors.too_late(self.name, caller.timeout_s) from error
@@ -97,10 +97,10 @@ class Model(Deployment):
         if state != "ready":
             raise errors.loading(self.name, 5)
 
-    async def _tell_loading(self, following: Following) -> None:
+    async def _report_loading(self, following: Following) -> None:
         """Tell the follower how far the model is, until it is ready."""
         while self.watch.state(self.name) != "ready":
-            following.tell(Progress("queued", doing="loading", loaded=self.watch.progress(self.name)))
+            following.report(Progress("queued", doing="loading", loaded=self.watch.progress(self.name)))
             await self.watch.changed()
 
     async def results(self, requests: list[Any], caller: Caller, param: str, following: Following | None = None) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.collector import Collector
-from deployments.messages import News
+from deployments.messages import ItemProgress
 from serve.caller import DEFAULT_TENANT
 from serve.progress import Following
 from serve.queues.pace import Pace
@@ -51,18 +51,18 @@ class Parcel:
         if self.collector.left == 0 and not self.done.done():
             self.done.set_result(None)
 
-    def tell(self, pace: Pace, news: News | None = None) -> None:
-        """Tell the follower how many items have been answered, or how far an unanswered one is."""
+    def report(self, pace: Pace, progress: ItemProgress | None = None) -> None:
+        """Report to the follower how many items have been answered, or how far an unanswered one is."""
         items, left = len(self.items), self.collector.left
         if self.following is None:
             return
-        if news and news.ahead is not None and left == items:
+        if progress and progress.ahead is not None and left == items:
             seconds_each = self.size / items * pace.seconds_per_turn
-            self.following.queued(news.ahead + 1, (news.ahead + items) * seconds_each)
+            self.following.queued(progress.ahead + 1, (progress.ahead + items) * seconds_each)
         elif items > 1:
             self.following.running(done=items - left, items=items)
-        elif news:
-            self.following.running(tokens=news.tokens)
+        elif progress:
+            self.following.running(tokens=progress.tokens)
 
 
 @dataclass(eq=False)

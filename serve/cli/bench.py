@@ -89,8 +89,8 @@ def precision(model: ModelArgument, config: ConfigOption = DEFAULT_CONFIG) -> No
     out.print(table)
     for each in candidates:
         if each["reason"]:
-            told = f"{each['precision']} on {each['runtime']}: {each['reason']}"
-            out.print(told, highlight=False, markup=False, soft_wrap=True)
+            line = f"{each['precision']} on {each['runtime']}: {each['reason']}"
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print(f"auto serves {choice['precision']} on {choice['runtime']}", highlight=False, style="bold")
 
 

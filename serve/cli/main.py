@@ -71,12 +71,12 @@ def main() -> None:
     sys.exit(code)
 
 
-def _kept(told: str) -> str:
+def _kept(text: str) -> str:
     """Save the traceback of an unexpected error; returns words that say where."""
     path = paths.STATE / "crash.log"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(told, encoding="utf-8", errors="replace")
+        path.write_text(text, encoding="utf-8", errors="replace")
         return f"; {path} has the traceback"
     return ""
 

@@ -47,7 +47,7 @@ async def _events(first: Any, updates: AsyncGenerator[Any]) -> AsyncIterator[byt
                 if update is None:
                     yield sse.HEARTBEAT
                 elif isinstance(update, Progress):
-                    yield sse.event(update.told(), update.state)
+                    yield sse.event(update.fields(), update.state)
                 else:
                     yield sse.event(update, "result")
                     return

@@ -121,7 +121,7 @@ def follow(config: ConfigFile, is_over: Callable[[], bool] = lambda: False) -> I
     replicas = _Replicas()
     checked, said = 0.0, ""
     while not is_over():
-        for replica in replicas.news():
+        for replica in replicas.changes():
             again = replica.event.status == "failed"
             message = "failed; trying once more" if again else replica.event.message
             if not again or len(replicas.failures(replica.model)) < CONSTRUCTOR_TRIES:
@@ -159,7 +159,7 @@ class _Replicas:
         """Replicas that failed before this deploy."""
         self.known: dict[Key, Replica] = {}
 
-    def news(self) -> Iterator[Replica]:
+    def changes(self) -> Iterator[Replica]:
         """Replicas whose state has changed; waits up to POLL_S for a change."""
         self.heard = self.heard or self.board.listen.remote(self.epoch, self.sequence)
         if not ray.wait([self.heard], timeout=POLL_S)[0]:

@@ -34,7 +34,7 @@ def main() -> int:
         check_code(config.settings)
     except SettingsError as error:
         print(error, file=sys.stderr)
-        _tell(StartEvent("failed", str(error), code=CONFIG))
+        _emit(StartEvent("failed", str(error), code=CONFIG))
         return CONFIG
     return _hold(config, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
 
@@ -71,7 +71,7 @@ def _hold(config: ConfigFile, log_folder: Path | None) -> int:
         signal.signal(number, lambda *_: over.set())
     threading.Thread(target=_end_with_parent, args=(over,), daemon=True).start()
 
-    _tell(StartEvent("stage", "Starting Ray"))
+    _emit(StartEvent("stage", "Starting Ray"))
     from serve.operate import cluster
 
     try:
@@ -79,15 +79,15 @@ def _hold(config: ConfigFile, log_folder: Path | None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # ray.init has installed its own handlers
             signal.signal(number, lambda *_: over.set())
         if not over.is_set():
-            _tell(StartEvent("stage", "Starting Serve"))
+            _emit(StartEvent("stage", "Starting Serve"))
             cluster.deploy(config, log_folder)
             for event in cluster.follow(config, over.is_set):
-                _tell(event)
+                _emit(event)
         over.wait()
         return 0
     except Exception as error:
         traceback.print_exc()  # goes to the log; a person sees one line
-        _tell(StartEvent("failed", f"the cluster failed: {one_line(f'{type(error).__name__}: {error}')}"))
+        _emit(StartEvent("failed", f"the cluster failed: {one_line(f'{type(error).__name__}: {error}')}"))
         return MACHINE
     finally:
         cluster.stop()
@@ -99,7 +99,7 @@ def _end_with_parent(over: threading.Event) -> None:
     over.set()
 
 
-def _tell(event: StartEvent) -> None:
+def _emit(event: StartEvent) -> None:
     try:
         sys.stdout.write(json.dumps(asdict(event)) + "\n")
         sys.stdout.flush()

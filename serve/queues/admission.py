@@ -43,7 +43,7 @@ class TurnedAway:
 
 
 @dataclass(frozen=True)
-class Holding:
+class LaneReport:
     """A process's report: all it has in lanes, what waits in it for models, what it turned away since the last one."""
 
     holder: str
@@ -55,7 +55,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Held:
+class LaneReply:
     """The reply to a process's report."""
 
     key: bytes
@@ -98,30 +98,30 @@ class Admission:
         self.left[id] = time.monotonic()
         self._release(id)
 
-    async def hold(self, holding: Holding) -> Held:
+    async def report(self, report: LaneReport) -> LaneReply:
         """Take in a process's report. Its requests that go unreported for two beats are released."""
-        self._hear(holding.holder)
-        self.models[holding.holder] = holding.models
+        self._hear(report.holder)
+        self.models[report.holder] = report.models
         now = time.monotonic()
-        for away in holding.turned_away:
+        for away in report.turned_away:
             if away.lane in self.lanes:
                 self.lanes[away.lane].turned_away(away.tenant, away.count, away.seconds)
-        for asked in holding.running:
+        for asked in report.running:
             if asked.id not in self.entries and asked.id not in self.left:
                 self.entries[asked.id] = self._lane(asked.lane).resume(asked)
-        held = {*(asked.id for asked in holding.running), *holding.waiting}
+        held = {*(asked.id for asked in report.running), *report.waiting}
         lanes = set()
         for id, entry in list(self.entries.items()):
-            if entry.asked.holder != holding.holder:
+            if entry.asked.holder != report.holder:
                 continue
             if id in held:
                 entry.seen_at = now
                 lanes.add(entry.asked.lane)
             elif now - entry.seen_at > 2 * BEAT_S:
                 self._release(id)
-        waiting = set(holding.waiting)
+        waiting = set(report.waiting)
         places = [place for lane in lanes for place in self.lanes[lane].places().items()]
-        return Held(self.key, {id: place for id, place in places if id in waiting})
+        return LaneReply(self.key, {id: place for id, place in places if id in waiting})
 
     async def queues(self) -> dict[str, Any]:
         """State of each lane, and what waits for models in each process."""

@@ -17,7 +17,7 @@ from serve import errors
 from serve.caller import Caller
 from serve.metrics import REJECTED
 from serve.progress import Following
-from serve.queues.admission import BEAT_S, Held, Holding, TurnedAway, admission
+from serve.queues.admission import BEAT_S, LaneReply, LaneReport, TurnedAway, admission
 from serve.queues.gate import Gate
 from serve.queues.lane import Asked, Decision, Standing
 from serve.queues.tickets import LONGEST_S, Refused
@@ -192,11 +192,11 @@ class Lanes:
                 models = [gate.standing() for gate in self.gates]
                 away, self._turned_away = list(self._turned_away.values()), {}
                 self._full = {key: full for key, full in self._full.items() if time.monotonic() < full.until}
-                holding = Holding(self.holder, list(self.running.values()), list(self.waiting), models, away)
-                held: Held = await asyncio.wait_for(actor.hold.remote(holding), ANSWER_S)
+                report = LaneReport(self.holder, list(self.running.values()), list(self.waiting), models, away)
+                reply: LaneReply = await asyncio.wait_for(actor.report.remote(report), ANSWER_S)
                 for gate in self.gates:
-                    gate.tickets.key = held.key
-                for id, (place, wait_s) in held.places.items():
+                    gate.tickets.key = reply.key
+                for id, (place, wait_s) in reply.places.items():
                     if following := self.waiting.get(id):
                         following.queued(place, wait_s)
             except Exception as error:  # it restarts by itself; admitted requests keep running

@@ -121,7 +121,7 @@ class Connection:
         self.answering: asyncio.Task[dict[str, Any]] | None = None
         """The task that answers the latest input taken from `newest`."""
         self.replies: deque[dict[str, Any]] = deque()
-        self.news = asyncio.Event()
+        self.changed = asyncio.Event()
         self.reading = asyncio.ensure_future(self._read())
         self.stopped = False
 
@@ -176,7 +176,7 @@ class Connection:
             self.newest = read
             if self.answering:
                 self.answering.cancel()
-            self.news.set()
+            self.changed.set()
 
     def _parsed(self, text: str | None) -> Input | Ping:
         if text is None:
@@ -186,18 +186,18 @@ class Connection:
 
     def _reply(self, reply: dict[str, Any]) -> None:
         self.replies.append(reply)
-        self.news.set()
+        self.changed.set()
 
     async def _send_all(self) -> None:
         while True:
-            await self.news.wait()
-            self.news.clear()
+            await self.changed.wait()
+            self.changed.clear()
             while self.replies:
                 await self._send(self.replies.popleft())
             if self.newest:
                 newest, self.newest = self.newest, None
                 self.answering = asyncio.ensure_future(self._answer(newest))
-                self.answering.add_done_callback(lambda _: self.news.set())
+                self.answering.add_done_callback(lambda _: self.changed.set())
             elif self.answering and self.answering.done():
                 answered, self.answering = self.answering, None
                 if not answered.cancelled():

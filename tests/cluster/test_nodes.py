@@ -17,11 +17,11 @@ import yaml
 from tests.dure import ROOT, Dure, free_port, wait_until
 from tests.nodes import Nodes
 
-READY_S = 300
+READY_S = 400
 ANSWER_S = 300
 """How long a request may wait. Few cores take minutes to replace a replica whose share of a GPU has no room for two."""
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 ENGINE = """from tests.engines import Shout
 
 
@@ -190,7 +190,7 @@ def test_a_deploy_of_other_code_and_a_rollback_under_load_lose_no_request(
         assert deploying.ended(READY_S) == 0, deploying.said
         asking.wait_for_an_answer()
         assert (said(), lane(dure)) == ("another", (3, 7))
-        wait_until(lambda: replaced(nodes, first))
+        wait_until(lambda: replaced(nodes, first), 180)
         second = nodes.actors("ray::")
         back = dure.command("rollback", seconds=READY_S)
         assert back.returncode == 0, back.stdout + back.stderr
@@ -198,7 +198,7 @@ def test_a_deploy_of_other_code_and_a_rollback_under_load_lose_no_request(
         asking.wait_for_an_answer()
         assert lane(dure) == (4, 20)
     assert asking.failed == []
-    wait_until(lambda: replaced(nodes, second))
+    wait_until(lambda: replaced(nodes, second), 180)
     told = dure.command("history").stdout
     assert [line.split()[1] for line in told.splitlines() if "production" in line or "/" in line][:3] == [*"123"]
 

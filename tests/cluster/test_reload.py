@@ -37,7 +37,7 @@ def load(client: httpx.Client) -> Iterator[list[int]]:
     over = threading.Event()
 
     def ask() -> None:
-        while not over.is_set():
+        while not over.wait(0.02):  # so that the model gets some of the cores to load
             codes.append(client.post("/v1/rerank", json=asked(f"text {len(codes)}")).status_code)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serve.services.adverts.jobs import Image, Jobs, NewJob
-from serve.services.adverts.stages import Stages, Which
+from serve.services.adverts.stages import Stages, VariantKey
 from serve.services.adverts.views import Views
 from serve.store import migrate
 from serve.store.database import Database
@@ -32,10 +32,10 @@ class Store:
         self.stages = Stages(self.database, LEASE_S)
         self.outbox = Outbox(self.database, claim_s=0.3)
 
-    async def new_job(self, tenant: str = "a", **more: Any) -> Which:
+    async def new_job(self, tenant: str = "a", **more: Any) -> VariantKey:
         new = new_job(tenant, **more)
         made = await self.jobs.create(new)
-        return Which(tenant, uuid.UUID(made["job_id"]), uuid.UUID(made["job_variants_id"]))
+        return VariantKey(tenant, uuid.UUID(made["job_id"]), uuid.UUID(made["job_variants_id"]))
 
 
 def image(job_id: uuid.UUID) -> Image:

@@ -94,13 +94,13 @@ def test_on_a_full_disk_images_are_refused_and_leave_nothing(run: Callable[[Scen
         adverts, _ = service(store, disk / "assets")
         first = new_job()
         await adverts.create_job(first, os.urandom(200_000))
-        which = await store.new_job()
+        key = await store.new_job()
         before = await rows(store)
         assert await adverts.assets.problem() == ""
         filler = fill(disk)
         for size in (9, 5000, 300_000):
             assert "full" in (await refused(adverts.create_job(new_job(), os.urandom(size)))).message
-            await refused(adverts.record_overlay(which, uuid.uuid4(), image(which.job_id), os.urandom(size), None))
+            await refused(adverts.record_overlay(key, uuid.uuid4(), image(key.job_id), os.urandom(size), None))
         assert adverts.uploads.troubled.is_set()
         await ended(adverts)
         assert files(disk / "assets") == {first.image.path}
@@ -184,7 +184,7 @@ def test_deleting_works_where_the_records_disk_is_full(disk: Path, tmp_path: Pat
         adverts, _ = service(store, tmp_path / "assets")
         await store.database.hold_room()
         made = [uuid.UUID((await adverts.create_job(new_job(), b"image"))["job_id"]) for _ in range(20)]
-        which = await store.new_job("b")
+        key = await store.new_job("b")
         assert await store.database.problem() == ""
         if empty_log:
             with contextlib.closing(sqlite3.connect(disk / "dure.sqlite3")) as plain:
@@ -192,7 +192,7 @@ def test_deleting_works_where_the_records_disk_is_full(disk: Path, tmp_path: Pat
         filler = fill(disk)
         assert await store.database.problem() == "the record can't be written: No space left on device"
         await refused(until_refused(adverts))
-        await refused(begin(store, VALIDATE, which))
+        await refused(begin(store, VALIDATE, key))
         await ended(adverts)
         for job_id in made:  # each takes some of SQLite's log
             assert await adverts.delete("a", job_id) == 1
@@ -201,7 +201,7 @@ def test_deleting_works_where_the_records_disk_is_full(disk: Path, tmp_path: Pat
         assert len(await rows(store)) == 1, "the other tenant's"
         filler.unlink()
         await adverts.create_job(new_job(), b"image")
-        await begin(store, VALIDATE, which)
+        await begin(store, VALIDATE, key)
         await store.database.hold_room()
         assert (disk / "dure.sqlite3-reserve").exists(), "room is held anew"
 

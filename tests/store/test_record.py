@@ -53,13 +53,13 @@ def test_a_repeat_with_the_same_key_makes_nothing_new(run: Callable[[Scenario], 
 
 def test_a_layout_stands_alone_and_so_does_an_image(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        made = image(which.job_id)
-        await store.jobs.record_overlay(which, uuid.uuid4(), made, None)
-        sources = await store.stages.sources(JUDGE, which, uuid.uuid4())
+        key = await store.new_job()
+        made = image(key.job_id)
+        await store.jobs.record_overlay(key, uuid.uuid4(), made, None)
+        sources = await store.stages.sources(JUDGE, key, uuid.uuid4())
         assert (sources.overlaid_image, sources.render_url) == (made.path, None)
-        await store.jobs.record_overlay(which, uuid.uuid4(), None, {"render": {"url": "somewhere"}})
-        sources = await store.stages.sources(JUDGE, which, uuid.uuid4())
+        await store.jobs.record_overlay(key, uuid.uuid4(), None, {"render": {"url": "somewhere"}})
+        sources = await store.stages.sources(JUDGE, key, uuid.uuid4())
         assert (sources.overlaid_image, sources.render_url) == (None, "somewhere")
 
     run(scenario)
@@ -67,12 +67,12 @@ def test_a_layout_stands_alone_and_so_does_an_image(run: Callable[[Scenario], No
 
 def test_traces_come_page_by_page(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        calls = [str(await done(store, VALIDATE, which)) for _ in range(5)]
+        key = await store.new_job()
+        calls = [str(await done(store, VALIDATE, key)) for _ in range(5)]
         seen: list[str] = []
         after = None
         while True:
-            page = await store.views.traces("a", which.job_id, after, 2)
+            page = await store.views.traces("a", key.job_id, after, 2)
             seen += [trace["vlm_trace_id"] for trace in page["traces"]]
             after = page["next"]
             if after is None:
@@ -86,12 +86,12 @@ def test_traces_come_page_by_page(run: Callable[[Scenario], None]) -> None:
 
 def test_an_event_is_one_processs_until_its_claim_ends(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        call = await done(store, VALIDATE, which)
+        key = await store.new_job()
+        call = await done(store, VALIDATE, key)
         claims = await asyncio.gather(*(store.outbox.claim(10) for _ in range(4)))
         [claimed] = [delivery for deliveries in claims for delivery in deliveries]
         assert (claimed.event_id, claimed.attempt) == (call, 1)
-        assert claimed.payload["job_variants_id"] == str(which.job_variants_id)
+        assert claimed.payload["job_variants_id"] == str(key.job_variants_id)
         await asyncio.sleep(0.35)
         [again] = await store.outbox.claim(10)
         assert again.attempt == 2
@@ -190,15 +190,15 @@ def test_where_there_is_no_webhook_any_more_nothing_stays_due(run: Callable[[Sce
 
 def test_what_is_deleted_goes_with_all_that_belongs_to_it(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which, stays, other = await store.new_job(), await store.new_job(), await store.new_job("b")
-        await done(store, VALIDATE, which)
-        await overlaid(store, which)
-        await store.jobs.record_overlay(which, uuid.uuid4(), image(which.job_id), None)
-        held = await begin(store, JUDGE, which)
-        assert await store.jobs.of_tenant("a", which.job_id, now(), 9) == [which.job_id]
-        await store.jobs.forget([which.job_id])
-        assert await status_of(store.views.job("a", which.job_id)) == 404
-        assert not await store.stages.end(JUDGE, which, held, {}, 1, None), "its variant is gone"
+        key, stays, other = await store.new_job(), await store.new_job(), await store.new_job("b")
+        await done(store, VALIDATE, key)
+        await overlaid(store, key)
+        await store.jobs.record_overlay(key, uuid.uuid4(), image(key.job_id), None)
+        held = await begin(store, JUDGE, key)
+        assert await store.jobs.of_tenant("a", key.job_id, now(), 9) == [key.job_id]
+        await store.jobs.forget([key.job_id])
+        assert await status_of(store.views.job("a", key.job_id)) == 404
+        assert not await store.stages.end(JUDGE, key, held, {}, 1, None), "its variant is gone"
         assert await store.outbox.list("a", None, 10) == []
         assert await state(store, stays) == "img_gen/done"
         assert await store.jobs.of_tenant("b", None, now(), 9) == [other.job_id]
@@ -210,18 +210,18 @@ def test_what_is_deleted_goes_with_all_that_belongs_to_it(run: Callable[[Scenari
 
 def test_a_follower_hears_of_each_change(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        heard = store.views.follow("a", which.job_id)
+        key = await store.new_job()
+        heard = store.views.follow("a", key.job_id)
         assert (await anext(heard)).variants[0]["step"] == "img_gen"
-        call = await begin(store, VALIDATE, which)
+        call = await begin(store, VALIDATE, key)
         assert (await anext(heard)).variants[0]["status"] == "running"
         await store.stages.renew(call, {"ahead": 3})
         assert (await anext(heard)).variants[0]["progress"] == {"ahead": 3}
-        await store.stages.end(VALIDATE, which, call, {}, 1, None)
+        await store.stages.end(VALIDATE, key, call, {}, 1, None)
         last = await anext(heard)
         assert last.variants[0]["status"] == "done"
         assert [event["type"] for event in last.events] == ["yolo_detect"]
-        await store.jobs.forget([which.job_id])
+        await store.jobs.forget([key.job_id])
         with pytest.raises(DureError):
             await anext(heard)
 
@@ -237,14 +237,14 @@ def test_a_database_that_is_started_anew_costs_nobody_an_error(server: Postgres)
     async def scenario() -> None:
         store = Store(url)
         try:
-            which = await store.new_job()
+            key = await store.new_job()
             restart = threading.Thread(target=lambda: (server.stop(), time.sleep(1), server.start()))
             restart.start()
             for _ in range(20):
-                await done(store, VALIDATE, which)
+                await done(store, VALIDATE, key)
                 await asyncio.sleep(0.1)
             await asyncio.to_thread(restart.join)
-            assert len((await store.views.traces("a", which.job_id, None, 100))["traces"]) == 20
+            assert len((await store.views.traces("a", key.job_id, None, 100))["traces"]) == 20
         finally:
             await store.database.close()
 

@@ -21,7 +21,7 @@ from serve.progress import Following
 from serve.services.adverts.janitor import Janitor
 from serve.services.adverts.service import Adverts
 from serve.services.adverts.stage_calls import StageCalls
-from serve.services.adverts.stages import EXPIRED, Which
+from serve.services.adverts.stages import EXPIRED, VariantKey
 from serve.services.adverts.uploads import Uploads
 from serve.services.adverts.verdicts import Validation
 from serve.store.assets import Assets
@@ -79,25 +79,25 @@ def service(store: Store, folder: Path) -> tuple[Any, Model]:
     return adverts, model
 
 
-async def ready(store: Store, adverts: Any) -> Which:
-    which = await store.new_job()
-    [variant] = (await store.views.job("a", which.job_id))["variants"]
+async def ready(store: Store, adverts: Any) -> VariantKey:
+    key = await store.new_job()
+    [variant] = (await store.views.job("a", key.job_id))["variants"]
     await adverts.assets.write(variant["img_path"], b"image")
-    return which
+    return key
 
 
-def validate(adverts: Any, which: Which, call: uuid.UUID | None = None, model: str | None = None) -> Any:
-    return adverts.validate(which, call or uuid.uuid4(), model, None, None, caller=Caller.waiting(5.0, which.tenant_id))
+def validate(adverts: Any, key: VariantKey, call: uuid.UUID | None = None, model: str | None = None) -> Any:
+    return adverts.validate(key, call or uuid.uuid4(), model, None, None, caller=Caller.waiting(5.0, key.tenant_id))
 
 
 def test_a_verdict_is_answered_as_it_is_on_record(run: Callable[[Scenario], None], tmp_path: Path) -> None:
     async def scenario(store: Store) -> None:
         adverts, _ = service(store, tmp_path)
-        which = await ready(store, adverts)
-        answer = await validate(adverts, which)
-        [trace] = await traces(store, which)
+        key = await ready(store, adverts)
+        answer = await validate(adverts, key)
+        [trace] = await traces(store, key)
         assert answer == {
-            "job_id": str(which.job_id),
+            "job_id": str(key.job_id),
             "vlm_trace_id": trace["vlm_trace_id"],
             **VERDICT.model_dump(),
         }
@@ -111,19 +111,19 @@ def test_a_call_made_again_after_its_end_has_the_same_answer(run: Callable[[Scen
 
     async def scenario(store: Store) -> None:
         adverts, model = service(store, tmp_path)
-        which = await ready(store, adverts)
+        key = await ready(store, adverts)
         call = uuid.uuid4()
-        first = await validate(adverts, which, call)
-        assert await validate(adverts, which, call) == first
+        first = await validate(adverts, key, call)
+        assert await validate(adverts, key, call) == first
         assert model.asked == 1
-        assert len(await traces(store, which)) == 1
-        made = image(which.job_id)
-        await adverts.record_overlay(which, uuid.uuid4(), made, b"advert", None)
+        assert len(await traces(store, key)) == 1
+        made = image(key.job_id)
+        await adverts.record_overlay(key, uuid.uuid4(), made, b"advert", None)
         model.behaviour = judged
         call = uuid.uuid4()
-        first = await adverts.judge(which, call, None, None, None, caller=Caller.waiting(5.0, which.tenant_id))
-        assert await adverts.judge(which, call, None, None, None, caller=Caller.waiting(5.0, which.tenant_id)) == first
-        assert await state(store, which) == "vlm_judge/done"
+        first = await adverts.judge(key, call, None, None, None, caller=Caller.waiting(5.0, key.tenant_id))
+        assert await adverts.judge(key, call, None, None, None, caller=Caller.waiting(5.0, key.tenant_id)) == first
+        assert await state(store, key) == "vlm_judge/done"
 
     async def judged() -> list[Answer]:
         told = '"on_brief":true,"occlusion":false,"contrast_ok":true,"cta_present":true,"issues":[]'
@@ -150,10 +150,10 @@ def test_a_model_that_fails_leaves_one_trace_that_says_why(
     async def scenario(store: Store) -> None:
         adverts, model = service(store, tmp_path)
         model.behaviour = fail
-        which = await ready(store, adverts)
-        assert await status_of(validate(adverts, which)) == status
-        assert await state(store, which) == "vlm_analyze/failed"
-        [trace] = await traces(store, which)
+        key = await ready(store, adverts)
+        assert await status_of(validate(adverts, key)) == status
+        assert await state(store, key) == "vlm_analyze/failed"
+        [trace] = await traces(store, key)
         assert trace["response"]["error"]["type"] == kind
         assert "a bug" not in str(trace["response"])
 
@@ -163,20 +163,20 @@ def test_a_model_that_fails_leaves_one_trace_that_says_why(
 def test_what_is_refused_leaves_nothing(run: Callable[[Scenario], None], tmp_path: Path) -> None:
     async def scenario(store: Store) -> None:
         adverts, model = service(store, tmp_path)
-        which = await ready(store, adverts)
-        assert await status_of(validate(adverts, which, model="another")) == 404
+        key = await ready(store, adverts)
+        assert await status_of(validate(adverts, key, model="another")) == 404
         assert (
             await status_of(
-                adverts.judge(which, uuid.uuid4(), None, None, None, caller=Caller.waiting(5.0, which.tenant_id))
+                adverts.judge(key, uuid.uuid4(), None, None, None, caller=Caller.waiting(5.0, key.tenant_id))
             )
             == 400
         )
-        assert (await state(store, which), await traces(store, which), model.asked) == ("img_gen/done", [], 0)
-        made = image(which.job_id)
+        assert (await state(store, key), await traces(store, key), model.asked) == ("img_gen/done", [], 0)
+        made = image(key.job_id)
         model.behaviour = asyncio.Event().wait
-        running = asyncio.ensure_future(validate(adverts, which))
+        running = asyncio.ensure_future(validate(adverts, key))
         await asyncio.sleep(0.3)
-        refused = adverts.record_overlay(which, uuid.uuid4(), made, b"advert", None)
+        refused = adverts.record_overlay(key, uuid.uuid4(), made, b"advert", None)
         assert await status_of(refused) == 409
         assert not (tmp_path / made.path).exists(), "what is not on record has no file"
         running.cancel()
@@ -199,16 +199,16 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing_running(
         draw = random.Random(3)
         seen = set()
         for _ in range(25):
-            which = await ready(store, adverts)
-            asking = asyncio.ensure_future(validate(adverts, which))
+            key = await ready(store, adverts)
+            asking = asyncio.ensure_future(validate(adverts, key))
             await asyncio.sleep(draw.uniform(0, 0.08))
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             await asyncio.gather(*adverts.calls.ending)
-            now = await state(store, which)
+            now = await state(store, key)
             seen.add(now)
             assert now in ("img_gen/done", "vlm_analyze/failed", "vlm_analyze/done")
-            assert [bool(trace["response"]) for trace in await traces(store, which)] == [True] * (now[0] == "v")
+            assert [bool(trace["response"]) for trace in await traces(store, key)] == [True] * (now[0] == "v")
         assert "vlm_analyze/failed" in seen
 
     run(scenario)
@@ -218,8 +218,8 @@ def test_a_call_whose_lease_was_taken_gives_up(run: Callable[[Scenario], None], 
     async def scenario(store: Store) -> None:
         adverts, model = service(store, tmp_path)
         model.behaviour = asyncio.Event().wait
-        which = await ready(store, adverts)
-        asking = asyncio.ensure_future(validate(adverts, which))
+        key = await ready(store, adverts)
+        asking = asyncio.ensure_future(validate(adverts, key))
         await asyncio.sleep(0.1)
         renew, store.stages.renew = store.stages.renew, away  # type: ignore[method-assign]
         await asyncio.sleep(1.2 * LEASE_S)
@@ -228,9 +228,9 @@ def test_a_call_whose_lease_was_taken_gives_up(run: Callable[[Scenario], None], 
         with pytest.raises(DureError) as caught:
             await asking
         assert caught.value.status == 409
-        [trace] = await traces(store, which)
+        [trace] = await traces(store, key)
         assert trace["response"]["error"]["message"] == EXPIRED
-        assert await state(store, which) == "vlm_analyze/failed"
+        assert await state(store, key) == "vlm_analyze/failed"
 
     async def away(*_: Any) -> bool:
         raise errors.no_files()
@@ -242,8 +242,8 @@ def test_old_jobs_go_when_their_tenant_wants(run: Callable[[Scenario], None], tm
     async def scenario(store: Store) -> None:
         adverts, _ = service(store, tmp_path)
         kept, gone = await store.new_job("keeps"), await store.new_job("forgets")
-        for which in (kept, gone):
-            [variant] = (await store.views.job(which.tenant_id, which.job_id))["variants"]
+        for key in (kept, gone):
+            [variant] = (await store.views.job(key.tenant_id, key.job_id))["variants"]
             await adverts.assets.write(variant["img_path"], b"image")
         day_s = 1 / 86_400
         retention = StoreSettings(retention_days=0.2 * day_s, tenant_retention_days={"keeps": 100})

@@ -10,37 +10,37 @@ from typing import Any
 import pytest
 
 from serve.errors import DureError
-from serve.services.adverts.stages import JUDGE, VALIDATE, Stage, Which, failure
+from serve.services.adverts.stages import JUDGE, VALIDATE, Stage, VariantKey, failure
 from tests.store.conftest import LEASE_S, Scenario, Store
 
 VERDICT = {"is_valid": True}
 
 
-async def begin(store: Store, stage: Stage, which: Which, call: uuid.UUID | None = None) -> uuid.UUID:
+async def begin(store: Store, stage: Stage, key: VariantKey, call: uuid.UUID | None = None) -> uuid.UUID:
     call = call or uuid.uuid4()
-    sources = await store.stages.sources(stage, which, call)
-    assert await store.stages.start(stage, which, call, sources.revision, {"asked": "this"})
+    sources = await store.stages.sources(stage, key, call)
+    assert await store.stages.start(stage, key, call, sources.revision, {"asked": "this"})
     return call
 
 
-async def done(store: Store, stage: Stage, which: Which) -> uuid.UUID:
-    call = await begin(store, stage, which)
-    assert await store.stages.end(stage, which, call, VERDICT, 12, None)
+async def done(store: Store, stage: Stage, key: VariantKey) -> uuid.UUID:
+    call = await begin(store, stage, key)
+    assert await store.stages.end(stage, key, call, VERDICT, 12, None)
     return call
 
 
-async def state(store: Store, which: Which) -> str:
-    [variant] = (await store.views.job(which.tenant_id, which.job_id))["variants"]
+async def state(store: Store, key: VariantKey) -> str:
+    [variant] = (await store.views.job(key.tenant_id, key.job_id))["variants"]
     return f"{variant['step']}/{variant['status']}"
 
 
-async def traces(store: Store, which: Which) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (await store.views.traces(which.tenant_id, which.job_id, None, 100))["traces"]
+async def traces(store: Store, key: VariantKey) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await store.views.traces(key.tenant_id, key.job_id, None, 100))["traces"]
     return found
 
 
-async def overlaid(store: Store, which: Which) -> None:
-    await store.jobs.record_overlay(which, uuid.uuid4(), None, {"render": {"url": "x"}})
+async def overlaid(store: Store, key: VariantKey) -> None:
+    await store.jobs.record_overlay(key, uuid.uuid4(), None, {"render": {"url": "x"}})
 
 
 async def status_of(attempt: Any) -> int:
@@ -51,17 +51,17 @@ async def status_of(attempt: Any) -> int:
 
 def test_a_variant_goes_from_its_image_to_a_judged_advert(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        assert await state(store, which) == "img_gen/done"
-        first = await begin(store, VALIDATE, which)
-        assert await state(store, which) == "vlm_analyze/running"
-        assert await store.stages.end(VALIDATE, which, first, VERDICT, 12, None)
-        assert await state(store, which) == "vlm_analyze/done"
-        await overlaid(store, which)
-        assert await state(store, which) == "overlay/done"
-        second = await done(store, JUDGE, which)
-        assert await state(store, which) == "vlm_judge/done"
-        found = await traces(store, which)
+        key = await store.new_job()
+        assert await state(store, key) == "img_gen/done"
+        first = await begin(store, VALIDATE, key)
+        assert await state(store, key) == "vlm_analyze/running"
+        assert await store.stages.end(VALIDATE, key, first, VERDICT, 12, None)
+        assert await state(store, key) == "vlm_analyze/done"
+        await overlaid(store, key)
+        assert await state(store, key) == "overlay/done"
+        second = await done(store, JUDGE, key)
+        assert await state(store, key) == "vlm_judge/done"
+        found = await traces(store, key)
         assert [trace["vlm_trace_id"] for trace in found] == [str(first), str(second)]
         assert [trace["operation_type"] for trace in found] == ["analyze", "judge"]
         assert all(trace["provider"] == "llava" and trace["latency_ms"] == 12 for trace in found)
@@ -73,53 +73,53 @@ def test_a_variant_goes_from_its_image_to_a_judged_advert(run: Callable[[Scenari
 
 def test_stages_start_only_from_where_they_may(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        assert await status_of(begin(store, JUDGE, which)) == 400
-        await done(store, VALIDATE, which)
-        await done(store, VALIDATE, which)  # once more
-        await overlaid(store, which)
-        assert await status_of(begin(store, VALIDATE, which)) == 400
-        await done(store, JUDGE, which)
-        assert await status_of(begin(store, JUDGE, which)) == 400
-        assert len(await traces(store, which)) == 3, "what is refused leaves no trace"
+        key = await store.new_job()
+        assert await status_of(begin(store, JUDGE, key)) == 400
+        await done(store, VALIDATE, key)
+        await done(store, VALIDATE, key)  # once more
+        await overlaid(store, key)
+        assert await status_of(begin(store, VALIDATE, key)) == 400
+        await done(store, JUDGE, key)
+        assert await status_of(begin(store, JUDGE, key)) == 400
+        assert len(await traces(store, key)) == 3, "what is refused leaves no trace"
 
     run(scenario)
 
 
 def test_of_many_calls_at_once_one_starts(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        tries = await asyncio.gather(*(begin(store, VALIDATE, which) for _ in range(8)), return_exceptions=True)
+        key = await store.new_job()
+        tries = await asyncio.gather(*(begin(store, VALIDATE, key) for _ in range(8)), return_exceptions=True)
         refused = [each for each in tries if isinstance(each, DureError)]
         assert len(refused) == 7
         assert {each.status for each in refused} == {409}
-        assert len(await traces(store, which)) == 1
+        assert len(await traces(store, key)) == 1
 
     run(scenario)
 
 
 def test_nothing_else_moves_a_variant_that_is_running(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        await begin(store, VALIDATE, which)
-        assert await status_of(overlaid(store, which)) == 409
-        assert await status_of(store.jobs.check_overlay(which)) == 409
-        assert await state(store, which) == "vlm_analyze/running"
+        key = await store.new_job()
+        await begin(store, VALIDATE, key)
+        assert await status_of(overlaid(store, key)) == 409
+        assert await status_of(store.jobs.check_overlay(key)) == 409
+        assert await state(store, key) == "vlm_analyze/running"
 
     run(scenario)
 
 
 def test_a_stage_that_failed_says_why_and_may_start_again(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        call = await begin(store, VALIDATE, which)
-        assert await store.stages.end(VALIDATE, which, call, failure("model_failed", "no luck"), 5, "no luck")
-        [variant] = (await store.views.job("a", which.job_id))["variants"]
+        key = await store.new_job()
+        call = await begin(store, VALIDATE, key)
+        assert await store.stages.end(VALIDATE, key, call, failure("model_failed", "no luck"), 5, "no luck")
+        [variant] = (await store.views.job("a", key.job_id))["variants"]
         assert (variant["status"], variant["reason"]) == ("failed", "no luck")
         assert variant["verdicts"] == {"analyze": None, "judge": None}
         assert await store.outbox.list("a", None, 10) == []
-        await done(store, VALIDATE, which)
-        assert [step["status"] for step in (await store.views.job("a", which.job_id))["variants"][0]["steps"]] == [
+        await done(store, VALIDATE, key)
+        assert [step["status"] for step in (await store.views.job("a", key.job_id))["variants"][0]["steps"]] == [
             "failed",
             "done",
         ]
@@ -129,12 +129,12 @@ def test_a_stage_that_failed_says_why_and_may_start_again(run: Callable[[Scenari
 
 def test_a_call_that_is_made_again_is_the_same_call(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        call = await begin(store, VALIDATE, which)
-        await begin(store, VALIDATE, which, call)
+        key = await store.new_job()
+        call = await begin(store, VALIDATE, key)
+        await begin(store, VALIDATE, key, call)
         for _ in range(2):
-            assert await store.stages.end(VALIDATE, which, call, VERDICT, 12, None)
-        assert len(await traces(store, which)) == 1
+            assert await store.stages.end(VALIDATE, key, call, VERDICT, 12, None)
+        assert len(await traces(store, key)) == 1
         assert len(await store.outbox.list("a", None, 10)) == 1
 
     run(scenario)
@@ -166,25 +166,25 @@ def test_the_lease_of_a_dead_call_ends_and_that_of_a_living_one_does_not(run: Ca
 
 def test_a_variant_that_changes_between_look_and_start_is_looked_at_again(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job()
-        await overlaid(store, which)
-        sources = await store.stages.sources(JUDGE, which, uuid.uuid4())
-        await overlaid(store, which)
-        assert not await store.stages.start(JUDGE, which, uuid.uuid4(), sources.revision, {})
-        assert await traces(store, which) == []
+        key = await store.new_job()
+        await overlaid(store, key)
+        sources = await store.stages.sources(JUDGE, key, uuid.uuid4())
+        await overlaid(store, key)
+        assert not await store.stages.start(JUDGE, key, uuid.uuid4(), sources.revision, {})
+        assert await traces(store, key) == []
 
     run(scenario)
 
 
 def test_another_tenants_variant_is_not_there(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which = await store.new_job("a")
-        other = Which("b", which.job_id, which.job_variants_id)
+        key = await store.new_job("a")
+        other = VariantKey("b", key.job_id, key.job_variants_id)
         assert await status_of(begin(store, VALIDATE, other)) == 404
         assert await status_of(overlaid(store, other)) == 404
-        assert await status_of(store.views.job("b", which.job_id)) == 404
-        assert await status_of(store.views.traces("b", which.job_id, None, 10)) == 404
-        assert await status_of(store.views.progress("b", which.job_id)) == 404
+        assert await status_of(store.views.job("b", key.job_id)) == 404
+        assert await status_of(store.views.traces("b", key.job_id, None, 10)) == 404
+        assert await status_of(store.views.progress("b", key.job_id)) == 404
         assert (await store.views.traces("b", None, None, 10))["traces"] == []
 
     run(scenario)
@@ -204,11 +204,11 @@ def test_the_newest_ad_copy_that_is_done_comes_before_the_description(run: Calla
 
 def test_the_overlay_of_another_variant_is_refused(run: Callable[[Scenario], None]) -> None:
     async def scenario(store: Store) -> None:
-        which, other = await store.new_job(), await store.new_job()
-        await overlaid(store, which)
+        key, other = await store.new_job(), await store.new_job()
+        await overlaid(store, key)
         made = await store.jobs.record_overlay(other, uuid.uuid4(), None, {"render": {"url": "theirs"}})
         theirs = uuid.UUID(made["overlay_id"])
-        assert await status_of(store.stages.sources(JUDGE, which, uuid.uuid4(), theirs)) == 404
+        assert await status_of(store.stages.sources(JUDGE, key, uuid.uuid4(), theirs)) == 404
         sources = await store.stages.sources(JUDGE, other, uuid.uuid4(), theirs)
         assert sources.render_url == "theirs"
 

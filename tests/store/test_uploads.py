@@ -127,10 +127,10 @@ def test_a_call_that_is_made_again_keeps_its_file(run: Callable[[Scenario], None
         assert await adverts.create_job(new, b"image") == first
         await adverts.uploads.pending.expect("a", new.job_id, new.image.path)  # and that one died, too
         made = image(new.job_id)
-        which = dataclasses.replace(await store.new_job(), job_id=new.job_id, job_variants_id=new.job_variants_id)
+        key = dataclasses.replace(await store.new_job(), job_id=new.job_id, job_variants_id=new.job_variants_id)
         overlay = uuid.uuid4()
         for _ in range(2):
-            await adverts.record_overlay(which, overlay, made, b"advert", None)
+            await adverts.record_overlay(key, overlay, made, b"advert", None)
         await swept(adverts)
         assert (folder / new.image.path).read_bytes() == b"image"
         assert (folder / made.path).read_bytes() == b"advert"
@@ -167,7 +167,7 @@ def test_where_it_is_unknown_whether_it_is_on_record_that_is_looked_up(
 def test_a_client_that_leaves_at_any_await_leaves_nothing(run: Callable[[Scenario], None], folder: Path) -> None:
     async def scenario(store: Store) -> None:
         adverts, _ = service(store, folder)
-        which = await store.new_job()
+        key = await store.new_job()
         await adverts.assets.write((await rows(store)).pop(), b"image")
         draw = random.Random(5)
         made = left = 0
@@ -175,7 +175,7 @@ def test_a_client_that_leaves_at_any_await_leaves_nothing(run: Callable[[Scenari
             new = new_job(idempotency_key=f"k{turns}" if turns % 3 else None)
             calls = [adverts.create_job(new, b"image" * 1000)]
             if turns % 4 == 0:
-                calls.append(adverts.record_overlay(which, uuid.uuid4(), image(which.job_id), b"advert", None))
+                calls.append(adverts.record_overlay(key, uuid.uuid4(), image(key.job_id), b"advert", None))
             running = [asyncio.ensure_future(call) for call in calls]
             for _ in range(turns):
                 await asyncio.sleep(0.001 * draw.random() if turns % 2 else 0)
@@ -288,15 +288,15 @@ def test_an_overlay_that_is_refused_in_the_end_has_no_file(run: Callable[[Scenar
         adverts, _ = service(store, folder)
         new = new_job()
         await adverts.create_job(new, b"image")
-        which = dataclasses.replace(await store.new_job(), job_id=new.job_id, job_variants_id=new.job_variants_id)
+        key = dataclasses.replace(await store.new_job(), job_id=new.job_id, job_variants_id=new.job_variants_id)
         write = adverts.assets.write
 
         async def meanwhile(path: str, content: bytes) -> None:
             await write(path, content)
-            await begin(store, VALIDATE, which)
+            await begin(store, VALIDATE, key)
 
         adverts.assets.write = meanwhile
-        assert await status_of(adverts.record_overlay(which, uuid.uuid4(), image(new.job_id), b"advert", None)) == 409
+        assert await status_of(adverts.record_overlay(key, uuid.uuid4(), image(new.job_id), b"advert", None)) == 409
         assert files(folder) == {new.image.path}
 
     run(scenario)

@@ -28,7 +28,7 @@ from serve.http.requests import Body, CallerDep, GraphDep, answer, check_text
 from serve.images.uploaded import look_at
 from serve.metrics import measured
 from serve.services.adverts.jobs import Image, NewJob
-from serve.services.adverts.stages import Which
+from serve.services.adverts.stages import VariantKey
 from serve.store.outbox import State
 
 router = APIRouter(prefix="/api/yh", tags=["adverts"], route_class=FormRoute)
@@ -109,7 +109,7 @@ async def record_overlay(
             async with adverts.gate.admitted(1, caller=caller):  # before the image takes up memory
                 content = await upload.read() if upload else b""
                 recorded = await adverts.call(
-                    Which(tenant_id, job_id, job_variants_id),
+                    VariantKey(tenant_id, job_id, job_variants_id),
                     uuid.uuid4(),
                     await _image(job_id, content, graph.settings.limits) if upload else None,
                     content,

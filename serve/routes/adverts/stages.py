@@ -19,7 +19,7 @@ from serve.http.respond import respond
 from serve.metrics import measured
 from serve.progress import Following
 from serve.routes.adverts.jobs import ModelName, TenantId
-from serve.services.adverts.stages import Which
+from serve.services.adverts.stages import VariantKey
 
 router = APIRouter(prefix="/api/yh/llava", tags=["adverts"])
 
@@ -37,8 +37,8 @@ class StageBody(Body):
         return 2 * limits.max_message_bytes  # two texts
 
     @property
-    def which(self) -> Which:
-        return Which(self.tenant_id, self.job_id, self.job_variants_id)
+    def key(self) -> VariantKey:
+        return VariantKey(self.tenant_id, self.job_id, self.job_variants_id)
 
 
 class ValidateBody(StageBody):
@@ -72,7 +72,7 @@ async def _stage(graph: Graph, caller: Caller, method: str, body: StageBody, *ar
     adverts = graph.service("adverts", "a model with task vision")
     caller = replace(caller, tenant=body.tenant_id)
     # The trace's id is created here, so that repeated calls are idempotent.
-    asked = (body.which, uuid.uuid4(), body.model, *arguments)
+    asked = (body.key, uuid.uuid4(), body.model, *arguments)
 
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(adverts.name):

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve.errors import DureError
-from serve.services.adverts.stages import Which, busy, find
+from serve.services.adverts.stages import VariantKey, busy, find
 from serve.store.database import Conflict, Database, changes
 from serve.store.pending import keep
 from serve.store.tables import AdCopy, IdempotencyKey, ImageAsset, Job, JobInput, Overlay, Variant
@@ -84,17 +84,17 @@ class Jobs:
 
         return await self.database.write(write)
 
-    async def check_overlay(self, which: Which) -> None:
+    async def check_overlay(self, key: VariantKey) -> None:
         """Raises a 404 if there is no such variant, and a 409 while it is running."""
 
         async def read(session: AsyncSession) -> None:
-            if (variant := await find(session, which)).status == "running":
+            if (variant := await find(session, key)).status == "running":
                 raise busy(variant)
 
         await self.database.read(read)
 
     async def record_overlay(
-        self, which: Which, overlay_id: uuid.UUID, image: Image | None, layout: dict[str, Any] | None
+        self, key: VariantKey, overlay_id: uuid.UUID, image: Image | None, layout: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Record the finished advert: its image, the layout it was rendered from, or both; returns its ids. Idempotent.
 
@@ -102,18 +102,18 @@ class Jobs:
         """
 
         async def write(session: AsyncSession) -> dict[str, Any]:
-            variant = await find(session, which)
+            variant = await find(session, key)
             if await session.get(Overlay, overlay_id) is None:
                 if variant.status == "running":
                     raise busy(variant)
                 if image is not None:
-                    session.add(_asset(which.job_id, image))
-                session.add(Overlay(overlay_id=overlay_id, job_variants_id=which.job_variants_id, layout=layout or {}))
+                    session.add(_asset(key.job_id, image))
+                session.add(Overlay(overlay_id=overlay_id, job_variants_id=key.job_variants_id, layout=layout or {}))
                 await session.flush()
                 changed = await changes(
                     session,
                     update(Variant)
-                    .where(Variant.job_variants_id == which.job_variants_id, Variant.revision == variant.revision)
+                    .where(Variant.job_variants_id == key.job_variants_id, Variant.revision == variant.revision)
                     .values(
                         step="overlay",
                         status="done",
@@ -127,8 +127,8 @@ class Jobs:
             if image is not None:
                 await keep(session, image.path)
             return {
-                "job_id": str(which.job_id),
-                "job_variants_id": str(which.job_variants_id),
+                "job_id": str(key.job_id),
+                "job_variants_id": str(key.job_variants_id),
                 "overlay_id": str(overlay_id),
                 "overlaid_img_asset_id": image and str(image.image_asset_id),
             }

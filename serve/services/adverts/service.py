@@ -27,7 +27,7 @@ from serve.services.adverts import stages
 from serve.services.adverts.janitor import Janitor
 from serve.services.adverts.jobs import Image, Jobs, NewJob
 from serve.services.adverts.stage_calls import StageCalls, StageRequest
-from serve.services.adverts.stages import Sources, Stages, Which
+from serve.services.adverts.stages import Sources, Stages, VariantKey
 from serve.services.adverts.uploads import NewFile, Uploads
 from serve.services.adverts.verdicts import JUDGE, Judgement, Validation, validation_prompt
 from serve.services.adverts.views import Progress, Views
@@ -88,14 +88,19 @@ class Adverts(Service):
         return answer
 
     async def record_overlay(
-        self, which: Which, overlay_id: uuid.UUID, image: Image | None, content: bytes, layout: dict[str, Any] | None
+        self,
+        key: VariantKey,
+        overlay_id: uuid.UUID,
+        image: Image | None,
+        content: bytes,
+        layout: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """Record a finished advert; returns its ids. Raises DureError while a stage is running."""
         if image is None:
-            return await self.jobs.record_overlay(which, overlay_id, None, layout)
-        await self.jobs.check_overlay(which)
-        file = NewFile(which.tenant_id, which.job_id, image.path, content)
-        record = functools.partial(self.jobs.record_overlay, which, overlay_id, image, layout)
+            return await self.jobs.record_overlay(key, overlay_id, None, layout)
+        await self.jobs.check_overlay(key)
+        file = NewFile(key.tenant_id, key.job_id, image.path, content)
+        record = functools.partial(self.jobs.record_overlay, key, overlay_id, image, layout)
         return await self.uploads.kept(file, record)
 
     async def view(self, tenant_id: str, job_id: uuid.UUID) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class Adverts(Service):
 
     async def validate(
         self,
-        which: Which,
+        key: VariantKey,
         call: uuid.UUID,
         model: str | None,
         ad_copy_text: str | None,
@@ -141,14 +146,14 @@ class Adverts(Service):
                 raise errors.invalid("the variant has no image", "job_variants_id")
             fields = {"ad_copy_text": ad_copy, "prompt": prompt}
             return await self._request(
-                which.tenant_id, model, sources.image, validation_prompt(ad_copy, prompt), Validation, fields
+                key.tenant_id, model, sources.image, validation_prompt(ad_copy, prompt), Validation, fields
             )
 
-        return await self.calls.run(stages.VALIDATE, which, call, caller, ask, following=following)
+        return await self.calls.run(stages.VALIDATE, key, call, caller, ask, following=following)
 
     async def judge(
         self,
-        which: Which,
+        key: VariantKey,
         call: uuid.UUID,
         model: str | None,
         overlay_id: uuid.UUID | None,
@@ -162,16 +167,16 @@ class Adverts(Service):
         async def ask(sources: Sources) -> StageRequest:
             fields = {"overlay_id": overlay_id and str(overlay_id), "render_asset_url": render_asset_url}
             if render_asset_url:
-                image = await self._image_at(which.tenant_id, render_asset_url, "render_asset_url")
+                image = await self._image_at(key.tenant_id, render_asset_url, "render_asset_url")
             elif sources.overlaid_image:
                 image = sources.overlaid_image
             elif sources.render_url:
-                image = await self._image_at(which.tenant_id, sources.render_url, "render.url")
+                image = await self._image_at(key.tenant_id, sources.render_url, "render.url")
             else:
                 raise errors.invalid("there is no finished advert; record an overlay first", "render_asset_url")
-            return await self._request(which.tenant_id, model, image, JUDGE, Judgement, fields)
+            return await self._request(key.tenant_id, model, image, JUDGE, Judgement, fields)
 
-        return await self.calls.run(stages.JUDGE, which, call, caller, ask, overlay_id, following)
+        return await self.calls.run(stages.JUDGE, key, call, caller, ask, overlay_id, following)
 
     async def follow(self, tenant_id: str, job_id: uuid.UUID) -> AsyncIterator[Progress]:
         """A job's progress, each time it advances. Raises DureError."""

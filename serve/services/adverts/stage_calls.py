@@ -19,7 +19,7 @@ from serve.calls.model import Model
 from serve.errors import DureError
 from serve.progress import Following
 from serve.services.adverts import stages
-from serve.services.adverts.stages import Sources, Stage, Stages, Which
+from serve.services.adverts.stages import Sources, Stage, Stages, VariantKey
 from serve.waiting import end
 
 logger = logging.getLogger("ray.serve")
@@ -57,7 +57,7 @@ class StageCalls:
     async def run(
         self,
         stage: Stage,
-        which: Which,
+        key: VariantKey,
         call: uuid.UUID,
         caller: Caller,
         ask: Callable[[Sources], Awaitable[StageRequest]],
@@ -70,9 +70,9 @@ class StageCalls:
         DureError.
         """
         started = time.monotonic()
-        if known := await self.stages.outcome(which, call):
-            return _answer(which, call, known)  # a repeat: the first answer was lost on its way
-        request = await self._start(stage, which, call, ask, overlay_id)
+        if known := await self.stages.outcome(key, call):
+            return _answer(key, call, known)  # a repeat: the first answer was lost on its way
+        request = await self._start(stage, key, call, ask, overlay_id)
         verdict: dict[str, Any] | None = None
         problem: DureError | None = None
         gone = request.gone
@@ -92,7 +92,7 @@ class StageCalls:
         assert response is not None
         elapsed_ms = round(1000 * (time.monotonic() - started))
         ending = asyncio.get_running_loop().create_task(
-            self.stages.end(stage, which, call, response, elapsed_ms, problem.message if problem else None)
+            self.stages.end(stage, key, call, response, elapsed_ms, problem.message if problem else None)
         )
         self.ending.add(ending)
         ending.add_done_callback(self._ended)
@@ -102,12 +102,12 @@ class StageCalls:
             raise problem or stages.lost(stage)
         if problem is not None:
             raise problem
-        return _answer(which, call, response)
+        return _answer(key, call, response)
 
     async def _start(
         self,
         stage: Stage,
-        which: Which,
+        key: VariantKey,
         call: uuid.UUID,
         ask: Callable[[Sources], Awaitable[StageRequest]],
         overlay_id: uuid.UUID | None,
@@ -117,9 +117,9 @@ class StageCalls:
         If the client leaves meanwhile and the stage has started all the same, the request is marked `gone`.
         """
         for _ in range(STARTS):
-            sources = await self.stages.sources(stage, which, call, overlay_id)
+            sources = await self.stages.sources(stage, key, call, overlay_id)
             request = await ask(sources)
-            starting = asyncio.ensure_future(self.stages.start(stage, which, call, sources.revision, request.record))
+            starting = asyncio.ensure_future(self.stages.start(stage, key, call, sources.revision, request.record))
             try:
                 started = await asyncio.shield(starting)
             except asyncio.CancelledError:
@@ -160,14 +160,14 @@ class StageCalls:
             await asyncio.sleep(min(pause_s, self.stages.lease_s / RENEWALS))
             pause_s = min(2 * pause_s, LONGEST_RENEWAL_S)
             try:
-                if not await self.stages.renew(call, following.progress.told() if following.progress else {}):
+                if not await self.stages.renew(call, following.progress.fields() if following.progress else {}):
                     return
             except Exception as error:  # the database may be back before the lease runs out
                 logger.warning("a lease could not be renewed: %s", error)
 
 
-def _answer(which: Which, call: uuid.UUID, response: dict[str, Any]) -> dict[str, Any]:
+def _answer(key: VariantKey, call: uuid.UUID, response: dict[str, Any]) -> dict[str, Any]:
     """The answer to the client from a recorded response. Raises DureError if that is a failure."""
     if "error" in response:
         raise DureError(503, response["error"]["type"], response["error"]["message"], None, 1)
-    return {"job_id": str(which.job_id), "vlm_trace_id": str(call), **response}
+    return {"job_id": str(key.job_id), "vlm_trace_id": str(call), **response}

@@ -49,7 +49,7 @@ JUDGE = Stage("vlm_judge", "judge", frozenset({("overlay", "done"), ("vlm_judge"
 
 
 @dataclass(frozen=True)
-class Which:
+class VariantKey:
     """The ids that identify a variant to its tenant."""
 
     tenant_id: str
@@ -81,34 +81,34 @@ class Stages:
         self.lease_s = lease_s
         self.to_webhook = to_webhook
 
-    async def outcome(self, which: Which, call: uuid.UUID) -> dict[str, Any] | None:
+    async def outcome(self, key: VariantKey, call: uuid.UUID) -> dict[str, Any] | None:
         """The response on record if this call has been made before; None if there is none yet.
 
         Raises a 404 for an unknown variant.
         """
 
         async def read(session: AsyncSession) -> dict[str, Any] | None:
-            await find(session, which)
+            await find(session, key)
             trace = await session.get(Trace, call)
             return trace.response if trace else None
 
         return await self.database.read(read)
 
     async def sources(
-        self, stage: Stage, which: Which, call: uuid.UUID, overlay_id: uuid.UUID | None = None
+        self, stage: Stage, key: VariantKey, call: uuid.UUID, overlay_id: uuid.UUID | None = None
     ) -> Sources:
         """What the stage can work from. Raises DureError if this call may not start it."""
 
         async def read(session: AsyncSession) -> Sources:
-            variant = await find(session, which)
+            variant = await find(session, key)
             _check(stage, variant, call)
-            desc = select(JobInput.desc_eng).where(JobInput.job_id == which.job_id)
+            desc = select(JobInput.desc_eng).where(JobInput.job_id == key.job_id)
             copies = (
                 select(AdCopy.ad_copy_eng)
-                .where(AdCopy.job_id == which.job_id, AdCopy.generation_stage == "ad_copy_eng", AdCopy.status == "done")
+                .where(AdCopy.job_id == key.job_id, AdCopy.generation_stage == "ad_copy_eng", AdCopy.status == "done")
                 .order_by(AdCopy.created_at.desc())
             )
-            overlays = select(Overlay).where(Overlay.job_variants_id == which.job_variants_id)
+            overlays = select(Overlay).where(Overlay.job_variants_id == key.job_variants_id)
             if overlay_id is not None:
                 overlays = overlays.where(Overlay.overlay_id == overlay_id)
             overlay = await session.scalar(overlays.order_by(Overlay.created_at.desc()).limit(1))
@@ -125,14 +125,16 @@ class Stages:
 
         return await self.database.read(read)
 
-    async def start(self, stage: Stage, which: Which, call: uuid.UUID, revision: int, request: dict[str, Any]) -> bool:
+    async def start(
+        self, stage: Stage, key: VariantKey, call: uuid.UUID, revision: int, request: dict[str, Any]
+    ) -> bool:
         """Start the stage: give this call the lease, and write its trace. Idempotent.
 
         Returns False if the variant has changed since `revision`. Raises DureError if the stage may not start.
         """
 
         async def write(session: AsyncSession) -> bool:
-            variant = await find(session, which)
+            variant = await find(session, key)
             _check(stage, variant, call)
             if variant.status == "running":
                 return True  # an earlier attempt was committed, but its reply was lost
@@ -143,7 +145,7 @@ class Stages:
             changed = await changes(
                 session,
                 update(Variant)
-                .where(Variant.job_variants_id == which.job_variants_id, Variant.revision == revision)
+                .where(Variant.job_variants_id == key.job_variants_id, Variant.revision == revision)
                 .values(
                     step=stage.step,
                     status="running",
@@ -159,8 +161,8 @@ class Stages:
             session.add(
                 Trace(
                     vlm_trace_id=call,
-                    job_id=which.job_id,
-                    job_variants_id=which.job_variants_id,
+                    job_id=key.job_id,
+                    job_variants_id=key.job_variants_id,
                     provider=PROVIDER,
                     operation_type=stage.operation,
                     request=request,
@@ -182,7 +184,7 @@ class Stages:
     async def end(
         self,
         stage: Stage,
-        which: Which,
+        key: VariantKey,
         call: uuid.UUID,
         response: dict[str, Any],
         latency_ms: int,
@@ -207,7 +209,7 @@ class Stages:
             completed = update(Trace).where(Trace.vlm_trace_id == call)
             await session.execute(completed.values(response=response, latency_ms=latency_ms))
             if reason is None:
-                ids = (which.tenant_id, which.job_id, which.job_variants_id, call)
+                ids = (key.tenant_id, key.job_id, key.job_variants_id, call)
                 session.add(event_of(stage.triggers, *ids, to_webhook=self.to_webhook))
             return True
 
@@ -249,16 +251,16 @@ def failure(kind: str, message: str) -> dict[str, Any]:
     return {"error": {"type": kind, "message": message}}
 
 
-async def find(session: AsyncSession, which: Which) -> Variant:
+async def find(session: AsyncSession, key: VariantKey) -> Variant:
     """The variant. Raises a 404 if there is none, or if it is another tenant's."""
     found = await session.scalar(
         select(Variant)
         .join(Job, Job.job_id == Variant.job_id)
-        .where(Variant.job_variants_id == which.job_variants_id, Variant.job_id == which.job_id)
-        .where(Job.tenant_id == which.tenant_id)
+        .where(Variant.job_variants_id == key.job_variants_id, Variant.job_id == key.job_id)
+        .where(Job.tenant_id == key.tenant_id)
     )
     if found is None:
-        raise errors.not_found(f"no variant {which.job_variants_id} of job {which.job_id}", "job_variants_id")
+        raise errors.not_found(f"no variant {key.job_variants_id} of job {key.job_id}", "job_variants_id")
     return found
 
 

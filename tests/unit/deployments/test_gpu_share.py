@@ -56,18 +56,20 @@ def test_use_is_reported_beside_share_and_plan() -> None:
 def test_only_what_changed_is_news() -> None:
     memory = Memory(600)
     share = tenth(memory)
-    assert share.news() == share.use()
-    assert share.news() is None
+    assert share.change() == share.use()
+    assert share.change() is None
     memory.mib = 615
-    assert share.news() is None, "1.5 % of the share"
+    assert share.change() is None, "1.5 % of the share"
     memory.mib = 625
-    assert (share.news() or USE).used_mb == 625, "compared with what was last reported, so that slow growth is noticed"
+    assert (share.change() or USE).used_mb == 625, (
+        "compared with what was last reported, so that slow growth is noticed"
+    )
     share.planned(500 * MIB)
-    assert (share.news() or USE).planned_mb == 500
+    assert (share.change() or USE).planned_mb == 500
     memory.mib = 999
-    share.news()
+    share.change()
     memory.mib = 1001
-    assert (share.news() or USE).over_share, "however small the change"
+    assert (share.change() or USE).over_share, "however small the change"
 
 
 def test_a_replica_over_its_share_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -75,7 +77,7 @@ def test_a_replica_over_its_share_is_logged_once(caplog: pytest.LogCaptureFixtur
     share = tenth(memory)
     with caplog.at_level(logging.WARNING, "ray.serve"):
         for memory.mib in (900, 1210, 1300, 900, 1300):
-            share.news()
+            share.change()
     assert [record.getMessage() for record in caplog.records] == [
         "m uses 1210 MB of GPU memory, more than its share of 1000 MB; num_gpus: 0.13 would be enough"
     ]

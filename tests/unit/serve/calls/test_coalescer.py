@@ -76,7 +76,7 @@ class Told(Following):
         super().__init__()
         self.all: list[Progress] = []
 
-    def tell(self, progress: Progress) -> None:
+    def report(self, progress: Progress) -> None:
         self.all.append(progress)
 
 

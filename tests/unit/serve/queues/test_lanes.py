@@ -8,7 +8,7 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from serve.errors import DureError
 from serve.queues import admission, client
 from serve.queues import lane as lane_module
 from serve.queues import pace as pace_module
-from serve.queues.admission import Admission, Held, Holding
+from serve.queues.admission import Admission, LaneReply, LaneReport
 from serve.queues.lane import Asked, Entry, Lane
 from serve.queues.tickets import FOR_TICKETS, HELD_S, LONGEST_S, MAX_WAIT_S, VALID_S, Refused, Tickets
 
@@ -277,8 +277,10 @@ def admitting(scenario: Callable[[Admission], Coroutine[Any, Any, None]], monkey
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-async def hold(actor: Admission, running: list[Asked] = [], waiting: list[Asked] = [], holder: str = "ingress") -> Held:  # noqa: B006
-    return await actor.hold(Holding(holder, running, [each.id for each in waiting], []))
+async def report(
+    actor: Admission, running: Sequence[Asked] = (), waiting: Sequence[Asked] = (), holder: str = "ingress"
+) -> LaneReply:
+    return await actor.report(LaneReport(holder, list(running), [each.id for each in waiting], []))
 
 
 def test_a_silent_holder_has_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +290,7 @@ def test_a_silent_holder_has_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -
         alive = asked(**one)
         waiting = asyncio.ensure_future(actor.enter(alive))
         while not waiting.done():
-            assert (await hold(actor, waiting=[alive])).places.get(alive.id, (1, 0))[0] == 1
+            assert (await report(actor, waiting=[alive])).places.get(alive.id, (1, 0))[0] == 1
             await asyncio.sleep(0.02)
         assert waiting.result() == "admitted"
 
@@ -310,7 +312,7 @@ def test_what_its_holder_does_not_know_is_let_go(monkeypatch: pytest.MonkeyPatch
         lost = asked(max_concurrent=1)
         assert await actor.enter(lost) == "admitted"
         while (await actor.queues())["lanes"]["search"]["running"]:
-            await hold(actor)
+            await report(actor)
             await asyncio.sleep(0.02)
 
     admitting(scenario, monkeypatch)
@@ -321,10 +323,10 @@ def test_one_that_starts_anew_lets_nobody_in_before_it_knows_what_runs(monkeypat
         newcomer, runs = asked(max_concurrent=1), asked(max_concurrent=1)
         entering = asyncio.ensure_future(actor.enter(newcomer))
         await asyncio.sleep(0.05)
-        await hold(actor, [runs], [newcomer])
+        await report(actor, [runs], [newcomer])
         for _ in range(10):
             await asyncio.sleep(0.05)
-            await hold(actor, [runs], [newcomer])
+            await report(actor, [runs], [newcomer])
         assert not entering.done()
         await actor.leave(runs.id)
         assert await entering == "admitted"
