@@ -25,7 +25,7 @@ from deployments.spec import ModelSpec
 
 logger = logging.getLogger("ray.serve")
 
-NEWS_S = 0.25
+PROGRESS_S = 0.25
 """Seconds between two progress updates to followers."""
 
 Run = Callable[[PendingItem], Awaitable[None]]
@@ -49,7 +49,7 @@ class Batcher:
         self.waiting: list[PendingItem] = []
         self.items = 0
         """Items that wait or run."""
-        self._told_at = 0.0
+        self._reported_at = 0.0
         self._arrived = asyncio.Event()
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
@@ -175,12 +175,12 @@ class Batcher:
         self.cost.observe(padded, seconds)
         self.budget.observe(padded, seconds, full=bool(self.waiting))
 
-    def _tell_followers(self, running: Sequence[PendingItem] = ()) -> None:
-        """Send progress updates for the followed items, at most every NEWS_S."""
+    def _report_progress(self, running: Sequence[PendingItem] = ()) -> None:
+        """Send progress updates for the followed items, at most every PROGRESS_S."""
         now = time.monotonic()
-        if now - self._told_at < NEWS_S:
+        if now - self._reported_at < PROGRESS_S:
             return
-        self._told_at = now
+        self._reported_at = now
         progress: dict[IncomingCall, dict[int, ItemProgress]] = {}
         for each in running:
             if each.followed:

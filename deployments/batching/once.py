@@ -106,7 +106,7 @@ class OnceBatcher(Batcher):
         seconds = time.monotonic() - started
         self._observe(self.runner.padded([waiting.tokens for waiting in batch]), seconds)
         self.linger.ended(len(batch), seconds)
-        self._tell_followers()
+        self._report_progress()
 
     async def _run(self, batch: list[PendingItem]) -> list[None]:
         await self._compute(batch)

@@ -64,7 +64,7 @@ class StepBatcher(Batcher):
             self.running = []
             self._lose(pending)
         self._observe(padded, time.monotonic() - started)
-        self._tell_followers(self.running)
+        self._report_progress(self.running)
 
     async def _run(self, batch: list[PendingItem]) -> list[None]:
         """Run one step with the new items of `batch` and those already running."""

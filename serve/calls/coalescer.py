@@ -114,7 +114,7 @@ class Coalescer:
         self._parcels.put(parcel)
         self.waiting += parcel.size
         self._followed += following is not None
-        self._tell_places()
+        self._report_places()
         self.linger.arrived(parcel.size)
         if self._pause_s() is not None:
             self._wake.set()
@@ -207,7 +207,7 @@ class Coalescer:
                 self._calls.append(call)
                 self._left_at = time.monotonic()
                 self._begin()
-                self._tell_places()
+                self._report_places()
                 call.task = asyncio.get_running_loop().create_task(self._run(call))
                 # Not in `_run` itself, which never starts if all clients leave before its first step.
                 call.task.add_done_callback(functools.partial(self._ended, call))
@@ -279,7 +279,7 @@ class Coalescer:
         if self.waiting:
             self._wake.set()
 
-    def _tell_places(self) -> None:
+    def _report_places(self) -> None:
         """Tell followers of unsent requests how many items come first."""
         if not self._followed:
             return
