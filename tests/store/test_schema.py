@@ -98,7 +98,7 @@ def test_servers_that_start_together_migrate_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'dure.sqlite3'}"
     script = f"from serve.store import migrate; migrate.make_ready({url!r})"
     starting = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
-    assert [each.wait(60) for each in starting] == [0, 0, 0]
+    assert [each.wait(180) for each in starting] == [0, 0, 0]
     migrate.check(url)
 
 

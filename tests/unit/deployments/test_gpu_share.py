@@ -172,7 +172,7 @@ def test_a_report_of_use_leaves_all_other_states_as_they_are() -> None:
     reporter = Reporter()
     reporter._lock = threading.Lock()
     reporter.board = SimpleNamespace(report=SimpleNamespace(remote=sent.append))
-    reporter.said = Report("m", "r", states={"r": at("ready"), "r/1": at("loading_checkpoint", "r/1")})
+    reporter.last = Report("m", "r", states={"r": at("ready"), "r/1": at("loading_checkpoint", "r/1")})
     reporter.gpu(USE)
     [report] = sent
     assert report.states == {"r": replace(at("ready"), gpu=USE), "r/1": at("loading_checkpoint", "r/1")}

@@ -69,7 +69,7 @@ def test_models_that_load_are_said_beside_it() -> None:
 def test_what_a_service_reports_comes_to_health_by_the_board() -> None:
     reporter, board, watch = Reporter(), Board(), Watch()
     reports: list[Report] = []
-    reporter.said, reporter._lock = Report("adverts", "r"), threading.Lock()
+    reporter.last, reporter._lock = Report("adverts", "r"), threading.Lock()
     reporter.board = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
     service: Any = Adverts.__new__(Adverts)
     service.trouble, service.graph = "", SimpleNamespace(reporter=reporter)
