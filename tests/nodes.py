@@ -23,9 +23,10 @@ QUICK = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "12",
 }
-"""Ray detects a lost node after about 5 s instead of 20 s, and an ingress drains for 2 s instead of 30 s."""
+"""Ray detects a lost node after about 5 s instead of 20 s, and an ingress drains for 12 s instead of 30 s. In that time
+HAProxy must notice, which takes seconds on a busy machine."""
 
 
 class Nodes:
