@@ -51,7 +51,7 @@ def config_file(folder: Path, models: dict[str, Any], port: int, **args: Any) ->
     return path
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
