@@ -17,7 +17,7 @@ def pairs(context: Any) -> tuple[float, dict[str, Any]]:
 
 
 class Shout:
-    """Answers `{"say": text}` in capitals.
+    """Answers `{"say": text}` in capitals. While there is a file `hold_N`, its load waits at shard N of 4.
 
     In an item, `wait` makes the batch take that many seconds, `fail` makes it fail, and `die` makes every later batch
     fail. A batch whose items have more than 100 of `memory` in total runs out of memory.
@@ -34,6 +34,9 @@ class Shout:
             os._exit(3)
         for shard in range(1, 5):
             time.sleep(float((folder / "seconds_per_shard").read_text(encoding="utf-8")))
+            held_until = time.monotonic() + 240
+            while (folder / f"hold_{shard}").exists() and time.monotonic() < held_until:
+                time.sleep(0.05)
             progress.checkpoint(25 * shard, shard, 4)
         made = cls()
         made.cold = (folder / "cold").exists()
