@@ -92,7 +92,9 @@ class Live:
                 self._preparing, preparation.run, self.engine.prepare
             )
             self._in_preparation.discard(preparation)
-            submitted = self.batcher.submit(items, requests.timeouts_s, requests.numbers, requests.followed)
+            submitted = self.batcher.submit(
+                items, requests.timeouts_s, requests.numbers, requests.followed, requests.caller
+            )
             async with contextlib.aclosing(submitted) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -145,7 +147,7 @@ class Preparation:
         try:
             return prepare(request)
         except ItemError as error:
-            return Refusal(str(error), "invalid", error.field)
+            return Refusal(str(error), "invalid", error.field, error.code)
         except Exception:  # other clients' requests share this call
             logger.exception("preparing a request failed")
             return Refusal(FAILED, "failed")

@@ -180,6 +180,8 @@ class ItemProgress:
     """Items ahead of it, while it waits."""
     tokens: int | None = None
     """Tokens generated so far, while it runs."""
+    delta: Any = None
+    """What was generated since the last time, of an engine that streams."""
 
 
 @dataclass(frozen=True)
@@ -207,5 +209,7 @@ class Refusal:
     """Stands for the result of an item that was refused or failed; the rest of its batch is unaffected."""
 
     reason: str
-    kind: Literal["invalid", "too_large", "failed", "late"] = "invalid"
+    kind: Literal["invalid", "too_large", "failed", "late", "lost"] = "invalid"
     field: str | None = None
+    code: str | None = None
+    """As in `ItemError`."""

@@ -41,6 +41,8 @@ class ModelSpec:
     is none."""
     prefix_cache_mb: float = 256
     """Memory for the prefix cache, which keeps keys and values of earlier prompts."""
+    kv_cache_mb: float = 2048
+    """Memory for the keys and values of answers under way, where an engine holds to a budget."""
     max_batch_items: int = 32
     max_batch_tokens: int = 16384
     """Padded tokens of one batch: number of items times length of the longest."""
@@ -73,9 +75,11 @@ def first_line(error: BaseException) -> str:
 class ItemError(Exception):
     """The model can't take an item. The message says what to change; `field` names the part of the request."""
 
-    def __init__(self, message: str, field: str | None = None) -> None:
+    def __init__(self, message: str, field: str | None = None, code: str | None = None) -> None:
+        """`code` is what OpenAI's clients tell such errors by."""
         super().__init__(message)
         self.field = field
+        self.code = code
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class Caller:
     """From an earlier refusal."""
     follows: bool = False
     """Whether the client wants progress events."""
+    sees_events: bool = False
+    """Whether the client wants Dure's events in a stream of another API."""
 
     @classmethod
     def waiting(cls, timeout_s: float, tenant: str = DEFAULT_TENANT, ticket: str | None = None) -> Caller:
@@ -59,6 +61,7 @@ class Caller:
             tenant,
             given.get(b"x-dure-ticket") or None,
             EVENTS in given.get(b"accept", "").lower(),
+            given.get(b"x-dure-events", "").lower() == "true",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +79,7 @@ class Caller:
         return max(0.001, self.deadline - time.monotonic())
 
 
-READ = {b"x-tenant-id", b"x-dure-ticket", b"accept"}
+READ = {b"x-tenant-id", b"x-dure-ticket", b"x-dure-events", b"accept"}
 
 
 def _seconds(text: str) -> float:

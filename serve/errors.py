@@ -23,14 +23,17 @@ class DureError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
         ticket: str | None = None,
+        code: str | None = None,
     ) -> None:
-        super().__init__(status, kind, message, param, retry_after_s, ticket)
+        """`code` is what OpenAI's clients tell errors of one kind by."""
+        super().__init__(status, kind, message, param, retry_after_s, ticket, code)
         self.status = status
         self.kind = kind
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
         self.ticket = ticket
+        self.code = code
 
     def __str__(self) -> str:
         return self.message

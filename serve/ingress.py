@@ -24,8 +24,9 @@ from serve.http.fast_path import DirectApp
 from serve.http.server import ServerBounds, serve_behind
 from serve.routes import embeddings, health, loading, metrics, models, predict, predict_ws, queues, rerank
 from serve.routes.adverts import vision
+from serve.routes.chat import ollama, openai
 
-ROUTES = (health, models, loading, predict, embeddings, rerank, vision, predict_ws, queues, metrics)
+ROUTES = (health, models, loading, predict, embeddings, rerank, vision, openai, ollama, predict_ws, queues, metrics)
 """Route modules that belong to no service."""
 
 

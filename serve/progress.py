@@ -57,6 +57,9 @@ class Following:
     def running(self, **known: Any) -> None:
         self.report(Progress("running", **known))
 
+    def wrote(self, place: int, delta: Any) -> None:
+        """The model has written more of the answer to the request's item at `place`."""
+
     def at(self, doing: str) -> Following:
         """A Following for one phase of the request. It reports to this one, with `doing` as the phase."""
         return Phase(self, doing)

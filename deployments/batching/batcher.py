@@ -54,14 +54,19 @@ class Batcher:
         self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
     async def submit(
-        self, items: list[Any], timeouts_s: list[float], numbers: list[int], followed: Sequence[int] = ()
+        self,
+        items: list[Any],
+        timeouts_s: list[float],
+        numbers: list[int],
+        followed: Sequence[int] = (),
+        caller: str = "",
     ) -> AsyncGenerator[Piece, None]:
         """Yield the items' results as they arrive. Items that are already Refusals are passed through.
 
         An item that has not started within its timeout is refused. An item whose caller has gone is never run.
         Results and `take_back` identify items by their `numbers`. Those in `followed` get progress updates.
         """
-        call = IncomingCall(len(items))
+        call = IncomingCall(len(items), caller)
         now = time.monotonic()
         refused = {number: item for number, item in zip(numbers, items, strict=True) if isinstance(item, Refusal)}
         if refused:

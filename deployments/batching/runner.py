@@ -126,7 +126,7 @@ class Runner:
 
     def _refuse(self, error: Exception, no_memory: bool) -> Refusal:
         if isinstance(error, ItemError):
-            return Refusal(str(error), "invalid", error.field)
+            return Refusal(str(error), "invalid", error.field, error.code)
         self.failures += 1
         if self.failures >= FAILURES_BEFORE_TEST:
             self._test()

@@ -10,8 +10,9 @@ from typing import Any
 
 from deployments.batching.batcher import Batcher
 from deployments.batching.runner import StepRunner
-from deployments.batching.waiting import PendingItem
+from deployments.batching.waiting import IncomingCall, PendingItem
 from deployments.engines.contract import Stepping
+from deployments.messages import ItemProgress, Piece
 from deployments.spec import ModelSpec
 
 
@@ -64,7 +65,22 @@ class StepBatcher(Batcher):
             self.running = []
             self._lose(pending)
         self._observe(padded, time.monotonic() - started)
+        if self.steps.streams:
+            self._send_deltas()
         self._report_progress(self.running)
+
+    def _send_deltas(self) -> None:
+        """Send what the last step wrote: one message per caller, through any one of its calls."""
+        deltas: dict[str, dict[int, ItemProgress]] = {}
+        carriers: dict[str, IncomingCall] = {}
+        for each in self.running:
+            if each.followed and not each.call.gone and (delta := each.item.take_delta()):
+                carriers.setdefault(each.call.caller, each.call)
+                deltas.setdefault(each.call.caller, {})[each.number] = ItemProgress(
+                    tokens=each.item.written, delta=delta
+                )
+        for caller, its in deltas.items():
+            carriers[caller].put(Piece((), [], {}, its))
 
     async def _run(self, batch: list[PendingItem]) -> list[None]:
         """Run one step with the new items of `batch` and those already running."""

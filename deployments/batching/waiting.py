@@ -18,6 +18,8 @@ class IncomingCall:
 
     left: int
     """Items not answered yet."""
+    caller: str = ""
+    """Who sent it. All calls with this caller go to the same process."""
     gone: bool = False
     """The caller has left."""
     pieces: list[Piece] = field(default_factory=list)

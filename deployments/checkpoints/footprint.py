@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Workload:
 
 NEXT_WORD = Workload(prompt_tokens=128, new_tokens=CANDIDATES * GROWN_TOKENS, candidates=CANDIDATES)
 VISION = Workload(prompt_tokens=256, new_tokens=512, sees_images=True, quantises=True)
+CHAT = Workload(prompt_tokens=512, new_tokens=512)
 ENCODER = Workload()
 
 
@@ -90,6 +91,14 @@ def vision(spec: ModelSpec, folder: Path) -> Footprint:
 def encoder(spec: ModelSpec, folder: Path) -> Footprint:
     """Footprint of a replica that embeds texts or scores pairs. Raises CheckpointError as above."""
     return _footprint(spec, folder, ENCODER)
+
+
+def chat(spec: ModelSpec, folder: Path) -> Footprint:
+    """Footprint of a replica that answers conversations. Raises CheckpointError as above."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a GGUF file, whose memory is not planned; set num_gpus")
+    found = _footprint(spec, folder, CHAT)
+    return replace(found, cache=int((spec.kv_cache_mb + spec.prefix_cache_mb) * 2**20))
 
 
 def footprint(spec: ModelSpec, folder: Path) -> Footprint:

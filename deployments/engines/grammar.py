@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deployments.engines.sequences import Sequence
 
+COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+"""llguidance's settings for JSON without spaces."""
 CLOSE_FROM = 0.75
 """Share of the token limit at which closing starts. The rest must suffice for the names of the remaining fields."""
 
@@ -91,15 +93,22 @@ class Closing:
         return allowed
 
 
+def allowed_tokens(matcher: LLMatcher, vocabulary: int) -> np.ndarray:
+    """The tokens that the grammar allows next: bool, shape (vocabulary,)."""
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+    allowed = np.zeros(vocabulary, dtype=bool)
+    width = min(bits.size, vocabulary)
+    allowed[:width] = bits[:width]
+    return allowed
+
+
 def choose(logits: torch.Tensor, writings: Iterable[Writing], closing: Closing) -> list[int]:
     """The likeliest allowed token for each answer. `logits` has shape (answers, vocabulary)."""
     allowed = np.zeros(logits.shape, dtype=bool)
     for row, writing in enumerate(writings):
         if writing.ended:
             continue
-        bits = np.unpackbits(np.frombuffer(writing.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        width = min(bits.size, logits.shape[1])
-        allowed[row, :width] = bits[:width]
+        allowed[row] = allowed_tokens(writing.matcher, logits.shape[1])
         if writing.should_close:
             allowed[row] = closing.among(allowed[row])
     chosen: list[int] = logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf).argmax(-1).tolist()

@@ -55,16 +55,34 @@ class Prefixes:
         except (RuntimeError, MemoryError):  # out of memory, and the cache is optional
             self.clear()
             return
-        self._kept[key] = kept
+        self._put(key, kept)
+
+    def give(self, tenant: str, ids: list[int], sequence: Sequence) -> None:
+        """As `keep`, but without a copy, of a sequence that has read just `ids` and that nobody uses any more.
+
+        It takes the place of what is cached of its own beginning.
+        """
+        key = (tenant, tuple(ids))
+        if len(ids) < SHORTEST or sequence.nbytes(len(ids)) > self.max_bytes:
+            return
+        for other in [*self._by_start.get(_start(key), ())]:
+            if key[1][: len(other[1])] == other[1]:
+                self._drop(other)
+        self._put(key, sequence)
+
+    def _put(self, key: Key, sequence: Sequence) -> None:
+        self._kept[key] = sequence
         self._by_start.setdefault(_start(key), set()).add(key)
-        self.nbytes += kept.nbytes(len(ids))
+        self.nbytes += sequence.nbytes(len(key[1]))
         while self.nbytes > self.max_bytes:
-            oldest, gone = self._kept.popitem(last=False)
-            self.nbytes -= gone.nbytes(len(oldest[1]))
-            alike = self._by_start[_start(oldest)]
-            alike.discard(oldest)
-            if not alike:
-                del self._by_start[_start(oldest)]
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Key) -> None:
+        self.nbytes -= self._kept.pop(key).nbytes(len(key[1]))
+        alike = self._by_start[_start(key)]
+        alike.discard(key)
+        if not alike:
+            del self._by_start[_start(key)]
 
     def clear(self) -> None:
         self._kept.clear()

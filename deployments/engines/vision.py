@@ -25,7 +25,7 @@ from transformers import (
 
 from deployments.checkpoints.loading import Placement, load_model
 from deployments.engines.contract import Stepping
-from deployments.engines.grammar import Closing, Writing, choose
+from deployments.engines.grammar import COMPACT, Closing, Writing, choose
 from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.sequences import Reader, Turn
 from deployments.images import decode
@@ -36,7 +36,6 @@ from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec, first
 CONVERSATION = "USER: <image>\n{prompt} ASSISTANT:"
 """LLaVA 1.5's prompt template, https://huggingface.co/llava-hf/llava-1.5-7b-hf."""
 MAX_ANSWER_TOKENS = 512
-COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 
 @dataclass(frozen=True)

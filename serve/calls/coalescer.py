@@ -71,6 +71,8 @@ class Coalescer:
         self._parcels: FairQueue[Parcel] = FairQueue(credit=max_call_turns())
         self._calls: list[Call] = []
         """In the order in which they were sent."""
+        self._owners: dict[int, tuple[Parcel, int]] = {}
+        """Those of all calls: a replica may report on all items in any one of them."""
         self._numbers = itertools.count(secrets.randbits(62))  # unlike any other caller's
         self._left_at = 0.0
         """When the last call was sent (time.monotonic)."""
@@ -224,6 +226,7 @@ class Coalescer:
             owners |= {next(self._numbers): (parcel, place) for place in parcel.take(turns)}
             taken += turns
             self.waiting -= turns
+        self._owners |= owners
         return Call(owners, sum(parcel.turns[place] for parcel, place in owners.values()), len(owners))
 
     async def _run(self, call: Call) -> None:
@@ -249,6 +252,8 @@ class Coalescer:
 
     def _ended(self, call: Call, _: asyncio.Task[None]) -> None:
         self._calls.remove(call)
+        for number in call.owners:
+            del self._owners[number]
         self._begin()
         self._wake.set()
 
@@ -266,7 +271,8 @@ class Coalescer:
             parcel.collector.refuse(place, refusal)
             parcel.settle()
         for number, progress in piece.progress.items():
-            call.owners[number][0].report(self.pace, progress)
+            if owner := self._owners.get(number):
+                owner[0].report(self.pace, progress, owner[1])
         if not len(piece):
             return
         now, turns = time.monotonic(), call.turns(piece.answered)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 
 from ray import serve
@@ -39,6 +40,7 @@ class Graph:
     reporter: Reporter
     patient: bool
     """Calls wait for room in a model's queue instead of being refused."""
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
     def of(
@@ -67,7 +69,8 @@ class Graph:
             Predictions(cache_of(settings.cache)),
             Lanes(
                 context.replica_id.unique_id,
-                {name: (settings.service(name).max_concurrent, settings.service(name).max_queue) for name in services},
+                {name: (settings.service(name).max_concurrent, settings.service(name).max_queue) for name in services}
+                | {name: model.lane for name, model in settings.models.items() if model.lane},
                 weights,
             ),
             Reporter(settings.guard_of(None)),

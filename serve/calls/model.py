@@ -22,6 +22,7 @@ from serve.errors import DureError
 from serve.progress import Following, Progress, reporting
 from serve.waiting import end
 
+CUT = Refusal("the model's process died while it answered; send the request again", "lost")
 DIED = Refusal("the model's process died twice while it worked on this; send something smaller", "failed")
 
 
@@ -51,6 +52,8 @@ class Model(Deployment):
             self.gate.tickets.pace,
         )
         self.gate.running = lambda: self.coalescer.under_way
+        self.begun: set[int] = set()
+        """Numbers of items whose clients have seen a part of the answer."""
 
     async def ask(self, requests: list[Any], caller: Caller, following: Following | None = None) -> Answers:
         """A result or a Refusal for each of `requests`, one per item. Raises DureError for any other failure.
@@ -121,6 +124,7 @@ class Model(Deployment):
         that an item that may have killed the replica takes no others with it.
         """
         left = set(requests.numbers)
+        self.begun -= left
         timeout_s = max(requests.timeouts_s)
         deadline = time.monotonic() + timeout_s
 
@@ -129,6 +133,7 @@ class Model(Deployment):
             try:
                 async for piece in response:
                     left.difference_update(piece.answered)
+                    self.begun.update(number for number, progress in piece.progress.items() if progress.delta)
                     deliver(piece)
             except asyncio.CancelledError:
                 response.cancel()
@@ -141,12 +146,18 @@ class Model(Deployment):
                 [number] = alone.numbers
                 if number not in left:
                     continue
+                if number in self.begun:  # its client has seen a part of the answer, and another would not go on there
+                    left.remove(number)
+                    deliver(Piece((), [], {number: CUT}))
+                    continue
                 await asyncio.sleep(RETRY_PAUSE_S)
                 try:
                     await self._once(functools.partial(ask, alone), deadline, timeout_s)
                 except LOST:
                     left.remove(number)
                     deliver(Piece((), [], {number: DIED}))
+        finally:
+            self.begun.difference_update(requests.numbers)
         if left:
             raise errors.internal()
 
@@ -158,6 +169,8 @@ def refused(refusal: Refusal, param: str) -> DureError:
         return errors.too_large(refusal.reason, param)
     if refusal.kind == "late":
         return DureError(504, errors.LATE, refusal.reason, param)
+    if refusal.kind == "lost":
+        return DureError(503, "unavailable", refusal.reason, None, 1)
     if refusal.kind == "failed":
         return DureError(500, "model_failed", refusal.reason, param)
-    return errors.invalid(refusal.reason, param)
+    return DureError(400, "invalid_request", refusal.reason, param, code=refusal.code)

@@ -51,10 +51,13 @@ class Parcel:
         if self.collector.left == 0 and not self.done.done():
             self.done.set_result(None)
 
-    def report(self, pace: Pace, progress: ItemProgress | None = None) -> None:
-        """Report to the follower how many items have been answered, or how far an unanswered one is."""
+    def report(self, pace: Pace, progress: ItemProgress | None = None, place: int = 0) -> None:
+        """Report to the follower how many items have been answered, or how far the unanswered one at `place` is."""
         items, left = len(self.items), self.collector.left
         if self.following is None:
+            return
+        if progress and progress.delta is not None:
+            self.following.wrote(place, progress.delta)
             return
         if progress and progress.ahead is not None and left == items:
             seconds_each = self.size / items * pace.seconds_per_turn

@@ -84,7 +84,8 @@ class ModelSettings(Strict):
     source: str = Field(
         min_length=1,
         max_length=1000,
-        description="A folder, `package:IMPORT_NAME/FOLDER`, or a hub id. Relative folders start at the project root.",
+        description="A folder, `package:IMPORT_NAME/FOLDER`, or a hub id; for chat also a `.gguf` file. Relative paths "
+        "start at the project root.",
     )
     revision: str | None = Field(
         None, min_length=1, max_length=255, description="Commit or tag on the hub. Required for a hub id."
@@ -115,13 +116,26 @@ class ModelSettings(Strict):
         256,
         ge=0,
         le=10**6,
-        description="Next word and vision: memory for prompts that were read before, so that a prompt which begins "
-        "alike is read only from where it differs.",
+        description="Next word, vision and chat: memory for prompts that were read before, so that a prompt which "
+        "begins alike is read only from where it differs.",
     )
     token_ids: bool = Field(
         True,
         description="Embedding: whether `input` may be token ids. Set it to false if clients send ids of another "
         "tokenizer.",
+    )
+    kv_cache_mb: float = Field(
+        2048,
+        ge=1,
+        le=10**7,
+        description="Chat: memory for the keys and values of answers under way. Where it runs out, the youngest "
+        "answers wait until others have ended.",
+    )
+    max_waiting: int = Field(
+        25,
+        ge=0,
+        le=MOST_WAITING,
+        description="Chat: requests that wait while `max_batch_items` run on each replica. Over it: 429.",
     )
     max_batch_items: int = Field(32, ge=1, le=10_000, description="Most items in one batch.")
     max_batch_tokens: int = Field(
@@ -140,7 +154,9 @@ class ModelSettings(Strict):
     @classmethod
     def _in_a_package(cls, source: str) -> str:
         if source.startswith("package:") and not re.match(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/|$)", source):
-            raise ValueError("write the weights of a package as package:IMPORT_NAME/FOLDER")
+            raise ValueError(
+                "write the weights of a package as package:IMPORT_NAME/FOLDER or package:IMPORT_NAME/FILE.gguf"
+            )
         return source
 
     @field_validator("max_memory", mode="before")
@@ -156,6 +172,13 @@ class ModelSettings(Strict):
             if not (isinstance(numbers[key], int) or key == "cpu") or not MEMORY.fullmatch(str(limit)):
                 raise ValueError("write the memory of each GPU, by its number, and of cpu, such as 0: 10GiB")
         return {numbers[key]: limit for key, limit in limits.items()}
+
+    @property
+    def lane(self) -> tuple[int, int] | None:
+        """How many requests of a chat model's run and how many wait, in the whole cluster. None for other tasks."""
+        if self.task != "chat":
+            return None
+        return self.max_batch_items * self.autoscaling.max_replicas, self.max_waiting
 
     @property
     def gpu_share(self) -> float:
@@ -176,6 +199,7 @@ class ModelSettings(Strict):
             device_map=self.device_map,
             max_memory=self.max_memory,
             prefix_cache_mb=self.prefix_cache_mb,
+            kv_cache_mb=self.kv_cache_mb,
             max_batch_items=self.max_batch_items,
             max_batch_tokens=self.max_batch_tokens,
         )

@@ -47,6 +47,12 @@ TASKS: Mapping[str, Task] = MappingProxyType(
             ("/v1/rerank", '{"query": "deposit", "documents": ["The deposit is due.", "It rains."]}'),
             "deployments.checkpoints.footprint:encoder",
         ),
+        "chat": Task(
+            "deployments.engines.chat:Chat",
+            ("POST /v1/chat/completions", "POST /v1/completions", "POST /api/chat"),
+            ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "What is a deposit?"}]}'),
+            "deployments.checkpoints.footprint:chat",
+        ),
     }
 )
 

@@ -54,6 +54,7 @@ def refuse_early(graph: Graph, calls: Calls, parts: Mapping[str, str], caller: C
             _check_service(graph, calls, called[0], caller)
         else:
             _check_models(called, caller)
+            _check_lanes(graph, called, caller)
     except DureError:
         with measured(called[0].name):
             raise
@@ -70,6 +71,12 @@ def _check_service(graph: Graph, calls: Calls, service: Deployment, caller: Call
     service.gate.check()
     if calls.queued and graph.lanes.full(service.name, caller):
         raise graph.lanes.turn_away(service.name, caller).error(service.name)
+
+
+def _check_lanes(graph: Graph, models: Sequence[Deployment], caller: Caller) -> None:
+    """Raises DureError if the lanes of all models are full."""
+    if all(model.name in graph.lanes.limits and graph.lanes.full(model.name, caller) for model in models):
+        raise graph.lanes.turn_away(models[0].name, caller).error(models[0].name)
 
 
 def _check_models(models: Sequence[Deployment], caller: Caller) -> None:

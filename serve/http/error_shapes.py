@@ -14,7 +14,10 @@ from starlette.types import Scope
 from serve import errors
 from serve.errors import DureError
 
-OPENAI_PATHS = ("/v1/embeddings", "/v1/models")
+OPENAI_PATHS = ("/v1/embeddings", "/v1/models", "/v1/chat", "/v1/completions")
+OLLAMA_PATHS = frozenset(
+    f"/api/{name}" for name in ("chat", "generate", "embed", "embeddings", "show", "tags", "ps", "version")
+)
 LONGEST_PATH = 200
 
 
@@ -22,10 +25,17 @@ def response(path: str, error: DureError | ValidationError) -> Response:
     """The response for an error at the endpoint with this path."""
     if isinstance(error, ValidationError):
         error = of_validation(path, error.errors(include_url=False)[0])
-    content = errors.body(error.kind, error.message, error.param)
+    return Response(orjson.dumps(content(path, error)), error.status, error.headers, "application/json")
+
+
+def content(path: str, error: DureError) -> dict[str, Any]:
+    """The body that says what is wrong, for clients of the API that has this path."""
+    if path in OLLAMA_PATHS:
+        return {"error": error.message}
+    said = errors.body(error.kind, error.message, error.param)
     if path.startswith(OPENAI_PATHS):
-        content["error"] |= {"param": error.param, "code": None}
-    return Response(orjson.dumps(content), error.status, error.headers, "application/json")
+        said["error"] |= {"param": error.param, "code": error.code}
+    return said
 
 
 def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:
@@ -34,7 +44,7 @@ def of_validation(path: str, problem: Mapping[str, Any]) -> DureError:
     message = errors.problem_text(problem)
     if problem["type"] == "json_invalid":
         param, message = None, f"the body is not JSON: {problem['ctx']['error']}"
-    status = 400 if path.startswith(OPENAI_PATHS) else 422
+    status = 400 if path.startswith(OPENAI_PATHS) or path in OLLAMA_PATHS else 422
     return DureError(status, "invalid_request", f"{param}: {message}" if param else message, param)
 
 

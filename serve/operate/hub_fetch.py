@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from rich.filesize import decimal
 
 from deployments.checkpoints import hub
-from deployments.checkpoints.sources import local_folder
+from deployments.checkpoints.sources import local_path
 from deployments.spec import CheckpointError
 from serve.config.settings import Settings
 
@@ -53,7 +53,7 @@ def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
     problems = []
     for name, model in settings.models.items():
         try:
-            if local_folder(model.source) is not None:
+            if local_path(model.source) is not None:
                 continue
         except CheckpointError as error:
             problems.append(f"{name}: {error}")

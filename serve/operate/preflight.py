@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from deployments.checkpoints.sources import local_folder, resolve
+from deployments.checkpoints.sources import local_path, resolve
 from deployments.memory import gpu_count
 from deployments.spec import CheckpointError
 from serve.config.base import SettingsError
@@ -52,7 +52,7 @@ def check_sources(settings: Settings) -> None:
             if model.revision is None:
                 resolve(model.source, None)
             else:
-                local_folder(model.source)
+                local_path(model.source)
         except (CheckpointError, ImportError, OSError) as error:
             raise SettingsError(f"model {name}: {error}") from error
 
