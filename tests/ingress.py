@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from types import SimpleNamespace
@@ -24,10 +24,12 @@ from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.conversation import Delta, Reply, TextPiece
 from deployments.load_progress import LoadEvent
-from deployments.messages import Answer, Embeddings, Piece, Requests, Scores, Word
+from deployments.messages import Answer, Embeddings, ItemProgress, Piece, Requests, Scores, Word
 from serve.board.reports import Replica
 from serve.board.watch import Watch
+from serve.caller import Caller
 from serve.calls.deployment import Deployment
 from serve.calls.graph import Graph
 from serve.calls.model import Model
@@ -38,6 +40,7 @@ from serve.http.fast_path import DirectApp
 from serve.http.requests import Body
 from serve.http.server import ServerBounds, serve_behind
 from serve.ingress import make_app, routers
+from serve.progress import Following
 from serve.queues.client import Lanes
 from serve.services.adverts.verdicts import Font, Judgement, Validation
 from tests.dure import free_port
@@ -48,7 +51,10 @@ MODELS = {
     "reranker": {"task": "rerank", "source": "x"},
     "vision": {"task": "vision", "source": "x"},
     "shout": {"task": "tests.engines:Shout", "source": "x"},
+    "chat": {"task": "chat", "source": "x"},
 }
+WORDS = (TextPiece("One "), TextPiece("word."))
+"""What the chat model answers."""
 
 
 VALIDATION = Validation(
@@ -92,6 +98,8 @@ class Answering:
         if self.task == "vision":
             verdicts = [VALIDATION if "is_valid" in item.schema else JUDGEMENT for item in items]
             return [Answer(verdict.model_dump_json(), 1) for verdict in verdicts]
+        if self.task == "chat":
+            return [Reply(WORDS, "stop", 5, 0, 2) for _ in items]
         return items
 
 
@@ -104,6 +112,9 @@ class AnsweringCall:
         await self.handle.may.wait()
         items = self.requests.items
         self.handle.asked += items
+        if self.handle.task == "chat" and self.requests.followed:
+            delta = ItemProgress(tokens=1, delta=Delta(0, WORDS[:1]))
+            yield Piece((), [], {}, dict.fromkeys(self.requests.followed, delta))
         yield Piece(self.requests.numbers, self.handle.results(items), {})
 
     def cancel(self) -> None:
@@ -119,6 +130,14 @@ class Ready(Watch):
         self.replicas = {(name, "1"): Replica(name, f"{name}#1", event, {"version": "1"}) for name in models}
 
 
+class Open(Lanes):
+    """Lanes in which there is always room."""
+
+    @asynccontextmanager
+    async def admitted(self, lane: str, caller: Caller, following: Following | None = None) -> AsyncIterator[None]:
+        yield
+
+
 def make_graph(models: dict[str, Any] | None = None, **settings: Any) -> Graph:
     """A graph with fake models. Needs a running event loop."""
     known = Settings.model_validate({"models": models or MODELS, "cache": {"ttl_s": 0}, **settings})
@@ -131,7 +150,7 @@ def make_graph(models: dict[str, Any] | None = None, **settings: Any) -> Graph:
         {name: _model(name, model, watch) for name, model in known.models.items()},
         services,
         Predictions(None),
-        Lanes("me", dict.fromkeys(services, (1, 2)), {}),
+        Open("me", dict.fromkeys(services, (1, 2)), {}),
         any_of(SimpleNamespace(guard=SimpleNamespace(reason=""))),
         False,
     )
@@ -189,8 +208,8 @@ class Heard:
 
     @property
     def error(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.content["error"]
-        return found
+        found: Any = self.content["error"]
+        return {"message": found} if isinstance(found, str) else found  # Ollama's errors are texts
 
 
 @dataclass(frozen=True)

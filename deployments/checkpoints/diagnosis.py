@@ -22,8 +22,6 @@ ADVICE = re.compile(r"(?<=\.) (If you were trying to load it|This could be becau
 
 def fault(folder: Path, error: Exception) -> CheckpointError:
     """The error that says what is wrong with the checkpoint in `folder`, which could not be loaded."""
-    if folder.is_file():
-        return CheckpointError(f"{folder} can't be read: {said(error)}")
     for part in transformer_folders(folder):
         for read in (config_of, _tokenizer_of, _empty_model):
             try:

@@ -45,12 +45,7 @@ class Layout:
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """The weights of all modules. Raises CheckpointError if weights are missing, or if their files are damaged.
-
-        Of a GGUF file, only its name: its tensors are named and stored differently.
-        """
-        if folder.is_file():
-            return cls([folder.name], {}, {}, 0)
+        """The weights of all modules. Raises CheckpointError if weights are missing, or if their files are damaged."""
         needs_config = transformer_folders(folder)
         layout = cls([], {}, {}, 0)
         for part in weighted_folders(folder):

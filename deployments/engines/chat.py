@@ -17,6 +17,8 @@ import torch
 from llguidance import LLMatcher
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deployments import aside
+from deployments.checkpoints import gguf
 from deployments.checkpoints.causal_lm import load_causal_lm, load_tokenizer
 from deployments.conversation import ChatRequest, Reply, Sampling
 from deployments.engines.chat_template import EXAMPLE, CallFormat, ChatTemplate, try_out
@@ -81,6 +83,8 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Chat:
+        if folder.is_file():
+            folder = _unpacked(folder, progress)
         progress.tokenizer()
         tokenizer = load_tokenizer(folder)
         model, facts = load_causal_lm(folder, spec.precision, progress)
@@ -286,6 +290,14 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         with torch.inference_mode():
             self.reader.read([Turn(sequence, [0], [0])])
         return max(1, sequence.nbytes(1))
+
+
+def _unpacked(path: Path, progress: LoadProgress) -> Path:
+    """The folder with the model of a GGUF file. It is unpacked in a process of its own, for the memory that takes."""
+    folder = gguf.folder_of(path)
+    if not folder.is_dir():
+        aside.run("deployments.checkpoints.gguf:unpack", path, progress=progress)
+    return folder
 
 
 def _schema_field(request: ChatRequest) -> str:

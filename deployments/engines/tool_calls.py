@@ -103,9 +103,7 @@ class CallParser:
             if not tag:
                 sizes = range(min(len(OPEN) - 1, len(before)), -1, -1)
                 keep = next(size for size in sizes if OPEN.startswith(before[len(before) - size :]))
-                # Spaces before a tag are not part of what is said.
-                told = before[: len(before) - keep]
-                told = told[: len(told.rstrip())] if (keep or self.found) else told
+                told = before[: len(before) - keep].rstrip()  # spaces before a tag are not part of what is said
                 self._held = self._held[len(told) :]
                 return [*pieces, *([TextPiece(told)] if told else [])]
             inside, closed, rest = after.partition(CLOSE)

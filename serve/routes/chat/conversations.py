@@ -16,6 +16,7 @@ DEEPEST = 64
 """Levels of nesting in a schema."""
 MOST_TOOLS = 128
 MOST_STOPS, LONGEST_STOP = 64, 1000
+MOST_BIASES = 1024
 
 
 def messages_of(given: Any, limits: Limits) -> list[dict[str, Any]]:
@@ -139,6 +140,20 @@ def check_schema(schema: Any, where: str) -> None:
             raise errors.invalid(f"{where} is nested over {DEEPEST} levels; simplify it", where)
         inner = [value for each in level for value in (each.values() if isinstance(each, dict) else each)]
         level = [each for each in inner if isinstance(each, dict | list)]
+
+
+def biases_of(given: Any) -> dict[int, float]:
+    """Biases by token id. Raises DureError for what is no such thing, or for too many."""
+    if not given:
+        return {}
+    if not isinstance(given, dict) or len(given) > MOST_BIASES:
+        raise errors.invalid(f"logit_bias takes an object of at most {MOST_BIASES} token ids", "logit_bias")
+    biases = {}
+    for token, bias in given.items():
+        if not (token.isdecimal() and len(token) < 10 and type(bias) in (int, float) and -100 <= bias <= 100):
+            raise errors.invalid("logit_bias takes numbers from -100 to 100 by token id", "logit_bias")
+        biases[int(token)] = float(bias)
+    return biases
 
 
 def stops_of(given: Any) -> tuple[str, ...]:

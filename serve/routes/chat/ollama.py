@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import orjson
 from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from deployments.conversation import ChatRequest, Reply, Sampling, ToolCall
 from deployments.messages import Embeddings, Text
@@ -56,7 +56,7 @@ class Named(Body):
 class Generating(Named):
     stream: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
-    format: str | dict[str, Any] | None = None
+    format: Any = None
     think: Any = None
 
     @classmethod
@@ -89,8 +89,6 @@ class Generating(Named):
             return None
         if self.format == "json":
             return '{"type":"object"}'
-        if isinstance(self.format, str):
-            raise errors.invalid("format takes json or a JSON schema", "format")
         conversations.check_schema(self.format, "format")
         return json.dumps(self.format)
 
@@ -134,8 +132,18 @@ class GenerateRequest(Generating):
     raw: bool = False
 
 
+Texts = str | list[str]
+
+
+def _texts(given: Any) -> Texts:
+    """Validates by hand, as pydantic would collect errors for every entry of a long list."""
+    if isinstance(given, str) or (isinstance(given, list) and {type(each) for each in given} <= {str}):
+        return given
+    raise ValueError("takes a text or a list of texts")
+
+
 class EmbedRequest(Named):
-    input: str | list[str]
+    input: Annotated[Texts, PlainValidator(_texts, json_schema_input_type=Texts)]
     truncate: bool = True
 
     @classmethod

@@ -8,7 +8,7 @@ import uuid
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Response
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from deployments.conversation import ChatRequest, Sampling
 from serve import errors
@@ -23,7 +23,6 @@ from serve.routes.chat.streams import ChatChunks, TextChunks, response
 router = APIRouter(tags=["chat"])
 
 LARGEST_SEED = 2**63 - 1
-MOST_BIASES = 1024
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
@@ -48,7 +47,7 @@ class Generating(Body):
     """Extension."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    logit_bias: Any = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED, strict=True)] | None = None
     stop: Any = None
     max_tokens: Count | None = None
@@ -73,8 +72,6 @@ class Generating(Body):
         return bool(self.stream_options.get("include_usage"))
 
     def sampling(self, top_logprobs: int | None) -> Sampling:
-        if len(self.logit_bias) > MOST_BIASES:
-            raise errors.invalid(f"logit_bias has over {MOST_BIASES} entries", "logit_bias")
         return Sampling(
             self.temperature,
             self.top_p,
@@ -83,7 +80,7 @@ class Generating(Body):
             self.frequency_penalty,
             self.presence_penalty,
             self.repetition_penalty,
-            self.logit_bias,
+            conversations.biases_of(self.logit_bias),
             None if self.seed is None else abs(self.seed),
             top_logprobs,
         )
@@ -95,7 +92,8 @@ class ChatCompletionRequest(Generating):
         *("continue_final_message", "documents", "guided_regex", "guided_grammar", "guided_choice"),
     )
 
-    messages: Annotated[Any, Field(description="OpenAI's messages; parts of type text only.")]
+    messages: list[Any]
+    """Contents are texts, or lists of parts of type text."""
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20, strict=True)] | None = None
@@ -127,10 +125,22 @@ class ChatCompletionRequest(Generating):
         )
 
 
+Prompt = str | list[int]
+
+
+def _prompt(given: Any) -> Prompt:
+    """Validates by hand, as pydantic would collect errors for every entry of a long list."""
+    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], str | list):
+        [given] = given
+    if isinstance(given, str) or (isinstance(given, list) and {type(each) for each in given} <= {int}):
+        return given
+    raise ValueError("takes one text, or the ids of one text's tokens; send several requests for several texts")
+
+
 class CompletionRequest(Generating):
     UNUSABLE = ("suffix", "echo")
 
-    prompt: str | list[int] | list[str]
+    prompt: Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=Prompt)]
     max_tokens: Count | None = 16
     """As in OpenAI's API."""
     logprobs: Annotated[int, Field(ge=0, le=20, strict=True)] | None = None
@@ -138,17 +148,12 @@ class CompletionRequest(Generating):
 
     def request(self, limits: Limits) -> ChatRequest:
         """Raises DureError naming the field that can't be used."""
-        prompt = self.prompt
         if self.best_of is not None and self.best_of != self.n:
             raise errors.invalid("best_of can't be used here; leave it out", "best_of")
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-            if len(prompt) > 1:
-                raise errors.invalid("prompt takes one text; send several requests", "prompt")
-            prompt = prompt[0]
-        if isinstance(prompt, str):
-            check_text(prompt, "prompt", limits)
+        if isinstance(self.prompt, str):
+            check_text(self.prompt, "prompt", limits)
         return ChatRequest(
-            prompt=prompt,  # type: ignore[arg-type]
+            prompt=self.prompt,
             sampling=self.sampling(self.logprobs),
             max_tokens=self.max_tokens,
             stops=conversations.stops_of(self.stop),
