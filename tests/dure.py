@@ -19,7 +19,7 @@ import yaml
 from serve.operate.environment import first_free
 
 ROOT = Path(__file__).resolve().parent.parent
-READY_S = 250.0
+READY_S = 400.0
 
 
 GIVEN: set[int] = set()

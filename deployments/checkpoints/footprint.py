@@ -95,10 +95,14 @@ def encoder(spec: ModelSpec, folder: Path) -> Footprint:
 
 def chat(spec: ModelSpec, folder: Path) -> Footprint:
     """Footprint of a replica that answers conversations. Raises CheckpointError as above."""
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a GGUF file, whose memory is not planned; set num_gpus")
-    found = _footprint(spec, folder, CHAT)
-    return replace(found, cache=int((spec.kv_cache_mb + spec.prefix_cache_mb) * 2**20))
+    cache = int((spec.kv_cache_mb + spec.prefix_cache_mb) * 2**20)
+    if not folder.is_file():
+        return replace(_footprint(spec, folder, CHAT), cache=cache)
+    from deployments.checkpoints import gguf  # here: it imports torch
+
+    value, (sizes, values) = PLAIN_BYTES.get(spec.precision, HALF), gguf.sizes(folder)
+    activations = _activations(spec, sizes, value, CHAT)
+    return Footprint(round((1 + SLACK) * value * values), cache, round((1 + SLACK) * activations))
 
 
 def footprint(spec: ModelSpec, folder: Path) -> Footprint:

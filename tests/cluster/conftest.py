@@ -32,7 +32,7 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
     (folder / "seconds_per_shard").write_text("0.01", encoding="utf-8")
     shipped = yaml.safe_load((ROOT / "configs/local.yaml").read_text(encoding="utf-8"))
     models = shipped["applications"][0]["args"]["models"]
-    for name in ("predictor", "embedder"):
+    for name in ("predictor", "embedder", "chat"):
         models[name]["precision"] = "fp32"  # as fast on one machine as on another, and nothing to measure at the start
     shout = {"task": "tests.engines:Shout", "source": str(folder)}
     models["shout"] = {**shout, "max_queue": 8, "max_batch_items": 4}

@@ -95,7 +95,7 @@ def test_the_image_is_made_in_the_order_that_keeps_layers() -> None:
 
 def test_the_image_installs_pinned_versions_and_nothing_for_development() -> None:
     installs = [part for line in DOCKERFILE.all("RUN") for part in line.split("&&") if "pip install" in part]
-    assert len(installs) == 3
+    assert len(installs) == 4
     for install in installs:
         assert "--constraint constraints.txt" in install or "--no-deps" in install
         assert "dev]" not in install

@@ -118,7 +118,7 @@ def test_fields_reach_the_model(server: Running) -> None:
                 "name": "weather", "arguments": '{"city": "Seoul"}'}}]},
             {"role": "tool", "tool_call_id": "1", "content": "rain"},
         ],
-        temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, frequency_penalty=1, presence_penalty=-1, repetition_penalty=1.1,
+        temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, repetition_penalty=1.1,
         seed=7, logit_bias={"5": -100}, logprobs=True, top_logprobs=3, max_completion_tokens=9, stop="END",
         ignore_eos=True, tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}},
     )  # fmt: skip
