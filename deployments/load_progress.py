@@ -41,6 +41,10 @@ class LoadProgress:
     def preparing(self) -> None:
         self._emit("preparing", PREPARING, "Preparing files", "파일 준비 중")
 
+    def waiting(self, what: str) -> None:
+        """Report that the load waits for another server."""
+        self._emit("preparing", PREPARING, f"Waiting: {what}", f"대기 중: {what}")
+
     def tokenizer(self) -> None:
         self._emit("loading_tokenizer", TOKENIZER, "Loading the tokenizer", "토크나이저 로드 중")
 

@@ -209,7 +209,9 @@ class Refusal:
     """Stands for the result of an item that was refused or failed; the rest of its batch is unaffected."""
 
     reason: str
-    kind: Literal["invalid", "too_large", "failed", "late", "lost"] = "invalid"
+    kind: Literal["invalid", "too_large", "failed", "late", "lost", "busy"] = "invalid"
     field: str | None = None
     code: str | None = None
     """As in `ItemError`."""
+    retry_after_s: float = 1.0
+    """When to come back, if it is lost or the model is busy."""

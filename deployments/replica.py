@@ -8,16 +8,16 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
-from typing import Any, Protocol
 
 from ray import serve
 
-from deployments.gpu_share import POLL_S, GpuShare, GpuUse, planned_bytes
-from deployments.load_progress import LoadEvent, LoadProgress
+from deployments.gpu_share import POLL_S, GpuShare, planned_bytes
+from deployments.load_progress import LoadProgress
 from deployments.loaded_model import Live, reason
 from deployments.loopback import keep_to_loopback
 from deployments.messages import Piece, Requests
 from deployments.metrics import LOAD_SECONDS, REGISTRY, RELOADS, WEIGHTS
+from deployments.outlet import Outlet
 from deployments.scaling import BACKLOG, ITEMS, Backlogs
 from deployments.spec import ModelSpec, Order
 
@@ -27,22 +27,6 @@ SPINS = "1000"
 """How often an OpenMP thread with a core of its own polls for work before it sleeps. Waking a thread is so slow that
 two threads were no faster than one if they slept at once: a lone request for next words at KoGPT2's size took 81 ms, 54
 ms with 1,000 polls and 49 ms with 5,000. With another process that took a whole core it was 86, 111 and 203 ms."""
-
-
-class Outlet(Protocol):
-    """A replica's line to the board: reports its state and receives orders. Only `open` blocks."""
-
-    def open(
-        self, model: str, replica: str, registry: Any, deploy: str, on_order: Callable[[Order], object]
-    ) -> Order | None: ...
-
-    def event(self, event: LoadEvent, copy: int = 0) -> None: ...
-
-    def facts(self, facts: dict[str, Any], order: Order | None = None) -> None: ...
-
-    def gpu(self, use: GpuUse) -> None: ...
-
-    def refused(self, order: Order, reason: str) -> None: ...
 
 
 class ModelReplica:

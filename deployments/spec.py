@@ -12,6 +12,22 @@ Batches = Literal["mixed", "equal_lengths", "single"]
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """Another server that loads and runs a chat model."""
+
+    kind: Literal["ollama", "openai"]
+    url: str
+    """Without /v1 or /api."""
+    model: str
+    """What it calls the model."""
+    key_env: str = ""
+    """The environment variable that has the key for it. Empty: it needs none."""
+    timeout_s: float = 60.0
+    """Longest time in which it sends nothing."""
+    max_concurrent: int = 5
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model of the config file, resolved as far as possible without reading weights."""
 
@@ -48,6 +64,8 @@ class ModelSpec:
     """Padded tokens of one batch: number of items times length of the longest."""
     deploy: str = ""
     """Identifies the deploy."""
+    upstream: Upstream | None = None
+    """The server that runs the model in place of an engine here."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.replica import ModelReplica
+from deployments.upstream.replica import UpstreamReplica
 from serve.board.reporter import Reporter
 from serve.board.reports import CONSTRUCTOR_TRIES
 from serve.config.model import Autoscaling, ModelSettings
@@ -70,7 +71,8 @@ def _class_at(path: str) -> type[Service]:
 def _model(name: str, model: ModelSettings, settings: Settings, deploy: str) -> Application:
     scaling = model.autoscaling
     fixed = scaling.min_replicas == scaling.max_replicas
-    deployment = serve.deployment(ModelReplica).options(
+    replica = UpstreamReplica if model.upstream else ModelReplica
+    deployment = serve.deployment(replica).options(
         name=name,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.gpu_share},
         max_ongoing_requests=max(2 * model.max_queue, model.max_batch_items),

@@ -170,7 +170,9 @@ def refused(refusal: Refusal, param: str) -> DureError:
     if refusal.kind == "late":
         return DureError(504, errors.LATE, refusal.reason, param)
     if refusal.kind == "lost":
-        return DureError(503, "unavailable", refusal.reason, None, 1)
+        return DureError(503, "unavailable", refusal.reason, None, refusal.retry_after_s)
+    if refusal.kind == "busy":
+        return DureError(429, "queue_full", refusal.reason, None, refusal.retry_after_s)
     if refusal.kind == "failed":
         return DureError(500, "model_failed", refusal.reason, param)
     return DureError(400, "invalid_request", refusal.reason, param, code=refusal.code)

@@ -22,7 +22,7 @@ from typer._click.exceptions import NoArgsIsHelpError, UsageError
 
 from deployments.spec import CheckpointError
 from serve import paths
-from serve.cli import bench, queries
+from serve.cli import bench, chatting, queries
 from serve.cli.options import DEFAULT_CONFIG, ConfigOption, complain, fail, out, read
 from serve.cli.terminal import Fetching, Loading, print_ready
 from serve.config.base import SettingsError
@@ -256,6 +256,7 @@ def migrate(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
 app.command()(queries.status)
 app.command()(queries.predict)
+app.command()(chatting.chat)
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from deployments.spec import ModelSpec, Precision, Runtime
+from deployments.spec import ModelSpec, Precision, Runtime, Upstream
 from serve.config.base import SettingsError, Strict, unknown_name
 from serve.config.tasks import TASKS, model_spec
 
@@ -75,6 +75,28 @@ class Autoscaling(Strict):
         return self
 
 
+class UpstreamSettings(Strict):
+    """A server that loads and runs a chat model."""
+
+    kind: Literal["ollama", "openai"] = Field(
+        description="API of the server: Ollama's, or OpenAI's as vLLM, llama-server, TGI and Dure have it."
+    )
+    url: str = Field(
+        pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$", max_length=1000, description="Its address, without /v1 or /api."
+    )
+    model: str = Field(min_length=1, max_length=255, description="What the server calls the model.")
+    key_env: str = Field(
+        "",
+        pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
+        description="Environment variable with the key for the server. Left out: it needs none.",
+    )
+    timeout_s: float = Field(60, ge=1, le=DAY_S, description="Longest time in which the server may send nothing.")
+    max_concurrent: int = Field(5, ge=1, le=10_000, description="Requests that run at once on each replica.")
+
+    def known(self) -> Upstream:
+        return Upstream(self.kind, self.url.rstrip("/"), self.model, self.key_env, self.timeout_s, self.max_concurrent)
+
+
 class ModelSettings(Strict):
     """One model. Its name may have 64 letters, digits, dots, dashes and underscores."""
 
@@ -82,10 +104,13 @@ class ModelSettings(Strict):
         description=f"{', '.join(f'`{task}`' for task in TASKS)}, or `MODULE:CLASS` of an engine of your own."
     )
     source: str = Field(
-        min_length=1,
+        "",
         max_length=1000,
         description="A folder, `package:IMPORT_NAME/FOLDER`, or a hub id; for chat also a `.gguf` file. Relative paths "
         "start at the project root.",
+    )
+    upstream: UpstreamSettings | None = Field(
+        None, description="Chat: the server that loads and runs the model, in place of `source`."
     )
     revision: str | None = Field(
         None, min_length=1, max_length=255, description="Commit or tag on the hub. Required for a hub id."
@@ -173,12 +198,25 @@ class ModelSettings(Strict):
                 raise ValueError("write the memory of each GPU, by its number, and of cpu, such as 0: 10GiB")
         return {numbers[key]: limit for key, limit in limits.items()}
 
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSettings":
+        if self.upstream is None:
+            if not self.source:
+                raise ValueError("give a `source`" + (" or an `upstream`" if self.task == "chat" else ""))
+            return self
+        if self.task != "chat":
+            raise ValueError(f"task {self.task} takes no `upstream`; only chat does")
+        if self.source or self.revision or self.num_gpus:
+            raise ValueError("`upstream` takes the place of `source`, `revision` and `num_gpus`; leave those out")
+        return self
+
     @property
     def lane(self) -> tuple[int, int] | None:
         """How many requests of a chat model's run and how many wait, in the whole cluster. None for other tasks."""
         if self.task != "chat":
             return None
-        return self.max_batch_items * self.autoscaling.max_replicas, self.max_waiting
+        at_once = self.upstream.max_concurrent if self.upstream else self.max_batch_items
+        return at_once * self.autoscaling.max_replicas, self.max_waiting
 
     @property
     def gpu_share(self) -> float:
@@ -202,6 +240,7 @@ class ModelSettings(Strict):
             kv_cache_mb=self.kv_cache_mb,
             max_batch_items=self.max_batch_items,
             max_batch_tokens=self.max_batch_tokens,
+            upstream=self.upstream.known() if self.upstream else None,
         )
 
 

@@ -241,7 +241,9 @@ class Settings(Strict):
     def on_cpu(self) -> dict[str, ModelSettings]:
         """The models that run on the CPU."""
         return {
-            name: model for name, model in self.models.items() if not model.gpu_share and not self.leaves_out(model)
+            name: model
+            for name, model in self.models.items()
+            if not model.gpu_share and not self.leaves_out(model) and not model.upstream
         }
 
     def guard_of(self, model: ModelSettings | None) -> GuardSettings:
@@ -255,7 +257,7 @@ class Settings(Strict):
 
     def leaves_out(self, model: ModelSettings) -> bool:
         """Whether the model's GPU share is left out and must be worked out."""
-        return self.gpus is not None and model.num_gpus is None
+        return self.gpus is not None and model.num_gpus is None and model.upstream is None
 
     @model_validator(mode="after")
     def _shares_of_spread_models(self) -> "Settings":

@@ -52,6 +52,8 @@ def downloads_of(settings: Settings) -> tuple[list[Download], list[str]]:
     models: dict[tuple[str, str], list[str]] = {}
     problems = []
     for name, model in settings.models.items():
+        if model.upstream:
+            continue
         try:
             if local_path(model.source) is not None:
                 continue

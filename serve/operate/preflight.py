@@ -48,6 +48,8 @@ def check_sources(settings: Settings) -> None:
     """Check that the models' files are on this machine, or that a revision on the hub is named."""
     optimised()
     for name, model in settings.models.items():
+        if model.upstream:
+            continue
         try:
             if model.revision is None:
                 resolve(model.source, None)

@@ -59,6 +59,9 @@ def dure(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[Dure]
         },
     }
     port = free_port()
+    for kind in ("openai", "ollama"):  # the server is its own upstream
+        upstream = {"kind": kind, "url": f"http://127.0.0.1:{port}", "model": "chat"}
+        models[f"by_{kind}"] = {"task": "chat", "upstream": upstream}
     config = config_file(
         folder,
         models,

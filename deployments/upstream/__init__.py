@@ -1,0 +1,1 @@
+"""Chat models that another server loads, places and runs."""
