@@ -53,8 +53,8 @@ class ChatRequest:
     """Texts that end the answer. They are not part of it."""
     ignore_eos: bool = False
     """Write on until `max_tokens`."""
-    seconds: float = 0.0
-    """Time after which the answer ends with what it has. 0: none."""
+    parallel_calls: bool = True
+    """Whether an answer may have several calls."""
     tenant: str = ""
     """Tenants never share what was read of their prompts."""
 
@@ -65,7 +65,9 @@ class TokenLogprob:
 
     token: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    raw: bytes
+    """The bytes that the token stands for, which may be a part of a character."""
+    top: tuple[tuple[str, float, bytes], ...] = ()
     """The likeliest tokens in its place."""
 
 

@@ -116,6 +116,7 @@ class ModelReplica:
             "in_steps": self.live.in_steps,
             "parallel": self.live.parallel,
             "max_tokens": getattr(self.live.engine, "max_tokens", None),
+            "capabilities": getattr(self.live.engine, "capabilities", None),
             "version": ".".join(
                 [self.spec.deploy, str(order.number if order else 0), self.live.content, facts.runtime, facts.precision]
             ),

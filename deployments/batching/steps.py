@@ -15,6 +15,9 @@ from deployments.engines.contract import Stepping
 from deployments.messages import ItemProgress, Piece
 from deployments.spec import ModelSpec
 
+TO_ANSWER_S = 1.0
+"""How long before its deadline an answer ends with what it has, so that it still reaches the client."""
+
 
 class StepBatcher(Batcher):
     """The batcher for engines that work in steps. New items join the running ones between two steps."""
@@ -86,6 +89,9 @@ class StepBatcher(Batcher):
         """Run one step with the new items of `batch` and those already running."""
         for waiting in batch:
             waiting.item = self.steps.begin(waiting.item)
+            if self.steps.streams:
+                left = waiting.deadline - time.monotonic()
+                waiting.item.end_by(waiting.deadline - min(TO_ANSWER_S, left / 2))
         self.running = pending = [*self.running, *batch]
         outcome = await self._compute(pending)
         self.running = [pending[row] for row in outcome.unfinished]

@@ -15,7 +15,7 @@ from deployments.spec import CheckpointError, Facts, Precision, first_line
 
 UNBOUNDED = 2**31 - 1
 CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""How transformers' causal language models are called."""
+"""Endings of the names of transformers' causal language models."""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +59,10 @@ def unpack(path: Path, _: LoadProgress) -> None:
     with disk_cache.alone(folder.name):
         if folder.is_dir():
             return
+        part = folder.with_name(f"{folder.name}.part")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".part"))
+            shutil.rmtree(part, ignore_errors=True)  # what a process left that was killed
+            part.mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(f"{path} can't be unpacked into {folder.parent} ($DURE_CACHE): {error}") from error
         try:

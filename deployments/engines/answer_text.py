@@ -23,6 +23,11 @@ class AnswerText:
         self._held = ""
         """Text that may be the beginning of a stop string."""
 
+    @property
+    def holds(self) -> bool:
+        """Whether text is held back that may be the beginning of a stop string."""
+        return bool(self._held)
+
     def add(self, ids: Sequence[int]) -> str:
         """The text that can be given out now. After a stop string nothing more is."""
         if self.stopped_at is not None:

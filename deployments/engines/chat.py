@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,19 +26,15 @@ from deployments.engines.generation import ChatItem, Generation
 from deployments.engines.grammar import COMPACT, Closing, allowed_tokens
 from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.prompt_pace import PromptPace
-from deployments.engines.sampling import choose
+from deployments.engines.sampling import Choice, choose
 from deployments.engines.sequences import Reader, Turn
 from deployments.engines.sequences import Sequence as Read
-from deployments.engines.tool_calls import described, grammar_of_tags, schema_of_calls
+from deployments.engines.tool_calls import OPEN, described, grammar_of_calls, grammar_of_tags
 from deployments.load_progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
 
-DEEPEST = 64
-"""Levels of nesting in a JSON schema."""
 LONGEST_SCHEMA = 256 * 1024
-"""Characters of a JSON schema."""
-MOST_PREDICTED = 20
-"""Likeliest tokens that can be reported with each token, as in OpenAI's API."""
+"""Characters of a JSON schema, or of all tools' schemas."""
 
 
 class Chat(Stepping[ChatRequest, ChatItem, Generation]):
@@ -81,6 +76,12 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         self.template = _template(tokenizer)
         self.defaults = _defaults(model)
 
+    @property
+    def capabilities(self) -> list[str]:
+        """What the model can do, in Ollama's words."""
+        calls = self.template is not None and self.template.call_format != "none"
+        return ["completion", "tools"] if calls else ["completion"]
+
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Chat:
         if folder.is_file():
@@ -91,8 +92,12 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         return cls(model, tokenizer, facts, int(spec.prefix_cache_mb * 2**20), int(spec.kv_cache_mb * 2**20))
 
     def warm_up(self) -> None:
-        messages = EXAMPLE if self.template else None
-        self.run([self.prepare(ChatRequest(messages, "Hello", sampling=Sampling(temperature=0), max_tokens=4))])
+        greedy = Sampling(temperature=0)
+        try:
+            item = self.prepare(ChatRequest(EXAMPLE if self.template else None, "Hello", sampling=greedy, max_tokens=4))
+        except ItemError:  # a template may refuse the example, or leave no room for an answer
+            item = self.prepare(ChatRequest(prompt=self._first(), sampling=greedy, max_tokens=4))
+        self.run([item])
 
     def prepare(self, request: ChatRequest) -> ChatItem:
         ids = self._ids(request)
@@ -110,15 +115,15 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         if wrong is not None:
             raise ItemError(f"logit_bias names token {wrong}, but the model has {self.rows}", "logit_bias")
         room = self.max_tokens - len(ids)
-        schema, call_format = self._constraint(request)
+        grammar, is_json, call_format = self._constraint(request)
+        matcher = None if grammar is None else self._matcher(grammar, request)
         return ChatItem(
             ids,
             request,
             self._sampling(request.sampling),
             min(request.max_tokens or room, room),
-            time.monotonic() + request.seconds if request.seconds else math.inf,
-            self._matcher(request, schema),
-            schema is not None,
+            matcher,
+            is_json,
             call_format,
         )
 
@@ -126,7 +131,7 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         return min(len(item.ids), self.pace.room)
 
     def begin(self, item: ChatItem) -> Generation:
-        return Generation(item, self.ends, self._decode, lambda: self.pace.room)
+        return Generation(item, self.ends, self._decode, self.grammar_tokens.decode_bytes, lambda: self.pace.room)
 
     def run(self, items: list[ChatItem]) -> list[Any]:
         """Run the items without the prefix cache, as measurements run the same items again and again."""
@@ -154,18 +159,16 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
             hidden = self.reader.read(turns)
             rows = np.cumsum([len(turn.ids) for turn in turns]) - 1
             writing = [at for at, (work, ids) in enumerate(reading) if len(ids) == len(work.to_read)]
-            logits = self.reader.logits(hidden[rows[writing]]) if writing else None
+            writers = [reading[at][0] for at in writing]
+            choices = self._chosen(writers, hidden[rows[writing]]) if writers else []
         except Exception:  # perhaps out of memory
             self.prefixes.clear()
             raise
         # Works change only from here on, so a step that ran out of memory can be repeated.
-        writers = [reading[at][0] for at in writing]
         for work, ids in reading:
             work.has_read(len(ids))
-        if logits is not None:
-            allowed = self._allowed(writers, logits.shape[1])
-            for work, choice in zip(writers, choose(logits, [each.draws for each in writers], allowed), strict=True):
-                work.write(choice)
+        for work, choice in zip(writers, choices, strict=True):
+            work.write(choice)
         for work in writers:
             if isinstance(work.result, Reply) and work.sequence:
                 read = [*work.item.ids, *work.tokens][: work.sequence.length]
@@ -198,6 +201,11 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
                 reading.append((work, list(ids)))
         return reading
 
+    def _chosen(self, works: list[Generation], hidden: torch.Tensor) -> list[Choice]:
+        """The next token of each work. `hidden` are the hidden states of their last tokens."""
+        logits = self.reader.logits(hidden)
+        return choose(logits, [work.draws for work in works], self._allowed(works, logits.shape[1]))
+
     def _allowed(self, works: list[Generation], vocabulary: int) -> torch.Tensor | None:
         """The tokens that the works' grammars allow, shape (works, vocabulary); None: all."""
         if not any(work.matcher for work in works):
@@ -229,7 +237,7 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
             tools = []
         text = self.template.render(messages, tools)
         self._check_length(text, "messages")
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) or self._first()
 
     def _check_length(self, text: str, field: str) -> None:
         """Raises ItemError if the text is certainly too long, which is known without tokenising it."""
@@ -249,30 +257,35 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         first = self.tokenizer.bos_token_id
         return [min(self.ends) if first is None else first]
 
-    def _constraint(self, request: ChatRequest) -> tuple[str | None, CallFormat]:
-        """The schema that the whole answer has to match, if any, and how calls in it are found."""
-        if request.tools and request.tool_choice not in ("auto", "none"):
-            return json.dumps(schema_of_calls(request.tools, request.tool_choice)), "json"
-        auto = request.tools and request.tool_choice == "auto" and self.template
-        return request.schema, self.template.call_format if auto and self.template else "none"
+    def _constraint(self, request: ChatRequest) -> tuple[str | None, bool, CallFormat]:
+        """The answer's grammar, if any; whether it makes the answer one JSON value; and how calls in it are found.
 
-    def _matcher(self, request: ChatRequest, schema: str | None) -> LLMatcher | None:
-        """Raises ItemError if the schema is too large, or can't be made into a grammar."""
+        Raises ItemError if the schemas are too long, or no schemas.
+        """
+        field = "tools" if request.schema is None else "response_format"
+        schemas = request.schema if request.schema is not None else json.dumps(request.tools)
+        if len(schemas) > LONGEST_SCHEMA:
+            raise ItemError(f"the schema has over {LONGEST_SCHEMA} characters; simplify it", field)
         try:
-            if schema is not None:
-                if len(schema) > LONGEST_SCHEMA:
-                    raise ItemError(f"the schema has over {LONGEST_SCHEMA} characters; simplify it", "response_format")
-                grammar = _grammar(schema)
-            elif self._constraint(request)[1] == "hermes":
-                grammar = grammar_of_tags(request.tools, "<tool_call>" in self.tokenizer.get_vocab())
-            else:
-                return None
+            if request.schema is not None:
+                return _grammar(request.schema), True, "none"
+            if not request.tools or request.tool_choice == "none":
+                return None, False, "none"
+            if request.tool_choice != "auto":
+                return grammar_of_calls(request.tools, request.tool_choice), True, "json"
+            form = self.template.call_format if self.template else "none"
+            is_token = OPEN in self.tokenizer.get_vocab()
+            return grammar_of_tags(request.tools, is_token) if form == "hermes" else None, False, form
         except ValueError as error:
-            raise ItemError(f"the schema can't be used: {error}", _schema_field(request)) from error
+            raise ItemError(f"the schema can't be used: {error}", field) from error
+
+    def _matcher(self, grammar: str, request: ChatRequest) -> LLMatcher:
+        """Raises ItemError if the grammar can't be compiled."""
         matcher = LLMatcher(self.grammar_tokens, grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0]
-            raise ItemError(f"the schema can't be used: {reason}", _schema_field(request))
+            field = "tools" if request.schema is None else "response_format"
+            raise ItemError(f"the schema can't be used: {reason}", field)
         return matcher
 
     def _sampling(self, asked: Sampling) -> Sampling:
@@ -298,10 +311,6 @@ def _unpacked(path: Path, progress: LoadProgress) -> Path:
     if not folder.is_dir():
         aside.run("deployments.checkpoints.gguf:unpack", path, progress=progress)
     return folder
-
-
-def _schema_field(request: ChatRequest) -> str:
-    return "tools" if request.schema is None else "response_format"
 
 
 @functools.lru_cache(maxsize=64)

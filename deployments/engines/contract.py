@@ -64,7 +64,8 @@ AnyWork = TypeVar("AnyWork", bound=Work)
 class Stepping(Engine[Request, Item, list[Any]], Generic[Request, Item, AnyWork]):
     """An engine whose items take several passes of the model. This class implements `run`.
 
-    If it `streams`, its works have a method `take_delta()`: what a follower gets after each step, or None.
+    If it `streams`, its works have two more methods: `take_delta()` returns what a follower gets after each step, or
+    None; `end_by(deadline)` sets the time (time.monotonic) at which an answer ends with what it has.
     """
 
     streams: ClassVar[bool] = False

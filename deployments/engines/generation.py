@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,6 @@ class ChatItem:
     request: ChatRequest
     sampling: Sampling
     max_tokens: int
-    deadline: float
-    """When the answer ends with what it has (time.monotonic)."""
     matcher: LLMatcher | None
     """The answer's grammar, as yet unused; None: free text."""
     closes: bool
@@ -44,13 +43,24 @@ class Generation:
     """The work on one item."""
 
     def __init__(
-        self, item: ChatItem, ends: frozenset[int], decode: Callable[[Sequence[int]], str], room: Callable[[], int]
+        self,
+        item: ChatItem,
+        ends: frozenset[int],
+        decode: Callable[[Sequence[int]], str],
+        to_bytes: Callable[[list[int]], bytes],
+        room: Callable[[], int],
     ) -> None:
-        """`ends` are the tokens that end an answer, `room` is how much of a prompt the next step may read."""
+        """`ends` are the tokens that end an answer, `room` is how much of a prompt the next step may read.
+
+        `decode` and `to_bytes` turn tokens into text and into the bytes that they stand for.
+        """
         self.item = item
         self.ends = ends
         self.decode = decode
+        self.to_bytes = to_bytes
         self.room = room
+        self.deadline = math.inf
+        """When the answer ends with what it has (time.monotonic)."""
         self.sequence: Read | None = None
         """What has been read; None: nothing yet, or it was dropped to make room for others."""
         self.to_read = list(item.ids)
@@ -64,8 +74,10 @@ class Generation:
         self.draws = Draws(item.sampling, item.ids)
         self.matcher = item.matcher.deep_copy() if item.matcher else None
         self.text = AnswerText(decode, item.request.stops)
-        self.calls = CallParser(item.call_format)
+        self.calls = CallParser(item.call_format, [tool["function"]["name"] for tool in item.request.tools])
         self.pieces: list[TextPiece] = []
+        self._logprobs: tuple[TokenLogprob, ...] = ()
+        """Of tokens whose text may yet be part of a stop string."""
         self._sent = 0
         self.started = time.monotonic()
         self.first_at = 0.0
@@ -101,41 +113,52 @@ class Generation:
         del self.to_read[:tokens]
         self.is_prompt = self.is_prompt and bool(self.to_read)
 
+    def end_by(self, deadline: float) -> None:
+        """End the answer with what it has at this time (time.monotonic)."""
+        self.deadline = deadline
+
     def write(self, choice: Choice) -> None:
         """Append the token that was chosen, and the tokens that must follow it."""
         self.first_at = self.first_at or time.monotonic()
-        token, ended = choice.token, False
+        token, room = choice.token, self.item.max_tokens - len(self.tokens)
         if self.matcher:
             self.matcher.consume_token(token)
-            if self.matcher.is_error():
-                self.result = Refusal(f"the schema is too complex for a grammar: {self.matcher.get_error()}", "failed")
+            if self._has_left_grammar():
                 return
         if token in self.ends and not self.item.request.ignore_eos:
             self._finish("stop")
             return
-        new = [token]
+        new, ended, cut = [token], False, False
         if self.matcher:
-            ended = self.matcher.is_stopped()
-            if not ended and choice.logprob is None:
-                forced = self.matcher.compute_ff_tokens()
-                self.matcher.consume_tokens(forced)
-                ended = self.matcher.is_stopped()
-                forced = [each for each in forced if each not in self.ends]
-                self.forced += len(forced)
-                new += forced
-        new = new[: self.item.max_tokens - len(self.tokens)]
+            forced = [] if self.matcher.is_stopped() or choice.logprob is not None else self.matcher.compute_ff_tokens()
+            cut = len(forced) >= room
+            forced = forced[: room - 1]
+            self.matcher.consume_tokens(forced)
+            ended = self.matcher.is_stopped() and not cut
+            new += [each for each in forced if each not in self.ends]
+            self.forced += len(new) - 1
+            if self._has_left_grammar():
+                return
         self.tokens += new
         self.to_read = [*self.to_read, *new]
         self.draws.wrote(new)
-        self._give_out(self.text.add(new), self._logprobs(choice))
-        if self.text.stopped_at is not None or ended:
+        self._give_out(self.text.add(new), self._reported(choice))
+        one_call = self.calls.found and not self.item.request.parallel_calls
+        if self.text.stopped_at is not None or ended or one_call:
             self._finish("stop")
         elif len(self.tokens) >= self.item.max_tokens:
             self._finish("length")
 
+    def _has_left_grammar(self) -> bool:
+        """Whether the grammar has failed, for example because it became too large. The answer is refused then."""
+        if not self.matcher or not self.matcher.is_error():
+            return False
+        self.result = Refusal(f"the answer left its grammar: {self.matcher.get_error()}", "failed")
+        return True
+
     def check_time(self) -> None:
         """End the answer with what it has, if its time is over."""
-        if self.result is None and time.monotonic() > self.item.deadline:
+        if self.result is None and time.monotonic() > self.deadline:
             self._finish("length")
 
     def take_delta(self) -> Delta | None:
@@ -147,10 +170,13 @@ class Generation:
         return Delta(first, tuple(self.pieces[first:]))
 
     def _give_out(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """Add pieces for text that is surely no stop string, with the probabilities of its tokens."""
         pieces = self.calls.add(text) if text else []
-        if logprobs:
+        self._logprobs += logprobs
+        if self._logprobs and not self.text.holds and self.text.stopped_at is None:
             first = pieces[0] if pieces else TextPiece()
-            pieces[:1] = [TextPiece(first.text, first.call, logprobs)]
+            pieces[:1] = [TextPiece(first.text, first.call, self._logprobs)]
+            self._logprobs = ()
         self.pieces += pieces
 
     def _finish(self, finish: Finish) -> None:
@@ -169,8 +195,8 @@ class Generation:
             now - first_at,
         )
 
-    def _logprobs(self, choice: Choice) -> tuple[TokenLogprob, ...]:
+    def _reported(self, choice: Choice) -> tuple[TokenLogprob, ...]:
         if choice.logprob is None:
             return ()
-        top = tuple((self.decode([token]), logprob) for token, logprob in choice.top)
-        return (TokenLogprob(self.decode([choice.token]), choice.logprob, top),)
+        top = tuple((self.decode([token]), logprob, self.to_bytes([token])) for token, logprob in choice.top)
+        return (TokenLogprob(self.decode([choice.token]), choice.logprob, self.to_bytes([choice.token]), top),)

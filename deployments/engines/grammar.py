@@ -8,6 +8,7 @@ what is open, wherever the grammar allows that.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deployments.engines.sequences import Sequence
 
-COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 """llguidance's settings for JSON without spaces."""
 CLOSE_FROM = 0.75
 """Share of the token limit at which closing starts. The rest must suffice for the names of the remaining fields."""

@@ -63,7 +63,7 @@ class Prefixes:
         It takes the place of what is cached of its own beginning.
         """
         key = (tenant, tuple(ids))
-        if len(ids) < SHORTEST or sequence.nbytes(len(ids)) > self.max_bytes:
+        if len(ids) < SHORTEST or sequence.allocated > self.max_bytes:
             return
         for other in [*self._by_start.get(_start(key), ())]:
             if key[1][: len(other[1])] == other[1]:
@@ -73,12 +73,12 @@ class Prefixes:
     def _put(self, key: Key, sequence: Sequence) -> None:
         self._kept[key] = sequence
         self._by_start.setdefault(_start(key), set()).add(key)
-        self.nbytes += sequence.nbytes(len(key[1]))
+        self.nbytes += sequence.allocated
         while self.nbytes > self.max_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Key) -> None:
-        self.nbytes -= self._kept.pop(key).nbytes(len(key[1]))
+        self.nbytes -= self._kept.pop(key).allocated
         alike = self._by_start[_start(key)]
         alike.discard(key)
         if not alike:

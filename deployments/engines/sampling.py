@@ -69,9 +69,12 @@ class Draws:
     def draw(self, row: torch.Tensor) -> int:
         """Draw a token from the logits of one row."""
         ids, weights = distribution(row, self.sampling)
+        possible = np.flatnonzero(weights)
+        if not possible.size:  # nothing is a number
+            return int(ids[0])
         below = np.cumsum(weights)
         at = np.searchsorted(below, self.random.random() * below[-1], side="right")
-        return int(ids[min(int(at), np.flatnonzero(weights)[-1])])
+        return int(ids[min(int(at), possible[-1])])
 
 
 def distribution(row: torch.Tensor, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +89,7 @@ def distribution(row: torch.Tensor, sampling: Sampling) -> tuple[np.ndarray, np.
     most = min(sampling.top_k or row.shape[0], row.shape[0])
     cuts_tail = most < row.shape[0] or top_p < 1 or min_p > 0
     if not cuts_tail:
-        return np.arange(row.shape[0]), torch.softmax(scores, 0).double().cpu().numpy()
+        return np.arange(row.shape[0]), np.nan_to_num(torch.softmax(scores, 0).double().cpu().numpy())
     total = float(torch.logsumexp(scores, 0))
     count = min(CANDIDATES, most)
     while True:
@@ -95,10 +98,11 @@ def distribution(row: torch.Tensor, sampling: Sampling) -> tuple[np.ndarray, np.
         kept = total
         if most < row.shape[0]:  # probabilities among the `top_k`
             kept = float(torch.logsumexp(torch.topk(scores, most).values, 0))
-        weights = np.exp(logs - kept)
+        weights = np.nan_to_num(np.exp(logs - kept))
         before = np.cumsum(weights) - weights
         inside = (before < top_p) | (np.arange(count) == 0)
         inside &= (weights >= min_p * weights[0]) & (weights > 0)
+        inside[0] = True  # also where nothing is a number
         if not inside.all() or count == most:
             return ids.cpu().numpy()[inside], weights[inside]
         count = most

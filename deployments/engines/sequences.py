@@ -79,6 +79,11 @@ class Sequence:
         copy.kept = [_empty(first, *first.shape).copy_(first) for first in firsts]
         return copy
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of all keys and values, with the room for more."""
+        return sum(kept.nbytes for kept in self.kept)
+
     def nbytes(self, tokens: int) -> int:
         """Bytes of the first tokens' keys and values."""
         return sum(kept[:, :, :tokens].nbytes for kept in self.kept)

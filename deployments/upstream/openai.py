@@ -26,7 +26,8 @@ class OpenAI(Api):
         chat = request.messages is not None
         started, first_at = time.monotonic(), 0.0
         calls: dict[int, list[str]] = {}
-        finish, usage = "", {}
+        finish = ""
+        usage: dict[str, Any] = {}
         ended = False
         async for line in self.lines("/v1/chat/completions" if chat else "/v1/completions", self._body(request)):
             if not line.startswith(DATA):
@@ -77,6 +78,7 @@ class OpenAI(Api):
             "max_tokens": request.max_tokens,
             "stop": list(request.stops) or None,
             "ignore_eos": request.ignore_eos or None,
+            "parallel_tool_calls": None if request.parallel_calls else False,
         }
         body = {name: value for name, value in fields.items() if value is not None}
         body |= {"model": self.upstream.model, "stream": True, "stream_options": {"include_usage": True}}
@@ -117,13 +119,17 @@ def _collect(calls: dict[int, list[str]], call: dict[str, Any]) -> None:
     known[1] += str(function.get("arguments") or "")
 
 
+def _token(given: dict[str, Any]) -> tuple[str, float, bytes]:
+    text = str(given.get("token"))
+    return text, float(given.get("logprob") or 0), bytes(given.get("bytes") or text.encode())
+
+
 def _logprobs(given: Any) -> tuple[TokenLogprob, ...]:
     entries = given.get("content") if isinstance(given, dict) else None
     return tuple(
         TokenLogprob(
-            str(each.get("token")),
-            float(each.get("logprob") or 0),
-            tuple((str(top.get("token")), float(top.get("logprob") or 0)) for top in each.get("top_logprobs") or ()),
+            *_token(each),
+            tuple(_token(top) for top in each.get("top_logprobs") or ()),
         )
         for each in entries or ()
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Callable
 
@@ -25,6 +24,8 @@ from deployments.upstream.openai import OpenAI
 
 logger = logging.getLogger("ray.serve")
 
+TO_ANSWER_S = 1.0
+"""How long before its deadline an answer ends with what it has, so that it still reaches the client."""
 PROBE_EVERY_S = 5.0
 MISSES = 2
 """Probes that fail in a row until the upstream counts as away. One may be due to a busy machine."""
@@ -98,7 +99,7 @@ class UpstreamReplica:
         """Put the answer to a request into `pieces`: deltas of a followed one, then the result or a Refusal."""
         written: list[TextPiece] = []
         end = End("length")
-        seconds = min(request.seconds or math.inf, timeout_s)
+        seconds = timeout_s - min(TO_ANSWER_S, timeout_s / 2)
         try:
             try:
                 async with asyncio.timeout(seconds), contextlib.aclosing(self.api.answer(request)) as answer:
@@ -164,6 +165,7 @@ class UpstreamReplica:
             "load_seconds": round(seconds, 2),
             "in_steps": True,
             "parallel": 1,
+            "capabilities": ["completion", "tools"],
             "version": f"{self.spec.deploy}.{upstream.kind}",
         }
 

@@ -14,8 +14,6 @@ from serve.metrics import measured
 from serve.progress import Following, Progress
 from serve.waiting import end
 
-TO_ANSWER_S = 1.0
-"""How long before the deadline an answer ends with what it has, so that it still reaches the client."""
 MOST_CHOICES = 16
 
 
@@ -54,10 +52,9 @@ async def replies(
     """The complete answers. Raises DureError."""
     with measured(model.name):
         async with graph.admitted(model, caller, following):
-            left = caller.left_s()
-            timed = replace(request, tenant=caller.tenant, seconds=max(left - TO_ANSWER_S, left / 2))
+            owned = replace(request, tenant=caller.tenant)
             param = "messages" if request.messages is not None else "prompt"
-            found: list[Reply] = await model.results(_choices(timed, choices), caller, param, following)
+            found: list[Reply] = await model.results(_choices(owned, choices), caller, param, following)
     return found
 
 

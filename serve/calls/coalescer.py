@@ -55,13 +55,19 @@ class Coalescer:
         replicas: Callable[[], int],
         in_steps: Callable[[], bool] = lambda: False,
         pace: Pace | None = None,
+        apart: bool = False,
     ) -> None:
-        """`pace` measures how fast turns pass, to estimate waiting times."""
+        """`pace` measures how fast turns pass, to estimate waiting times.
+
+        With `apart` each request has a call of its own, which ends when its client leaves: for requests that are few
+        and long.
+        """
         self.send = send
         self.max_call_turns = max_call_turns
         self.replicas = replicas
         self.in_steps = in_steps
         self.pace = pace or Pace()
+        self.apart = apart
         self.name = secrets.token_hex(8)
         """Tells replicas which caller a call comes from."""
         self.waiting = 0
@@ -71,7 +77,7 @@ class Coalescer:
         self._parcels: FairQueue[Parcel] = FairQueue(credit=max_call_turns())
         self._calls: list[Call] = []
         """In the order in which they were sent."""
-        self._owners: dict[int, tuple[Parcel, int]] = {}
+        self.owners: dict[int, tuple[Parcel, int]] = {}
         """Those of all calls: a replica may report on all items in any one of them."""
         self._numbers = itertools.count(secrets.randbits(62))  # unlike any other caller's
         self._left_at = 0.0
@@ -145,7 +151,7 @@ class Coalescer:
             return None
         replicas = max(1, self.replicas())
         if self.in_steps():
-            if not self._calls:
+            if not self._calls or (self.apart and self._room() > 0):
                 return 0.0
             return max(0.0, self._left_at + GATHER_S - time.monotonic()) if self._room() > 0 else None
         if len(self._calls) < replicas:
@@ -221,12 +227,12 @@ class Coalescer:
         """Items for as many turns as there is room for, but at least one."""
         owners: dict[int, tuple[Parcel, int]] = {}
         room, taken = min(self._room(), self.waiting), 0
-        while self.waiting and (not owners or (taken < room and not self._better_cut(taken, room))):
+        while self.waiting and (not owners or (taken < room and not self.apart and not self._better_cut(taken, room))):
             parcel, turns = self._parcels.take(max(1, room - taken))
             owners |= {next(self._numbers): (parcel, place) for place in parcel.take(turns)}
             taken += turns
             self.waiting -= turns
-        self._owners |= owners
+        self.owners |= owners
         return Call(owners, sum(parcel.turns[place] for parcel, place in owners.values()), len(owners))
 
     async def _run(self, call: Call) -> None:
@@ -253,7 +259,7 @@ class Coalescer:
     def _ended(self, call: Call, _: asyncio.Task[None]) -> None:
         self._calls.remove(call)
         for number in call.owners:
-            del self._owners[number]
+            del self.owners[number]
         self._begin()
         self._wake.set()
 
@@ -271,7 +277,7 @@ class Coalescer:
             parcel.collector.refuse(place, refusal)
             parcel.settle()
         for number, progress in piece.progress.items():
-            if owner := self._owners.get(number):
+            if owner := self.owners.get(number):
                 owner[0].report(self.pace, progress, owner[1])
         if not len(piece):
             return

@@ -50,6 +50,7 @@ class Model(Deployment):
             lambda: watch.ready(name),
             lambda: watch.in_steps(name),
             self.gate.tickets.pace,
+            apart=settings.task == "chat",
         )
         self.gate.running = lambda: self.coalescer.under_way
         self.begun: set[int] = set()
@@ -117,6 +118,12 @@ class Model(Deployment):
             raise refused(answers.refusals[number], f"{param}.{number}" if len(requests) > 1 else param)
         return answers.results
 
+    def _note_begun(self, piece: Piece) -> None:
+        """Any call may bring progress of items in others, also of some that have been answered meanwhile."""
+        for number, progress in piece.progress.items():
+            if progress.delta and number in self.coalescer.owners:
+                self.begun.add(number)
+
     async def _send(self, requests: Requests, deliver: Callable[[Piece], None]) -> None:
         """Send one call to a replica, and pass on the results as they come.
 
@@ -133,7 +140,7 @@ class Model(Deployment):
             try:
                 async for piece in response:
                     left.difference_update(piece.answered)
-                    self.begun.update(number for number, progress in piece.progress.items() if progress.delta)
+                    self._note_begun(piece)
                     deliver(piece)
             except asyncio.CancelledError:
                 response.cancel()

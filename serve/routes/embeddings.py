@@ -74,7 +74,7 @@ async def embeddings(body: EmbeddingsRequest, graph: GraphDep, caller: CallerDep
     async def work(following: Following | None) -> dict[str, Any]:
         with measured(model.name):
             found: Embeddings = await model.results(texts, caller, "input", following)
-        vectors = _shortened(found.vectors, body.dimensions)
+        vectors = shortened(found.vectors, body.dimensions)
         tokens = int(found.tokens.sum())
         return {
             "object": "list",
@@ -105,7 +105,7 @@ def _texts(given: Input, limits: Limits) -> list[str] | list[list[int]]:
     return texts  # type: ignore[no-any-return]
 
 
-def _shortened(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+def shortened(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
     """The first `dimensions` of each vector, rescaled to length 1."""
     if dimensions is None or dimensions == vectors.shape[1]:
         return vectors

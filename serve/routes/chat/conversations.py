@@ -8,12 +8,13 @@ from typing import Any
 
 from serve import errors
 from serve.config.settings import Limits
+from serve.http.json_values import check_json
 from serve.http.requests import check_text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Roles, and what templates call them."""
 DEEPEST = 64
-"""Levels of nesting in a schema."""
+"""Levels of nesting in a schema, or in the arguments of a call."""
 MOST_TOOLS = 128
 MOST_STOPS, LONGEST_STOP = 64, 1000
 MOST_BIASES = 1024
@@ -81,8 +82,10 @@ def _calls(given: Any, where: str) -> list[dict[str, Any]]:
             raise errors.invalid(f"{where}.{number} takes an object with function.name", f"{where}.{number}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):  # what the model once wrote goes back to it as it was
+            with contextlib.suppress(ValueError, RecursionError):  # what is no JSON goes back to the model as it was
                 arguments = json.loads(arguments)
+            check_depth(arguments, f"{where}.{number}.function.arguments")
+            check_json(arguments, f"{where}.{number}.function.arguments")
         known = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
         calls.append(known | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
     return calls
@@ -97,7 +100,7 @@ def tools_of(given: Any) -> list[dict[str, Any]]:
     tools = []
     for number, tool in enumerate(given):
         where = f"tools.{number}"
-        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        if not isinstance(tool, dict) or (tool.get("type") or "function") != "function":
             raise errors.invalid(f"{where}.type has to be function", f"{where}.type")
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -132,7 +135,12 @@ def check_schema(schema: Any, where: str) -> None:
     """Raises DureError if this is no schema, or one nested too deeply."""
     if not isinstance(schema, dict):
         raise errors.invalid(f"{where} takes a JSON schema", where)
-    level: list[Any] = [schema]
+    check_depth(schema, where)
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Raises DureError if a JSON value is nested too deeply."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     depth = 0
     while level:
         depth += 1

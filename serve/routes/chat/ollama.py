@@ -29,6 +29,7 @@ from serve.http.requests import Body, CallerDep, GraphDep, answer, check_text, c
 from serve.metrics import measured
 from serve.routes.chat import conversations
 from serve.routes.chat.streams import first_of, resumed
+from serve.routes.embeddings import shortened
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,8 +37,8 @@ router = APIRouter(prefix="/api", tags=["chat"])
 
 VERSION = "0.12.0"
 """Of Ollama's API, on which clients decide what they may ask."""
-CAPABILITIES = {"chat": ["completion", "tools"], "embedding": ["embedding"]}
-"""What models of these tasks can do. Others are not listed."""
+CAPABILITIES = {"chat": ["completion"], "embedding": ["embedding"]}
+"""What models of these tasks can do at least. Others are not listed."""
 NANO = 10**9
 
 
@@ -94,19 +95,29 @@ class Generating(Named):
 
 
 class Options(Body):
-    """Ollama's options. Those about how a model is loaded are ignored."""
+    """Ollama's options. Others, such as those about how a model is loaded, are ignored."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: int | None = None
     num_predict: Annotated[int, Field(ge=-2)] | None = None
     """-1 and -2: as many as there is room for."""
     stop: Any = None
+    mirostat: int | None = None
+    typical_p: float | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Options:
+        if self.mirostat:
+            raise ValueError("mirostat can't be used; leave it out")
+        if self.typical_p not in (None, 1):
+            raise ValueError("typical_p can't be used; leave it out")
+        return self
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -145,6 +156,7 @@ def _texts(given: Any) -> Texts:
 class EmbedRequest(Named):
     input: Annotated[Texts, PlainValidator(_texts, json_schema_input_type=Texts)]
     truncate: bool = True
+    dimensions: Annotated[int, Field(ge=1)] | None = None
 
     @classmethod
     def max_bytes(cls, limits: Limits) -> int:
@@ -207,7 +219,8 @@ async def embed(body: EmbedRequest, graph: GraphDep, caller: CallerDep) -> Respo
     texts = [body.input] if isinstance(body.input, str) else body.input
     found = await _embedded(model, texts, body.truncate, graph, caller)
     tokens = int(found.tokens.sum())
-    return answer({"model": model.name, "embeddings": found.vectors, "prompt_eval_count": tokens})
+    vectors = shortened(found.vectors, body.dimensions)
+    return answer({"model": model.name, "embeddings": vectors, "prompt_eval_count": tokens})
 
 
 @router.post("/embeddings")
@@ -337,7 +350,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _capabilities(graph: Graph, name: str) -> list[str]:
-    return CAPABILITIES.get(graph.models[name].task, [])
+    return _facts(graph, name).get("capabilities") or CAPABILITIES.get(graph.models[name].task, [])
 
 
 def _facts(graph: Graph, name: str) -> dict[str, Any]:
@@ -347,8 +360,8 @@ def _facts(graph: Graph, name: str) -> dict[str, Any]:
 def _model(graph: Graph, name: str) -> dict[str, Any]:
     facts = _facts(graph, name)
     return {
-        "name": name,
-        "model": name,
+        "name": f"{name}:latest",  # Open WebUI looks names up with their tag
+        "model": f"{name}:latest",
         "modified_at": _since(graph),
         "size": facts.get("weights_bytes") or 0,
         "digest": facts.get("version") or "",

@@ -43,7 +43,7 @@ class Generating(Body):
     """Extension: 0 or -1 is no bound."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Extension."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Extension."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -100,6 +100,8 @@ class ChatCompletionRequest(Generating):
     response_format: dict[str, Any] | None = None
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    modalities: Any = None
 
     def request(self, limits: Limits) -> ChatRequest:
         """Raises DureError naming the field that can't be used."""
@@ -108,6 +110,8 @@ class ChatCompletionRequest(Generating):
             raise errors.invalid("messages is empty", "messages")
         if self.top_logprobs is not None and not self.logprobs:
             raise errors.invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        if self.modalities not in (None, ["text"]):
+            raise errors.invalid("modalities takes text only", "modalities")
         tools = conversations.tools_of(self.tools) if self.tools else []
         choice = conversations.tool_choice_of(self.tool_choice, tools)
         schema = _schema(self.response_format)
@@ -122,6 +126,7 @@ class ChatCompletionRequest(Generating):
             max_tokens=self.max_completion_tokens or self.max_tokens,
             stops=conversations.stops_of(self.stop),
             ignore_eos=self.ignore_eos,
+            parallel_calls=self.parallel_tool_calls,
         )
 
 
@@ -134,7 +139,7 @@ def _prompt(given: Any) -> Prompt:
         [given] = given
     if isinstance(given, str) or (isinstance(given, list) and {type(each) for each in given} <= {int}):
         return given
-    raise ValueError("takes one text, or the ids of one text's tokens; send several requests for several texts")
+    raise ValueError("takes one text, or one list of token ids; send several requests for several texts")
 
 
 class CompletionRequest(Generating):
@@ -224,6 +229,6 @@ def _schema(response_format: dict[str, Any] | None) -> str | None:
         raise errors.invalid(
             "response_format.type takes text, json_object, or json_schema with an object json_schema", "response_format"
         )
-    schema = described.get("schema", {"type": "object"})
+    schema = described.get("schema") or {"type": "object"}
     conversations.check_schema(schema, "response_format.json_schema.schema")
     return json.dumps(schema)

@@ -41,11 +41,11 @@ def chat_logprobs(reply: Reply) -> list[dict[str, Any]]:
 
 def entry(token: TokenLogprob) -> dict[str, Any]:
     """A token as the chat API reports it."""
-    top = [{"token": text, "logprob": logprob, "bytes": list(text.encode())} for text, logprob in token.top]
+    top = [{"token": text, "logprob": logprob, "bytes": list(raw)} for text, logprob, raw in token.top]
     return {
         "token": token.token,
         "logprob": token.logprob,
-        "bytes": list(token.token.encode()),
+        "bytes": list(token.raw),
         "top_logprobs": top,
     }
 
@@ -60,6 +60,6 @@ def text_logprobs(reply: Reply) -> dict[str, Any]:
     return {
         "tokens": [each.token for each in tokens],
         "token_logprobs": [each.logprob for each in tokens],
-        "top_logprobs": [dict(each.top) for each in tokens],
+        "top_logprobs": [{text: logprob for text, logprob, _ in each.top} for each in tokens],
         "text_offset": offsets,
     }

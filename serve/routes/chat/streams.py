@@ -178,7 +178,7 @@ class TextChunks(_Choices):
         logprobs = {
             "tokens": [each.token for each in tokens],
             "token_logprobs": [each.logprob for each in tokens],
-            "top_logprobs": [dict(each.top) for each in tokens],
+            "top_logprobs": [{text: logprob for text, logprob, _ in each.top} for each in tokens],
         }
         if text or tokens:
             shown = logprobs if self.with_logprobs else None

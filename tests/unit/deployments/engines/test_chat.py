@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deployments.conversation import ChatRequest, Reply, Sampling
 from deployments.engines.chat import Chat
 from deployments.engines.generation import Generation
+from deployments.engines.sampling import Choice
+from deployments.engines.tool_calls import CallParser
 from deployments.load_progress import LoadProgress
 from deployments.messages import Refusal
 from deployments.spec import CheckpointError, ItemError, ModelSpec
@@ -167,8 +169,11 @@ def test_what_ends_an_answer(engine: Chat) -> None:
     assert (ended.finish, ended.text, ended.tokens) == ("stop", "", 0)
     [forced] = engine.run([engine.prepare(request(sampling=biased, ignore_eos=True, max_tokens=3))])
     assert (forced.finish, forced.tokens) == ("length", 3)
-    [late] = engine.run([engine.prepare(request(seconds=1e-6))])
-    assert late.finish == "length"
+    late = engine.begin(engine.prepare(request()))
+    engine.step([late])
+    late.end_by(0)
+    [cut] = finish(engine, [late])
+    assert (cut.finish, cut.tokens) == ("length", 1)
 
 
 def test_logprobs_are_of_the_models_own_distribution(engine: Chat) -> None:
@@ -176,6 +181,12 @@ def test_logprobs_are_of_the_models_own_distribution(engine: Chat) -> None:
     tokens = [each for piece in reply.pieces for each in piece.logprobs]
     assert len(tokens) == 5
     assert all(len(each.top) == 3 and each.top[0][1] == pytest.approx(each.logprob) for each in tokens)
+    assert b"".join(each.raw for each in tokens).decode(errors="replace") == reply.text
+    stop = reply.text[1:3]
+    known = Sampling(temperature=0, top_logprobs=0)
+    [stopped] = engine.run([engine.prepare(request(sampling=known, max_tokens=5, stops=(stop,)))])
+    shown = "".join(each.token for piece in stopped.pieces for each in piece.logprobs)
+    assert stop not in shown
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=1), Sampling(temperature=0, top_logprobs=1)])
@@ -265,6 +276,50 @@ def test_defaults_are_those_of_the_checkpoint(folder: Path, tmp_path: Path) -> N
     edit(path, do_sample=True, temperature=0.3, top_k=11)
     item = load(other).prepare(request(sampling=Sampling(top_k=4)))
     assert (item.sampling.temperature, item.sampling.top_k) == (0.3, 4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(repetition_penalty=1e-39, temperature=1, top_p=0.9),
+        Sampling(temperature=1e-30, seed=1),
+        Sampling(top_k=1),
+    ],
+)
+def test_extreme_sampling_harms_nobody(engine: Chat, folder: Path, sampling: Sampling) -> None:
+    [_, plain] = engine.run([engine.prepare(request(sampling=sampling)), engine.prepare(request())])
+    assert plain.text == expected(folder, TEXTS[0], 24)
+
+
+def test_a_step_that_fails_leaves_all_as_they_were(engine: Chat, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = [engine.begin(engine.prepare(request(text))) for text in TEXTS]
+    engine.step(works)
+    with monkeypatch.context() as patched:
+        patched.setattr("deployments.engines.chat.choose", raises)
+        with pytest.raises(MemoryError):
+            engine.step(works)
+    assert [reply.text for reply in finish(engine, works)] == [expected(folder, text, 24) for text in TEXTS]
+
+
+def raises(*_: Any) -> None:
+    raise MemoryError
+
+
+def test_an_answer_cut_within_what_its_grammar_forces_says_so(engine: Chat) -> None:
+    schema = json.dumps({"const": "a long constant that takes many tokens"})
+    [reply] = engine.run([engine.prepare(request(schema=schema, max_tokens=3))])
+    assert (reply.finish, reply.tokens) == ("length", 3)
+
+
+def test_one_call_ends_an_answer_without_parallel_calls(engine: Chat) -> None:
+    work = engine.begin(engine.prepare(request(max_tokens=200, parallel_calls=False)))
+    work.calls = CallParser("hermes", ["weather"])
+    text = '<tool_call>{"name": "weather", "arguments": {}}</tool_call> and more'
+    for token in engine.tokenizer.encode(text, add_special_tokens=False):
+        if work.result is None:
+            work.write(Choice(token))
+    assert isinstance(work.result, Reply)
+    assert (work.result.text, len(work.result.calls), work.result.finish) == ("", 1, "tool_calls")
 
 
 def test_a_grammar_that_fails_is_this_answers_alone(engine: Chat) -> None:

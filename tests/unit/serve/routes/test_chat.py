@@ -13,6 +13,12 @@ import pytest
 from tests import ingress
 from tests.ingress import Running
 
+
+def called(arguments: str) -> list[Any]:
+    function = {"name": "weather", "arguments": arguments}
+    return [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}]
+
+
 JSON = "Content-Type: application/json"
 CHAT, TEXT, OLLAMA, GENERATE = "/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -97,9 +103,9 @@ def test_ollamas_client_gets_answers(other: ollama.Client) -> None:
 
 
 def test_ollamas_client_finds_models_that_it_can_use(other: ollama.Client) -> None:
-    assert {model.model for model in other.list().models} == {"chat", "embedder"}
-    assert {model.model for model in other.ps().models} == {"chat", "embedder"}
-    assert other.show("chat:latest").capabilities == ["completion", "tools"]
+    assert {model.model for model in other.list().models} == {"chat:latest", "embedder:latest"}
+    assert {model.model for model in other.ps().models} == {"chat:latest", "embedder:latest"}
+    assert other.show("chat:latest").capabilities == ["completion"]
     assert other.show("embedder").capabilities == ["embedding"]
     assert len(other.embed(model="embedder", input=["a", "b"]).embeddings) == 2
     assert len(other.embeddings(model="embedder", prompt="a").embedding) == 4
@@ -164,6 +170,10 @@ def test_fields_reach_the_model(server: Running) -> None:
         (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format"),
         (CHAT, {"messages": HELLO, "tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
         (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"messages": HELLO, "modalities": ["text", "audio"]}, "modalities"),
+        (CHAT, {"messages": HELLO, "repetition_penalty": 1e-39}, "repetition_penalty"),
+        (CHAT, {"messages": called('{"a":"\\ud800"}')}, "messages.0.tool_calls.0.function.arguments.a"),
+        (CHAT, {"messages": called('{"a":' * 400 + "1" + "}" * 400)}, "messages.0.tool_calls.0.function.arguments"),
         (CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": {"function": {"name": "x"}}}, "tool_choice"),
         (TEXT, {"prompt": ["a", "b"]}, "prompt"),
         (TEXT, {"prompt": "a", "best_of": 3}, "best_of"),
@@ -186,6 +196,7 @@ def test_bad_fields_are_named(server: Running, path: str, body: dict[str, Any], 
         (GENERATE, {"prompt": "a", "images": ["x"]}, "images"),
         (OLLAMA, {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, "images"),
         (OLLAMA, {"messages": HELLO, "options": {"temperature": -1}}, "temperature"),
+        (OLLAMA, {"messages": HELLO, "options": {"mirostat": 2}}, "mirostat"),
     ],
 )
 def test_what_can_not_be_honoured_is_refused_by_name(
