@@ -16,7 +16,7 @@ ORIGIN = "https://app.example.org"
 MAX_CONNECTIONS = 12
 PRIVATE = ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "10.0.0.1"]
 """Allowed, so that only their addresses stand in the way."""
-MODELS = ["predictor", "vision", "embedder", "reranker", "shout", "growing"]
+MODELS = ["predictor", "vision", "embedder", "reranker", "chat", "by_openai", "by_ollama", "shout", "growing"]
 """That are loaded at the start; `sleeper` is not."""
 
 

@@ -74,6 +74,20 @@ def test_answers_are_those_of_transformers(openai_client: openai.OpenAI, expecte
     assert together == (expected, expected)
 
 
+@pytest.mark.parametrize("name", ["by_openai", "by_ollama"])
+def test_an_upstream_answers_as_the_model_does(openai_client: openai.OpenAI, expected: list[str], name: str) -> None:
+    asked: Any = {"model": name, "messages": messages(QUESTIONS[0]), "temperature": 0, "max_tokens": TOKENS}
+    whole = openai_client.chat.completions.create(**asked)
+    chunks = list(openai_client.chat.completions.create(**asked, stream=True))
+    assert whole.choices[0].message.content == expected[0]
+    assert whole.usage
+    assert whole.usage.completion_tokens > 1
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected[0]
+    assert len(chunks) > 4
+    with pytest.raises(openai.BadRequestError, match="8192"):
+        openai_client.chat.completions.create(model=name, messages=messages("word " * 9000))
+
+
 def test_a_next_turn_reads_only_what_is_new(client: httpx.Client) -> None:
     known = messages("Tell me about the sea. " * 20)
     body = {"messages": known, "temperature": 0, "max_tokens": 8}

@@ -31,6 +31,7 @@ def test_an_example(dure: Dure, command: str) -> None:
     expected = {
         "examples/embeddings.py": ["The landlord returns the deposit within 14 days."],
         "examples/typing.mjs": ["오늘 날씨가 "],
+        "examples/chat.py": ["Paris"],
         "examples/advert.sh": [
             '"is_valid":true',
             '"cta_present":true',

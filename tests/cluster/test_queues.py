@@ -60,7 +60,14 @@ def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_queues_show_each_lane_and_model(client: httpx.Client) -> None:
     client.post(SEARCH, json=search(SHORT)).raise_for_status()
     told = client.get("/v1/queues").raise_for_status().json()
-    assert {lane["name"] for lane in told["lanes"]} == {"search", "adverts", "likeness"}
+    assert {lane["name"] for lane in told["lanes"]} == {
+        "search",
+        "adverts",
+        "likeness",
+        "chat",
+        "by_openai",
+        "by_ollama",
+    }
     assert {"predictor", "embedder", "shout"} <= {model["name"] for model in told["models"]}
     known = lane(client)
     assert (known["max_concurrent"], known["max_queue"]) == (RUNS, WAITS)
