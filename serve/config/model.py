@@ -105,6 +105,7 @@ class ModelSettings(Strict):
     )
     source: str = Field(
         "",
+        min_length=1,
         max_length=1000,
         description="A folder, `package:IMPORT_NAME/FOLDER`, or a hub id; for chat also a `.gguf` file. Relative paths "
         "start at the project root.",

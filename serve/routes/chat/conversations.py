@@ -15,6 +15,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 """Roles, and what templates call them."""
 DEEPEST = 64
 """Levels of nesting in a schema, or in the arguments of a call."""
+MOST_MULTIPLE = 9999
+"""A grammar for multiples of a number has a state for each remainder: over 10 s for a number of five digits."""
 MOST_TOOLS = 128
 MOST_STOPS, LONGEST_STOP = 64, 1000
 MOST_BIASES = 1024
@@ -136,6 +138,20 @@ def check_schema(schema: Any, where: str) -> None:
     if not isinstance(schema, dict):
         raise errors.invalid(f"{where} takes a JSON schema", where)
     check_depth(schema, where)
+    level: list[Any] = [schema]
+    while level:
+        for each in level:
+            if isinstance(each, dict) and _digits(each.get("multipleOf")) > MOST_MULTIPLE:
+                raise errors.invalid(f"{where}: multipleOf takes numbers of at most 4 digits", where)
+        inner = [value for each in level for value in (each.values() if isinstance(each, dict) else each)]
+        level = [each for each in inner if isinstance(each, dict | list)]
+
+
+def _digits(number: Any) -> int:
+    """The digits of a number without its point, as one number; 0 if it is none."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return 0
+    return int("".join(filter(str.isdecimal, f"{number!r}".partition("e")[0])) or 0)
 
 
 def check_depth(value: Any, where: str) -> None:

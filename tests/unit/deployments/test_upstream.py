@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -122,6 +123,11 @@ def misbehaving(act: Act) -> Iterator[int]:
                 connection.settimeout(10)
                 connection.recv(2**20)
                 act(connection)
+                with contextlib.suppress(OSError):  # unread bytes would make the end a reset
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.settimeout(0.5)
+                    while connection.recv(2**20):
+                        pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()

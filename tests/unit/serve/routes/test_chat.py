@@ -209,6 +209,13 @@ def test_what_can_not_be_honoured_is_refused_by_name(
         assert isinstance(answer.content["error"], str)
 
 
+@pytest.mark.parametrize(("multiple", "status"), [(999983, 400), (12345.5, 400), (5, 200), (0.01, 200), (2.5e-7, 200)])
+def test_a_schema_that_takes_long_to_compile_is_refused(server: Running, multiple: float, status: int) -> None:
+    schema = {"anyOf": [{"type": "object"}, {"type": "number", "multipleOf": multiple}]}
+    kind = {"type": "json_schema", "json_schema": {"name": "slow", "schema": schema}}
+    assert post(server, CHAT, messages=HELLO, response_format=kind).status == status
+
+
 def test_a_schema_nested_too_deeply_is_refused(server: Running) -> None:
     schema: dict[str, Any] = {"type": "object"}
     for _ in range(40):
