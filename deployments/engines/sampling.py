@@ -98,7 +98,8 @@ def distribution(row: torch.Tensor, sampling: Sampling) -> tuple[np.ndarray, np.
         kept = total
         if most < row.shape[0]:  # probabilities among the `top_k`
             kept = float(torch.logsumexp(torch.topk(scores, most).values, 0))
-        weights = np.nan_to_num(np.exp(logs - kept))
+        with np.errstate(invalid="ignore"):  # infinite logits
+            weights = np.nan_to_num(np.exp(logs - kept))
         before = np.cumsum(weights) - weights
         inside = (before < top_p) | (np.arange(count) == 0)
         inside &= (weights >= min_p * weights[0]) & (weights > 0)
