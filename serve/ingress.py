@@ -24,9 +24,23 @@ from serve.http.fast_path import DirectApp
 from serve.http.server import ServerBounds, serve_behind
 from serve.routes import embeddings, health, loading, metrics, models, predict, predict_ws, queues, rerank
 from serve.routes.adverts import vision
-from serve.routes.chat import ollama, openai
+from serve.routes.chat import ollama, ollama_models, openai
 
-ROUTES = (health, models, loading, predict, embeddings, rerank, vision, openai, ollama, predict_ws, queues, metrics)
+ROUTES = (
+    health,
+    models,
+    loading,
+    predict,
+    embeddings,
+    rerank,
+    vision,
+    openai,
+    ollama,
+    ollama_models,
+    predict_ws,
+    queues,
+    metrics,
+)
 """Route modules that belong to no service."""
 
 
