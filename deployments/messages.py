@@ -172,6 +172,10 @@ class Answers:
     """By the request's place in the call."""
 
 
+TO_ANSWER_S = 1.0
+"""How long before its deadline a streamed answer ends with what it has, so that it still reaches the client."""
+
+
 @dataclass(frozen=True)
 class ItemProgress:
     """Progress of an item that has no answer yet."""

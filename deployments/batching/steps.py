@@ -12,11 +12,8 @@ from deployments.batching.batcher import Batcher
 from deployments.batching.runner import StepRunner
 from deployments.batching.waiting import IncomingCall, PendingItem
 from deployments.engines.contract import Stepping
-from deployments.messages import ItemProgress, Piece
+from deployments.messages import TO_ANSWER_S, ItemProgress, Piece
 from deployments.spec import ModelSpec
-
-TO_ANSWER_S = 1.0
-"""How long before its deadline an answer ends with what it has, so that it still reaches the client."""
 
 
 class StepBatcher(Batcher):

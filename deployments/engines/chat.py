@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import llguidance.hf
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deployments import aside
 from deployments.checkpoints import gguf
 from deployments.checkpoints.causal_lm import load_causal_lm, load_tokenizer
 from deployments.conversation import ChatRequest, Reply, Sampling
-from deployments.engines.chat_template import EXAMPLE, CallFormat, ChatTemplate, try_out
+from deployments.engines.chat_grammar import Grammars
+from deployments.engines.chat_prompt import Prompts
+from deployments.engines.chat_template import EXAMPLE
 from deployments.engines.contract import Stepping
 from deployments.engines.generation import ChatItem, Generation
-from deployments.engines.grammar import COMPACT, Closing, allowed_tokens
+from deployments.engines.grammar import Closing, allowed_tokens
 from deployments.engines.prefix_cache import Prefixes
 from deployments.engines.prompt_pace import PromptPace
 from deployments.engines.sampling import Choice, choose
 from deployments.engines.sequences import Reader, Turn
 from deployments.engines.sequences import Sequence as Read
-from deployments.engines.tool_calls import OPEN, described, grammar_of_calls, grammar_of_tags
 from deployments.load_progress import LoadProgress
 from deployments.spec import CheckpointError, Facts, ItemError, ModelSpec
-
-LONGEST_SCHEMA = 256 * 1024
-"""Characters of a JSON schema, or of all tools' schemas."""
 
 
 class Chat(Stepping[ChatRequest, ChatItem, Generation]):
@@ -71,16 +65,16 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         if self.max_tokens < 2:
             raise CheckpointError("kv_cache_mb has no room for keys and values of two tokens; raise it")
         self.ends = _ends(model, tokenizer)
-        self.grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(self.ends))
+        self.prompts = Prompts(tokenizer, self.max_tokens, min(self.ends))
+        template = self.prompts.template
+        self.grammars = Grammars(tokenizer, self.ends, template.call_format if template else "none")
         self.closing = Closing(tokenizer)
-        self.template = _template(tokenizer)
         self.defaults = _defaults(model)
 
     @property
     def capabilities(self) -> list[str]:
         """What the model can do, in Ollama's words."""
-        calls = self.template is not None and self.template.call_format != "none"
-        return ["completion", "tools"] if calls else ["completion"]
+        return ["completion"] if self.grammars.call_format == "none" else ["completion", "tools"]
 
     @classmethod
     def load(cls, spec: ModelSpec, folder: Path, progress: LoadProgress) -> Chat:
@@ -92,22 +86,15 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         return cls(model, tokenizer, facts, int(spec.prefix_cache_mb * 2**20), int(spec.kv_cache_mb * 2**20))
 
     def warm_up(self) -> None:
-        greedy = Sampling(temperature=0)
+        example, greedy = EXAMPLE if self.prompts.template else None, Sampling(temperature=0)
         try:
-            item = self.prepare(ChatRequest(EXAMPLE if self.template else None, "Hello", sampling=greedy, max_tokens=4))
+            item = self.prepare(ChatRequest(example, "Hello", sampling=greedy, max_tokens=4))
         except ItemError:  # a template may refuse the example, or leave no room for an answer
-            item = self.prepare(ChatRequest(prompt=self._first(), sampling=greedy, max_tokens=4))
+            item = self.prepare(ChatRequest(prompt=self.prompts.first, sampling=greedy, max_tokens=4))
         self.run([item])
 
     def prepare(self, request: ChatRequest) -> ChatItem:
-        ids = self._ids(request)
-        if len(ids) >= self.max_tokens:
-            raise ItemError(
-                f"the prompt has {len(ids)} tokens, and the model's context is {self.max_tokens} with the answer; "
-                "shorten the conversation",
-                "messages" if request.messages is not None else "prompt",
-                "context_length_exceeded",
-            )
+        ids = self.prompts.ids(request)
         unknown = next((id for id in ids if not 0 <= id < self.rows), None)
         if unknown is not None:
             raise ItemError(f"token {unknown} has no embedding: there are {self.rows}", "prompt")
@@ -115,8 +102,7 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         if wrong is not None:
             raise ItemError(f"logit_bias names token {wrong}, but the model has {self.rows}", "logit_bias")
         room = self.max_tokens - len(ids)
-        grammar, is_json, call_format = self._constraint(request)
-        matcher = None if grammar is None else self._matcher(grammar, request)
+        matcher, is_json, call_format = self.grammars.of(request)
         return ChatItem(
             ids,
             request,
@@ -131,7 +117,7 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
         return min(len(item.ids), self.pace.room)
 
     def begin(self, item: ChatItem) -> Generation:
-        return Generation(item, self.ends, self._decode, self.grammar_tokens.decode_bytes, lambda: self.pace.room)
+        return Generation(item, self.ends, self._decode, self.grammars.tokens.decode_bytes, lambda: self.pace.room)
 
     def run(self, items: list[ChatItem]) -> list[Any]:
         """Run the items without the prefix cache, as measurements run the same items again and again."""
@@ -218,76 +204,6 @@ class Chat(Stepping[ChatRequest, ChatItem, Generation]):
                     allowed[row] = self.closing.among(allowed[row])
         return torch.from_numpy(allowed).to(self.reader.device)
 
-    def _ids(self, request: ChatRequest) -> list[int]:
-        if request.messages is None:
-            if isinstance(request.prompt, list):
-                return request.prompt or self._first()
-            self._check_length(request.prompt, "prompt")
-            ids: list[int] = self.tokenizer.encode(request.prompt)
-            return ids or self._first()
-        if self.template is None:
-            raise ItemError(
-                "the checkpoint has no chat_template, so it can only continue texts; use POST /v1/completions",
-                "messages",
-            )
-        messages, tools = request.messages, request.tools if request.tool_choice != "none" else []
-        if tools and not self.template.takes_tools:
-            if request.tool_choice != "auto":
-                messages = [{"role": "system", "content": described(tools)}, *messages]
-            tools = []
-        text = self.template.render(messages, tools)
-        self._check_length(text, "messages")
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) or self._first()
-
-    def _check_length(self, text: str, field: str) -> None:
-        """Raises ItemError if the text is certainly too long, which is known without tokenising it."""
-        if len(text) > self.max_tokens * self._longest_token:
-            raise ItemError(
-                f"the prompt has {len(text)} characters, more than {self.max_tokens} tokens, the model's context with "
-                "the answer, can have; shorten the conversation",
-                field,
-                "context_length_exceeded",
-            )
-
-    @functools.cached_property
-    def _longest_token(self) -> int:
-        return max(map(len, self.tokenizer.get_vocab()))
-
-    def _first(self) -> list[int]:
-        first = self.tokenizer.bos_token_id
-        return [min(self.ends) if first is None else first]
-
-    def _constraint(self, request: ChatRequest) -> tuple[str | None, bool, CallFormat]:
-        """The answer's grammar, if any; whether it makes the answer one JSON value; and how calls in it are found.
-
-        Raises ItemError if the schemas are too long, or no schemas.
-        """
-        field = "tools" if request.schema is None else "response_format"
-        schemas = request.schema if request.schema is not None else json.dumps(request.tools)
-        if len(schemas) > LONGEST_SCHEMA:
-            raise ItemError(f"the schema has over {LONGEST_SCHEMA} characters; simplify it", field)
-        try:
-            if request.schema is not None:
-                return _grammar(request.schema), True, "none"
-            if not request.tools or request.tool_choice == "none":
-                return None, False, "none"
-            if request.tool_choice != "auto":
-                return grammar_of_calls(request.tools, request.tool_choice), True, "json"
-            form = self.template.call_format if self.template else "none"
-            is_token = OPEN in self.tokenizer.get_vocab()
-            return grammar_of_tags(request.tools, is_token) if form == "hermes" else None, False, form
-        except ValueError as error:
-            raise ItemError(f"the schema can't be used: {error}", field) from error
-
-    def _matcher(self, grammar: str, request: ChatRequest) -> LLMatcher:
-        """Raises ItemError if the grammar can't be compiled."""
-        matcher = LLMatcher(self.grammar_tokens, grammar, log_level=0)
-        if matcher.is_error():
-            reason = matcher.get_error().partition("\n")[0]
-            field = "tools" if request.schema is None else "response_format"
-            raise ItemError(f"the schema can't be used: {reason}", field)
-        return matcher
-
     def _sampling(self, asked: Sampling) -> Sampling:
         """What the request leaves open is as the checkpoint says."""
         fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -313,11 +229,6 @@ def _unpacked(path: Path, progress: LoadProgress) -> Path:
     return folder
 
 
-@functools.lru_cache(maxsize=64)
-def _grammar(schema: str) -> str:
-    return str(LLMatcher.grammar_from_json_schema(schema, overrides=COMPACT))
-
-
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """The tokens that end an answer."""
     known = [model.generation_config.eos_token_id if model.generation_config else None, model.config.eos_token_id]
@@ -326,17 +237,6 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozens
     if not ends:
         raise CheckpointError("neither the checkpoint's configs nor its tokenizer name a token that ends an answer")
     return ends
-
-
-def _template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate | None:
-    source = tokenizer.chat_template
-    if isinstance(source, dict):  # several, by name
-        source = source.get("default")
-    if not source:
-        return None
-    specials = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    try_out(source, specials)
-    return ChatTemplate(source, specials)
 
 
 def _defaults(model: PreTrainedModel) -> Sampling:

@@ -13,7 +13,7 @@ from ray import serve
 from deployments.conversation import ChatRequest, Delta, TextPiece
 from deployments.load_progress import LoadProgress
 from deployments.loopback import keep_to_loopback
-from deployments.messages import ItemProgress, Piece, Refusal, Requests
+from deployments.messages import TO_ANSWER_S, ItemProgress, Piece, Refusal, Requests
 from deployments.metrics import QUEUE, REGISTRY
 from deployments.outlet import Outlet
 from deployments.scaling import BACKLOG, ITEMS, Backlogs
@@ -24,8 +24,6 @@ from deployments.upstream.openai import OpenAI
 
 logger = logging.getLogger("ray.serve")
 
-TO_ANSWER_S = 1.0
-"""How long before its deadline an answer ends with what it has, so that it still reaches the client."""
 PROBE_EVERY_S = 5.0
 MISSES = 2
 """Probes that fail in a row until the upstream counts as away. One may be due to a busy machine."""
